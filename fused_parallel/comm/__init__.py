@@ -1,0 +1,7 @@
+"""Groups and mesh, agreed capabilities, timed collectives, launching of local ranks."""
+
+from .collectives import CommunicationTimer
+from .groups import finalize, init, resolve_group
+from .launch import RankPool, launch
+
+__all__ = ["CommunicationTimer", "RankPool", "finalize", "init", "launch", "resolve_group"]

@@ -1,0 +1,67 @@
+"""What all ranks of a group can do: agreed once per group, so that every rank chooses the same implementation."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from .. import _ext
+from .._version import __version__
+
+
+@dataclass(frozen=True)
+class Capabilities:
+    """Properties of one rank, or what all ranks of a group have in common."""
+
+    version: str
+    cuda_kernels: bool  # the extension is built with CUDA and this rank computes on a GPU it has code for
+    compute_capability: tuple[int, int]  # (0, 0) without a GPU; of a group: the lowest
+
+
+@functools.cache
+def local_capabilities() -> Capabilities:
+    """This rank's own capabilities."""
+    extension = _ext.extension()
+    if not torch.cuda.is_available():
+        return Capabilities(__version__, False, (0, 0))
+    return Capabilities(
+        __version__, extension is not None and bool(extension.cuda_built), torch.cuda.get_device_capability()
+    )
+
+
+_agreed: dict[str, Capabilities] = {}
+
+
+def agree(pg: dist.ProcessGroup) -> Capabilities:
+    """What all ranks of `pg` have in common. Collective on its first call for a group; cached after that.
+
+    Modules and `fp.parallelize` call it when they are made, so that no operation does in its hot path.
+    Raises RuntimeError when the ranks run different versions of the library.
+    """
+    name = pg.group_name
+    if name not in _agreed:
+        everyone: list[Capabilities | None] = [None] * pg.size()
+        if pg.size() == 1:
+            everyone = [local_capabilities()]
+        else:
+            dist.all_gather_object(everyone, local_capabilities(), group=pg)
+        versions = sorted({c.version for c in everyone})
+        if len(versions) > 1:
+            raise RuntimeError(
+                f"the ranks of group {name} run different versions of fused_parallel ({', '.join(versions)}); "
+                "install the same version on all hosts"
+            )
+        _agreed[name] = Capabilities(
+            version=versions[0],
+            cuda_kernels=all(c.cuda_kernels for c in everyone),
+            compute_capability=min(c.compute_capability for c in everyone),
+        )
+    return _agreed[name]
+
+
+def forget() -> None:
+    """Drop all agreements; group names are used again after torch.distributed is shut down."""
+    _agreed.clear()

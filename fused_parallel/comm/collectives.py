@@ -1,0 +1,142 @@
+"""The torch.distributed collectives behind the reference implementations: named errors, and time that can be counted.
+
+Every function runs on the current stream, returns without host synchronisation on a GPU, and does nothing in a world
+of one. A failure (dead or silent peer) surfaces as PeerTimeoutError naming the operation and the ranks waited for.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import time
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+
+from ..errors import PeerTimeoutError
+
+# Newer torch renamed these two; the old names warn there, the new ones do not exist before.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+_timer: contextvars.ContextVar[CommunicationTimer | None] = contextvars.ContextVar("fp_comm_timer", default=None)
+
+
+@dataclass
+class CommunicationTimer:
+    """Counts the time this rank spends in collectives within `with timer:`, waiting for slower peers included.
+
+    On CPUs it is wall time of the blocking calls; on GPUs the time between events around each call on its stream
+    (calls captured in CUDA graphs are not counted). `seconds()` synchronises the device.
+    """
+
+    host_seconds: float = 0.0
+    calls: int = 0
+    bytes: int = 0
+    _events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = field(default_factory=list)
+
+    def __enter__(self) -> CommunicationTimer:
+        self._token = _timer.set(self)
+        return self
+
+    def __exit__(self, *exc) -> None:
+        _timer.reset(self._token)
+
+    def seconds(self) -> float:
+        if self._events:
+            torch.cuda.synchronize()
+            self.host_seconds += sum(a.elapsed_time(b) for a, b in self._events) * 1e-3
+            self._events.clear()
+        return self.host_seconds
+
+
+def _ranks(pg: dist.ProcessGroup) -> str:
+    return ", ".join(str(r) for r in dist.get_process_group_ranks(pg) if r != dist.get_rank())
+
+
+@contextlib.contextmanager
+def _measured(op: str, tensor: torch.Tensor, pg: dist.ProcessGroup, peer: int | None = None):
+    timer = _timer.get()
+    on_gpu = tensor.is_cuda
+    counted = timer is not None and not (on_gpu and torch.cuda.is_current_stream_capturing())
+    if counted:
+        timer.calls += 1
+        timer.bytes += tensor.numel() * tensor.element_size()
+        if on_gpu:
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+        else:
+            begin = time.perf_counter()
+    try:
+        yield
+    except RuntimeError as error:
+        others = f"rank {peer}" if peer is not None else f"rank(s) {_ranks(pg)}"
+        raise PeerTimeoutError(
+            f"{op} on rank {dist.get_rank()} got no answer from {others} (dead, stopped, or in another operation). "
+            f"The group cannot be used any more: end this job on all ranks and start it again. Cause: {error}"
+        ) from error
+    if counted:
+        if on_gpu:
+            end.record()
+            timer._events.append((start, end))
+        else:
+            timer.host_seconds += time.perf_counter() - begin
+
+
+def all_reduce_(x: torch.Tensor, pg: dist.ProcessGroup) -> torch.Tensor:
+    """Sum the contiguous `x` over the group, in place."""
+    if pg.size() > 1 and x.numel():
+        with _measured("all_reduce", x, pg):
+            dist.all_reduce(x, group=pg)
+    return x
+
+
+def all_gather(x: torch.Tensor, pg: dist.ProcessGroup) -> torch.Tensor:
+    """[n, ...] per rank -> [world * n, ...] on every rank, in rank order along dim 0."""
+    x = x.contiguous()
+    if pg.size() == 1:
+        return x.clone()
+    out = x.new_empty((x.shape[0] * pg.size(), *x.shape[1:]))
+    if x.numel():
+        with _measured("all_gather", out, pg):
+            _all_gather(out, x, group=pg)
+    return out
+
+
+def reduce_scatter(x: torch.Tensor, pg: dist.ProcessGroup) -> torch.Tensor:
+    """[world * n, ...] per rank -> [n, ...]: this rank's part, along dim 0, of the sum over ranks."""
+    x = x.contiguous()
+    if pg.size() == 1:
+        return x.clone()
+    out = x.new_empty((x.shape[0] // pg.size(), *x.shape[1:]))
+    if x.numel():
+        with _measured("reduce_scatter", x, pg):
+            _reduce_scatter(out, x, group=pg)
+    return out
+
+
+def broadcast_(x: torch.Tensor, src: int, pg: dist.ProcessGroup) -> torch.Tensor:
+    """Overwrite the contiguous `x` with that of group rank `src`."""
+    if pg.size() > 1 and x.numel():
+        source = dist.get_global_rank(pg, src)
+        with _measured("broadcast", x, pg, peer=source):
+            dist.broadcast(x, source, group=pg)
+    return x
+
+
+def send(x: torch.Tensor, dst: int, pg: dist.ProcessGroup) -> None:
+    """Send the contiguous `x` to group rank `dst`, which calls `recv_` with the same shape and dtype."""
+    peer = dist.get_global_rank(pg, dst)
+    if x.numel():
+        with _measured("send", x, pg, peer=peer):
+            dist.send(x, peer, group=pg)
+
+
+def recv_(x: torch.Tensor, src: int, pg: dist.ProcessGroup) -> torch.Tensor:
+    """Fill the contiguous `x` with what group rank `src` sends."""
+    peer = dist.get_global_rank(pg, src)
+    if x.numel():
+        with _measured("recv", x, pg, peer=peer):
+            dist.recv(x, peer, group=pg)
+    return x

@@ -1,0 +1,151 @@
+"""Process groups and the device mesh: what `fp.init` makes and every operation takes as `group=`."""
+
+from __future__ import annotations
+
+import datetime
+import os
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+DEFAULT_TIMEOUT_S = 300.0
+
+
+def _environment() -> tuple[int, int, int]:
+    """(rank, world size, local rank) from torchrun's environment; a world of one without it."""
+    if "RANK" not in os.environ and "WORLD_SIZE" not in os.environ:
+        return 0, 1, 0
+    try:
+        rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        local = int(os.environ.get("LOCAL_RANK", rank % max(1, torch.cuda.device_count())))
+    except (KeyError, ValueError) as error:
+        raise ValueError(
+            "fp.init: RANK and WORLD_SIZE must both be set to integers, as torchrun does; "
+            f"got RANK={os.environ.get('RANK')!r}, WORLD_SIZE={os.environ.get('WORLD_SIZE')!r}"
+        ) from error
+    return rank, world, local
+
+
+def _choose_device(device: str | torch.device | None, local_rank: int) -> torch.device:
+    kind = torch.device(device).type if device is not None else ("cuda" if torch.cuda.is_available() else "cpu")
+    if kind == "cpu":
+        return torch.device("cpu")
+    if kind != "cuda":
+        raise ValueError(f"fp.init: device must be 'cuda' or 'cpu', got {device!r}")
+    count = torch.cuda.device_count()
+    if local_rank >= count:
+        raise ValueError(
+            f"fp.init: local rank {local_rank} has no GPU, this host shows {count}; start at most {count} ranks a host, "
+            "or run on the CPU with fp.init(device='cpu') (command line: --device cpu)"
+        )
+    return torch.device("cuda", local_rank)
+
+
+def _check_sizes(world: int, tp: int | None, pp: int, dp: int) -> int:
+    for name, value in (("tp", tp), ("pp", pp), ("dp", dp)):
+        if value is not None and (not isinstance(value, int) or value < 1):
+            raise ValueError(f"fp.init: {name} must be a positive integer, got {value!r}")
+    if tp is None:
+        if world % (pp * dp):
+            raise ValueError(f"fp.init: the world of {world} ranks is not divisible by pp * dp = {pp} * {dp}")
+        return world // (pp * dp)
+    if tp * pp * dp != world:
+        raise ValueError(
+            f"fp.init: tp * pp * dp = {tp} * {pp} * {dp} = {tp * pp * dp}, but the world has {world} rank(s); "
+            f"start that many: torchrun --nproc-per-node {tp * pp * dp} ..."
+        )
+    return tp
+
+
+def init(
+    tp: int | None = None,
+    pp: int = 1,
+    dp: int = 1,
+    *,
+    timeout: float | datetime.timedelta = DEFAULT_TIMEOUT_S,
+    device: str | torch.device | None = None,
+) -> DeviceMesh:
+    """Start torch.distributed from torchrun's environment (if it is not running yet) and make the device mesh.
+
+    Args:
+        tp, pp, dp: sizes of tensor, pipeline and data parallelism; their product must be the world size. `tp=None`
+            takes what is left of the world.
+        timeout: seconds (or a timedelta) that bound every wait for a peer, in every group of the mesh.
+        device: "cuda" (NCCL) or "cpu" (Gloo); default: cuda when a GPU is visible.
+
+    Returns:
+        A DeviceMesh with the dimensions ("dp", "pp", "tp"); `mesh["tp"]` is what operations take as `group=`. Ranks of
+        one tp group are neighbours. Without torchrun's environment: a world of one.
+
+    Raises:
+        ValueError: sizes that do not fit the world, or a rank without a GPU.
+        RuntimeError: the rendezvous failed; the message says what to do.
+    """
+    rank, world, local_rank = _environment()
+    if dist.is_initialized():
+        rank, world = dist.get_rank(), dist.get_world_size()
+    tp = _check_sizes(world, tp, pp, dp)
+    if not isinstance(timeout, datetime.timedelta):
+        if not timeout > 0:
+            raise ValueError(f"fp.init: timeout must be a positive number of seconds, got {timeout!r}")
+        timeout = datetime.timedelta(seconds=timeout)
+    where = _choose_device(device, local_rank)
+    if where.type == "cuda":
+        torch.cuda.set_device(where)
+    if not dist.is_initialized():
+        _start(where, rank, world, timeout)
+    mesh = init_device_mesh(where.type, (dp, pp, tp), mesh_dim_names=("dp", "pp", "tp"))
+    for name in ("dp", "pp", "tp"):
+        # Sub-groups take the backend's default timeout, not the world's: set it, or a dead peer costs 10 to 30 minutes.
+        dist.distributed_c10d._set_pg_timeout(timeout, mesh.get_group(name))
+    return mesh
+
+
+def _start(where: torch.device, rank: int, world: int, timeout: datetime.timedelta) -> None:
+    # Gloo beside NCCL carries Python objects and agreements without touching a GPU stream.
+    backend = "cpu:gloo,cuda:nccl" if where.type == "cuda" else "gloo"
+    kwargs = {"device_id": where} if where.type == "cuda" else {}
+    if "RANK" not in os.environ:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout, **kwargs)
+        return
+    try:
+        dist.init_process_group(backend, rank=rank, world_size=world, timeout=timeout, **kwargs)
+    except (dist.DistError, RuntimeError, ValueError) as error:
+        address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        if "EADDRINUSE" in str(error) or "already in use" in str(error):
+            advice = "that port is in use: choose another (torchrun --master-port N, or MASTER_PORT=N)"
+        else:
+            advice = f"check that all {world} ranks were started and can reach that address"
+        raise RuntimeError(f"fp.init: rank {rank} could not join the group at {address}; {advice}. Cause: {error}") from error
+
+
+def finalize() -> None:
+    """Leave torch.distributed; safe to call when it never started. All ranks call it before they exit."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def resolve_group(group) -> dist.ProcessGroup:
+    """The ProcessGroup behind `group=`, which is a ProcessGroup or a one-dimensional DeviceMesh.
+
+    Raises TypeError for anything else (also None: torch's None means the whole world, ours is never implicit) and
+    ValueError for a mesh of several dimensions or a group this rank is not in.
+    """
+    if isinstance(group, dist.ProcessGroup):
+        return group
+    if isinstance(group, DeviceMesh):
+        if group.ndim != 1:
+            raise ValueError(
+                f"group= takes a one-dimensional mesh, got one with dimensions {group.mesh_dim_names}; "
+                'pick a dimension, as in group=mesh["tp"]'
+            )
+        return group.get_group()
+    if group is dist.GroupMember.NON_GROUP_MEMBER:
+        raise ValueError("group=: this rank is not a member of the group it was given")
+    raise TypeError(f'group= must be a ProcessGroup or a 1-D DeviceMesh such as mesh["tp"], got {type(group).__name__}')
+
+
+def group_from_name(name: str) -> dist.ProcessGroup:
+    """The ProcessGroup registered in this process under `name` (operations' schemas carry names)."""
+    return dist.distributed_c10d._resolve_process_group(name)

@@ -1,0 +1,76 @@
+"""Choice between an operation's fused and reference implementations.
+
+The choice must be the same on all ranks of a group, else one rank polls in a kernel while its peer sits in NCCL. So it
+may depend on shape, dtype and what the group agreed on (`comm.capabilities`), never on alignment, strides or addresses.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import logging
+import os
+import warnings
+
+from ..errors import NoFusedKernelError
+
+MODES = ("auto", "fused", "reference")
+_mode: contextvars.ContextVar[str | None] = contextvars.ContextVar("fused_parallel_mode", default=None)
+_log = logging.getLogger("fused_parallel")
+_told: set[tuple[str, str]] = set()
+
+
+def environment_mode() -> str:
+    """The mode that the environment variable FUSED_PARALLEL asks for (`auto` when unset)."""
+    mode = os.environ.get("FUSED_PARALLEL", "auto")
+    if mode not in MODES:
+        raise ValueError(f"FUSED_PARALLEL={mode!r} in the environment: must be one of {', '.join(MODES)}")
+    return mode
+
+
+def current_mode() -> str:
+    """The mode in force: that of the innermost `fp.use`, else of the environment."""
+    return _mode.get() or environment_mode()
+
+
+@contextlib.contextmanager
+def use(mode: str):
+    """Within the block, choose implementations by `mode`; all ranks of a group must use the same.
+
+    Args:
+        mode: "auto" (fused where there is a kernel for the call, else reference, with one warning that says why),
+            "fused" (raise `fp.NoFusedKernelError` instead of falling back) or "reference" (plain torch and
+            torch.distributed). The environment variable FUSED_PARALLEL sets the default.
+
+    The mode is read when an operation runs: a captured CUDA graph keeps what was in force at capture.
+    """
+    if mode not in MODES:
+        raise ValueError(f"fp.use({mode!r}): mode must be one of {', '.join(MODES)}")
+    token = _mode.set(mode)
+    try:
+        yield
+    finally:
+        _mode.reset(token)
+
+
+def choose_fused(op: str, unsupported: str | None, *, on_gpu: bool) -> bool:
+    """Whether this call takes the fused implementation.
+
+    `unsupported` is None if it can, else the reason, computed from what all ranks share. The reason is told once per
+    operation: as a warning on a GPU, where it costs speed, as a log line on a CPU, where nothing else exists.
+    """
+    mode = current_mode()
+    if mode == "reference":
+        return False
+    if unsupported is None:
+        return True
+    if mode == "fused":
+        raise NoFusedKernelError(f'{op}: fp.use("fused") is in force, but {unsupported}')
+    if (op, unsupported) not in _told:
+        _told.add((op, unsupported))
+        text = f"{op}: using the reference implementation (torch and torch.distributed), because {unsupported}"
+        if on_gpu:
+            warnings.warn(text, stacklevel=3)
+        else:
+            _log.info(text)
+    return False
