@@ -1,0 +1,449 @@
+"""Train a byte-level Llama target and a draft for it on the Python standard library's sources.
+
+    python3 examples/train_tiny.py                       # the pair in examples/assets, on a GPU if there is one
+    python3 examples/train_tiny.py --minutes 6.5         # fewer steps, so that training ends within 6.5 minutes
+    python3 examples/train_tiny.py --size smoke --out /tmp/pair --device cpu     # seconds; the models are useless
+
+Writes Hugging Face-format directories `<out>/<size>-target` and `<out>/<size>-draft`. The target learns the next byte.
+The draft is distilled from the target: speculative decoding accepts a drafted token when the two agree, so it learns the
+target's distribution and its first choice, half on corpus text and half on the target's own greedy continuations, which
+are what it will meet. The same machine kind, seed and steps give the same weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts: bitwise repeatable matmuls
+
+import torch
+import torch.nn.functional as F
+from _corpus import SEPARATOR, byte_tokenizer, held_out_prompts, load_corpus, pack
+from transformers import AttentionInterface, GenerationConfig, LlamaConfig, LlamaForCausalLM
+from transformers.utils import logging as transformers_logging
+
+VOCAB_SIZE = 256
+MAX_POSITIONS = 2048
+DRAFT_TOKENS = 4
+SAMPLE_PROMPTS = ("def fibonacci(n):\n", "class Stack:\n    def __init__(self")
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One model: `heads` query heads and `kv_heads` key/value heads of `head_dim`."""
+
+    hidden: int
+    intermediate: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    tied: bool
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A pair and how it is trained. `context` and `draft_context` are bytes, `batch` and `draft_batch` sequences."""
+
+    target: Shape
+    draft: Shape
+    context: int
+    batch: int
+    steps: int
+    lr: float
+    draft_context: int
+    draft_batch: int
+    draft_steps: int
+    draft_lr: float
+    rollouts: int  # greedy continuations of the target that the draft trains on
+    warmup: int
+    prompts: int  # held-out prompts in the acceptance figure
+    dropout: float = 0.0  # on the target's residual branches: the corpus is read many times over
+
+
+# Target heads divide by 2 and 4 (tensor parallel), layers by 2 and 3 (pipeline). The draft is shallow and wide because it
+# runs k times a round; its heads * head_dim differs from its hidden size, and its embedding is tied, so that a
+# loader meets both cases.
+PRESETS = {
+    "smoke": Preset(
+        target=Shape(64, 96, 2, 4, 2, 16, tied=False), draft=Shape(32, 48, 1, 2, 1, 16, tied=True),
+        context=64, batch=8, steps=30, lr=3e-3, draft_context=64, draft_batch=8, draft_steps=20, draft_lr=3e-3,
+        rollouts=8, warmup=5, prompts=8,
+    ),
+    "tiny": Preset(
+        target=Shape(256, 576, 6, 8, 4, 32, tied=False), draft=Shape(192, 256, 2, 4, 2, 32, tied=True),
+        context=1024, batch=64, steps=10000, lr=2.5e-3,
+        draft_context=512, draft_batch=128, draft_steps=6000, draft_lr=3e-3,
+        rollouts=16384, warmup=200, prompts=512, dropout=0.05,
+    ),
+    "small": Preset(
+        target=Shape(512, 1408, 12, 8, 4, 64, tied=False), draft=Shape(256, 576, 3, 8, 4, 32, tied=True),
+        context=1024, batch=64, steps=10000, lr=1.2e-3,
+        draft_context=512, draft_batch=128, draft_steps=8000, draft_lr=2.5e-3,
+        rollouts=16384, warmup=400, prompts=512, dropout=0.1,
+    ),
+}  # fmt: skip
+
+
+def causal_attention(module, query, key, value, attention_mask, scaling=None, **kwargs):
+    """transformers' attention hook without a mask tensor, so that SDPA may take its flash kernel when compiled too.
+
+    Right for a prompt into an empty cache and for one token at a time, which is all this script does.
+    """
+    out = F.scaled_dot_product_attention(
+        query.to(value.dtype), key.to(value.dtype), value, scale=scaling, is_causal=query.shape[2] > 1, enable_gqa=True
+    )
+    return out.transpose(1, 2), None
+
+
+AttentionInterface.register("causal_without_mask", causal_attention)
+
+
+# ---------------------------------------------------------------- models on disk
+
+
+def build_model(shape: Shape) -> LlamaForCausalLM:
+    config = LlamaConfig(
+        vocab_size=VOCAB_SIZE,
+        hidden_size=shape.hidden,
+        intermediate_size=shape.intermediate,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        head_dim=shape.head_dim,
+        max_position_embeddings=MAX_POSITIONS,
+        rms_norm_eps=1e-5,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+        tie_word_embeddings=shape.tied,
+        bos_token_id=SEPARATOR,
+        eos_token_id=SEPARATOR,
+        pad_token_id=SEPARATOR,
+        tokenizer_class="PreTrainedTokenizerFast",  # AutoTokenizer then reads tokenizer.json as it is
+    )
+    model = LlamaForCausalLM(config)
+    model.config._attn_implementation = "causal_without_mask"
+    return model
+
+
+def save_model(model: LlamaForCausalLM, directory: Path) -> None:
+    """Write the weights as bf16 with config, generation config and tokenizer; each file appears whole or not at all."""
+    copy = LlamaForCausalLM(model.config).to(torch.bfloat16)
+    copy.load_state_dict(model.state_dict())
+    copy.generation_config = GenerationConfig(
+        bos_token_id=SEPARATOR, eos_token_id=SEPARATOR, pad_token_id=SEPARATOR, do_sample=False
+    )
+    partial = directory / ".partial"
+    copy.save_pretrained(partial)
+    byte_tokenizer().save(str(partial / "tokenizer.json"))
+    for file in partial.iterdir():
+        os.replace(file, directory / file.name)
+    partial.rmdir()
+
+
+def load_model(directory: str | Path, device="cpu", dtype=torch.float32) -> LlamaForCausalLM:
+    model = LlamaForCausalLM.from_pretrained(directory, dtype=dtype).to(device).eval().requires_grad_(False)
+    model.config._attn_implementation = "causal_without_mask"
+    return model
+
+
+def disk_bytes(directory: Path) -> int:
+    """Size of the weights file in bytes."""
+    return (Path(directory) / "model.safetensors").stat().st_size
+
+
+# ---------------------------------------------------------------- training
+
+
+def logits_of(model: LlamaForCausalLM, tokens: torch.Tensor) -> torch.Tensor:
+    """Logits [batch, length, vocab] of int64 `tokens` [batch, length].
+
+    The lookup is a product with one-hot rows: with 256 rows and a batch of many thousand bytes, the gradient of an
+    indexed lookup would be added by contended atomics, slow and in no fixed order.
+    """
+    one_hot = F.one_hot(tokens, VOCAB_SIZE).to(torch.bfloat16 if tokens.is_cuda else torch.float32)
+    embedded = one_hot @ model.get_input_embeddings().weight.to(one_hot.dtype)
+    return model(inputs_embeds=embedded.to(model.dtype), use_cache=False).logits
+
+
+def next_byte_loss(model: LlamaForCausalLM, tokens: torch.Tensor) -> torch.Tensor:
+    """Mean cross-entropy in nats of `tokens[:, 1:]` given what precedes."""
+    return F.cross_entropy(logits_of(model, tokens[:, :-1]).float().flatten(0, 1), tokens[:, 1:].flatten())
+
+
+def distillation_loss(draft: LlamaForCausalLM, target: LlamaForCausalLM, tokens: torch.Tensor) -> torch.Tensor:
+    """KL(target || draft) plus cross-entropy on the target's first choice: the second is greedy agreement itself."""
+    with torch.no_grad():
+        target_logits = logits_of(target, tokens).float().flatten(0, 1)
+    draft_log_probs = logits_of(draft, tokens).float().log_softmax(-1).flatten(0, 1)
+    kl = F.kl_div(draft_log_probs, target_logits.log_softmax(-1), log_target=True, reduction="batchmean")
+    return kl + 0.5 * F.nll_loss(draft_log_probs, target_logits.argmax(-1))
+
+
+def random_windows(text: torch.Tensor, count: int, length: int, generator: torch.Generator) -> torch.Tensor:
+    """int64 [count, length] on the device of `text` (uint8), starting anywhere; the offsets are drawn on the CPU."""
+    starts = torch.randint(text.numel() - length + 1, (count, 1), generator=generator).to(text.device)
+    return text[starts + torch.arange(length, device=text.device)].long()
+
+
+def learning_rate(step: int, steps: int, warmup: int, peak: float) -> float:
+    """Linear warm-up, then a cosine to nearly zero. During the warm-up `steps` plays no part (see `train`)."""
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    progress = (step - warmup) / max(1, steps - warmup)
+    return peak * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
+
+
+def train(name, model, loss_of, next_batch, report, *, steps, lr, warmup, directory, deadline=None) -> int:
+    """Minimise `loss_of(next_batch())` over the model's parameters; returns the number of steps taken.
+
+    With `deadline` (time.monotonic seconds) the steps are cut, once their pace is known and still within the warm-up,
+    to what fits: the run then equals one given that number with --steps / --draft-steps. Saves ten times on the way.
+    """
+    device = next(model.parameters()).device
+    on_gpu = device.type == "cuda"
+    matrices = [p for p in model.parameters() if p.ndim > 1]
+    vectors = [p for p in model.parameters() if p.ndim == 1]
+    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=on_gpu)
+    directory.mkdir(parents=True, exist_ok=True)
+
+    def backward(loss_fn, batch):
+        with torch.autocast("cuda", torch.bfloat16, enabled=on_gpu):
+            loss = loss_fn(batch)
+        loss.backward()
+        return loss
+
+    model.train()
+    step_loss = loss_of
+    if on_gpu:  # these models are small enough that unfused kernels and their launches would dominate
+        step_loss = torch.compile(loss_of)
+        try:
+            backward(step_loss, torch.full_like(next_batch.example(), SEPARATOR))
+        except Exception as error:  # noqa: BLE001 - any compiler failure leaves the slow path, which is correct
+            print(f"{name}: torch.compile failed, training without it: {type(error).__name__}: {error}", flush=True)
+            step_loss = loss_of
+        optimizer.zero_grad(set_to_none=True)
+
+    started = pace_from = time.monotonic()
+    for step in range(10**9):
+        if deadline and (step == 5 or (step > 5 and step % 5 == 0)):
+            if on_gpu:
+                torch.cuda.synchronize()
+            now = time.monotonic()
+            if step == 5:
+                pace_from = now
+            elif now - pace_from > 3 or step + 5 >= warmup:
+                fitting = step + int((deadline - now) / ((now - pace_from) / (step - 5)))
+                steps, deadline = max(step + 1, min(steps, fitting)), None
+                print(f"{name}: {steps} steps fit the time given", flush=True)
+        if step >= steps:
+            break
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, steps, warmup, lr)
+        loss = backward(step_loss, next_batch())
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if (step + 1) % max(1, steps // 10) == 0 or step + 1 == steps:
+            model.eval()
+            print(
+                f"{name}: step {step + 1}/{steps}  loss {loss.item():.4f}  {report()}  {time.monotonic() - started:.1f} s",
+                flush=True,
+            )
+            save_model(model, directory)
+            model.train()
+    model.eval()
+    return steps
+
+
+class Batches:
+    """Calling it gives the next int64 batch [sequences, length] of corpus windows, the last part of it from `rollouts`."""
+
+    def __init__(self, text, count, length, seed, rollouts=None):
+        self.text, self.count, self.length, self.rollouts = text, count, length, rollouts
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def __call__(self):
+        own = 0 if self.rollouts is None else self.count // 2
+        batch = random_windows(self.text, self.count - own, self.length, self.generator)
+        if own:
+            rows = torch.randint(len(self.rollouts), (own,), generator=self.generator).to(self.text.device)
+            batch = torch.cat([batch, self.rollouts[rows].long()])
+        return batch
+
+    def example(self):
+        """A batch of the right shape that leaves the random state alone."""
+        return torch.zeros(self.count, self.length, dtype=torch.int64, device=self.text.device)
+
+
+def add_residual_dropout(model: LlamaForCausalLM, probability: float) -> None:
+    def drop(module, inputs, output):
+        return F.dropout(output, probability, module.training)
+
+    for layer in model.model.layers:
+        layer.self_attn.o_proj.register_forward_hook(drop)
+        layer.mlp.down_proj.register_forward_hook(drop)
+
+
+# ---------------------------------------------------------------- evaluation
+
+
+@torch.no_grad()
+def greedy(model: LlamaForCausalLM, prompts: torch.Tensor, new_tokens: int) -> torch.Tensor:
+    """int64 [batch, new_tokens]: each prompt's most likely continuation, going on past the end of a document."""
+    cache, tokens, out = None, prompts, []
+    for _ in range(new_tokens):
+        result = model(input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        cache, tokens = result.past_key_values, result.logits[:, -1:].argmax(-1)
+        out.append(tokens)
+    return torch.cat(out, 1)
+
+
+@torch.no_grad()
+def bits_per_byte(model: LlamaForCausalLM, windows: torch.Tensor, batch: int = 16) -> float:
+    """Mean bits per byte over int64 `windows` [n, length], each predicted from its own beginning."""
+    losses = [next_byte_loss(model, part) * len(part) for part in windows.split(batch)]
+    return (torch.stack(losses).sum() / len(windows) / math.log(2)).item()
+
+
+@torch.no_grad()
+def acceptance(
+    target: LlamaForCausalLM,
+    draft: LlamaForCausalLM,
+    prompts: torch.Tensor,
+    new_tokens: int = 128,
+    k: int = DRAFT_TOKENS,
+) -> float:
+    """Mean accepted / k over the rounds of greedy speculative decoding of `new_tokens` bytes after each prompt.
+
+    A round drafts k tokens, keeps those that agree with the target up to the first that does not, and adds one of the
+    target's. What is kept is thus always the target's own continuation, and the draft's proposals up to its first error
+    are what it predicts on that continuation: one pass over it gives every round's outcome exactly.
+    """
+    continuation = greedy(target, prompts, new_tokens + k)  # every round that starts in new_tokens drafts all k
+    sequence = torch.cat([prompts, continuation], 1)
+    proposed = draft(input_ids=sequence[:, :-1], use_cache=False).logits[:, prompts.shape[1] - 1 :].argmax(-1)
+    accepted = rounds = 0
+    for agrees in (proposed == continuation).tolist():
+        position = 0
+        while position < new_tokens:
+            window = agrees[position : position + k]
+            kept = window.index(False) if False in window else k
+            accepted, rounds, position = accepted + kept, rounds + 1, position + kept + 1
+    return accepted / (rounds * k)
+
+
+def evaluate(target_dir: Path, draft_dir: Path, preset: Preset, held_out: list[bytes], device: torch.device) -> None:
+    """Print what the stored pair does on the held-out files, in fp32."""
+    pair = {"target": (target_dir, load_model(target_dir, device)), "draft": (draft_dir, load_model(draft_dir, device))}
+    text = pack(held_out).to(device)
+    length = preset.context + 1
+    windows = text[: text.numel() // length * length].view(-1, length).long()
+    if device.type == "cpu":
+        windows = windows[:: max(1, len(windows) // 32)]
+    for role, (directory, model) in pair.items():
+        parameters = sum(p.numel() for p in model.parameters())
+        print(
+            f"{role}: {parameters} parameters, {disk_bytes(directory)} bytes on disk, "
+            f"held-out {bits_per_byte(model, windows):.4f} bits per byte ({directory})"
+        )
+    target, draft = pair["target"][1], pair["draft"][1]
+    count = min(preset.prompts, 32) if device.type == "cpu" else preset.prompts
+    prompts = held_out_prompts(held_out, count, 256).to(device)
+    rate = acceptance(target, draft, prompts)
+    print(f"mean accepted / k at k={DRAFT_TOKENS}, greedy, {count} held-out prompts: {rate:.4f}")
+    for prompt in SAMPLE_PROMPTS:
+        tokens = torch.tensor([list(prompt.encode())], device=device)
+        continuation = bytes(greedy(target, tokens, 300)[0].tolist()).decode(errors="replace")
+        print(f"--- {prompt!r} continued greedily:\n{prompt}{continuation}\n---")
+
+
+# ---------------------------------------------------------------- the run
+
+
+def parse_arguments(argv=None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--size", choices=PRESETS, default="tiny", help="which pair (default: tiny)")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "assets", help="where the directories go")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=int, help="steps of the target (default: the size's)")
+    parser.add_argument("--draft-steps", type=int, help="steps of the draft (default: the size's)")
+    parser.add_argument(
+        "--minutes", type=float, help="cut both so that training ends in about this time, compiling included"
+    )
+    parser.add_argument("--batch", type=int, help="sequences a step, for both (default: the size's)")
+    parser.add_argument("--target", type=Path, help="train only a draft, for the trained target in this directory")
+    args = parser.parse_args(argv)
+    for name in ("steps", "draft_steps", "minutes", "batch"):
+        value = getattr(args, name)
+        if value is not None and value <= 0:
+            parser.error(f"--{name.replace('_', '-')} must be positive, not {value}")
+    return args
+
+
+def main(argv=None) -> None:
+    args = parse_arguments(argv)
+    preset, device, started = PRESETS[args.size], torch.device(args.device), time.monotonic()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that costs a pass over every output
+    transformers_logging.disable_progress_bar()
+    torch.manual_seed(args.seed)
+    documents, held_out = load_corpus()
+    text = pack(documents).to(device)
+    print(f"{len(documents)} files ({text.numel()} bytes) to train on, {len(held_out)} held out", flush=True)
+    watched = held_out_prompts(held_out, 64 if device.type == "cuda" else 4, preset.draft_context).to(device)
+
+    target_dir, draft_dir = args.target, args.out / f"{args.size}-draft"
+    if target_dir is None:
+        target_dir = args.out / f"{args.size}-target"
+        target = build_model(preset.target).to(device)
+        add_residual_dropout(target, preset.dropout)
+        taken = train(
+            "target",
+            target,
+            lambda tokens: next_byte_loss(target, tokens),
+            Batches(text, args.batch or preset.batch, preset.context + 1, args.seed + 1),
+            lambda: f"held-out {bits_per_byte(target, watched):.4f} bits per byte",
+            steps=args.steps or preset.steps,
+            lr=preset.lr,
+            warmup=preset.warmup,
+            directory=target_dir,
+            deadline=args.minutes and started + 60 * args.minutes * 0.65,
+        )
+        print(f"target: took {taken} steps, batch {args.batch or preset.batch}", flush=True)
+
+    # The teacher is the model as stored, rounding included: the draft has to agree with that one.
+    teacher = load_model(target_dir, device, torch.bfloat16 if device.type == "cuda" else torch.float32)
+    generator = torch.Generator().manual_seed(args.seed + 2)
+    half = preset.draft_context // 2
+    prompts = random_windows(text, min(preset.rollouts, 64 * (args.batch or preset.rollouts)), half, generator)
+    rollouts = torch.cat([torch.cat([p, greedy(teacher, p, half)], 1).to(torch.uint8) for p in prompts.split(4096)])
+    print(f"target: continued {len(rollouts)} prompts by {half} bytes, {time.monotonic() - started:.1f} s", flush=True)
+
+    draft = build_model(preset.draft).to(device)
+    probe = held_out_prompts(held_out, 64 if device.type == "cuda" else 4, 256).to(device)
+    taken = train(
+        "draft",
+        draft,
+        lambda tokens: distillation_loss(draft, teacher, tokens),
+        Batches(text, args.batch or preset.draft_batch, preset.draft_context, args.seed + 3, rollouts),
+        lambda: f"held-out acceptance {acceptance(teacher, draft, probe, 64):.4f}",
+        steps=args.draft_steps or preset.draft_steps,
+        lr=preset.draft_lr,
+        warmup=preset.warmup,
+        directory=draft_dir,
+        deadline=args.minutes and started + 60 * args.minutes,
+    )
+    print(f"draft: took {taken} steps, batch {args.batch or preset.draft_batch}", flush=True)
+    evaluate(target_dir, draft_dir, preset, held_out, device)
+    print(f"{time.monotonic() - started:.1f} s in all", flush=True)
+
+
+if __name__ == "__main__":
+    main()
