@@ -1,0 +1,132 @@
+"""all_reduce, reduce_scatter and all_gather of activations."""
+
+from __future__ import annotations
+
+import torch
+
+from ..comm import collectives
+from ..comm.groups import group_from_name, resolve_group
+from ..reference import all_reduce as reference
+from ._debug import check_agreement
+from ._dispatch import NO_KERNEL, choose_fused
+from ._library import check_floating, register
+
+
+def _all_reduce(x: torch.Tensor, group_name: str) -> torch.Tensor:
+    pg = group_from_name(group_name)
+    check_agreement("all_reduce", pg, x)
+    choose_fused("all_reduce", NO_KERNEL, on_gpu=x.is_cuda)
+    return reference.all_reduce(x, pg)
+
+
+def _all_reduce_out(x: torch.Tensor, out: torch.Tensor, group_name: str) -> None:
+    pg = group_from_name(group_name)
+    check_agreement("all_reduce", pg, x)
+    choose_fused("all_reduce", NO_KERNEL, on_gpu=x.is_cuda)
+    reference.all_reduce_out(x, out, pg)
+
+
+def _reduce_scatter(x: torch.Tensor, group_name: str) -> torch.Tensor:
+    pg = group_from_name(group_name)
+    check_agreement("reduce_scatter", pg, x)
+    choose_fused("reduce_scatter", NO_KERNEL, on_gpu=x.is_cuda)
+    return collectives.reduce_scatter(x, pg)
+
+
+def _all_gather(x: torch.Tensor, group_name: str) -> torch.Tensor:
+    pg = group_from_name(group_name)
+    check_agreement("all_gather", pg, x)
+    choose_fused("all_gather", NO_KERNEL, on_gpu=x.is_cuda)
+    return collectives.all_gather(x, pg)
+
+
+_all_reduce_op = register(
+    "all_reduce(Tensor x, str group_name) -> Tensor",
+    _all_reduce,
+    lambda x, group_name: torch.empty_like(x, memory_format=torch.contiguous_format),
+)
+_all_reduce_out_op = register(
+    "all_reduce_out(Tensor x, Tensor(a!) out, str group_name) -> ()",
+    _all_reduce_out,
+    lambda x, out, group_name: None,
+)
+_reduce_scatter_op = register(
+    "reduce_scatter(Tensor x, str group_name) -> Tensor",
+    _reduce_scatter,
+    lambda x, group_name: x.new_empty((x.shape[0] // group_from_name(group_name).size(), *x.shape[1:])),
+)
+_all_gather_op = register(
+    "all_gather(Tensor x, str group_name) -> Tensor",
+    _all_gather,
+    lambda x, group_name: x.new_empty((x.shape[0] * group_from_name(group_name).size(), *x.shape[1:])),
+)
+
+
+def all_reduce(x: torch.Tensor, *, group, out: torch.Tensor | None = None) -> torch.Tensor:
+    """Sum `x` over the ranks of `group`.
+
+    Args:
+        x: any shape, fp16, bf16 or fp32; the same shape and dtype on every rank.
+        group: ProcessGroup or 1-D DeviceMesh.
+        out: where the sum goes, of x's shape and dtype; may be `x` itself (in place). Default: a new tensor.
+
+    Returns:
+        The sum, contiguous unless `out` is given, on every rank.
+
+    Runs on the current stream; capturable in CUDA graphs; traced by torch.compile as one node.
+
+    Raises:
+        TypeError, ValueError: bad dtype, shape or group.
+        PeerTimeoutError: a rank died or did not answer within the group's timeout.
+    """
+    check_floating("all_reduce", x=x, out=out)
+    name = resolve_group(group).group_name
+    if out is None:
+        return _all_reduce_op(x, name)
+    if out.shape != x.shape:
+        raise ValueError(f"all_reduce: out has shape {tuple(out.shape)}, x has {tuple(x.shape)}; they must be equal")
+    _all_reduce_out_op(x, out, name)
+    return out
+
+
+def reduce_scatter(x: torch.Tensor, *, group) -> torch.Tensor:
+    """Sum `x` over the ranks and keep this rank's part of dim 0.
+
+    Args:
+        x: [world * n, ...], fp16, bf16 or fp32, alike on every rank.
+        group: ProcessGroup or 1-D DeviceMesh.
+
+    Returns:
+        [n, ...]: rows [rank * n, (rank + 1) * n) of the sum.
+
+    Raises ValueError if dim 0 is not divisible by the group's size (pad it), else as `all_reduce`. Streams, graphs and
+    torch.compile: as `all_reduce`.
+    """
+    check_floating("reduce_scatter", x=x)
+    pg = resolve_group(group)
+    check_divisible("reduce_scatter", x, pg.size())
+    return _reduce_scatter_op(x, pg.group_name)
+
+
+def all_gather(x: torch.Tensor, *, group) -> torch.Tensor:
+    """Concatenate the ranks' `x` along dim 0, in rank order.
+
+    Args:
+        x: [n, ...], fp16, bf16 or fp32, the same shape on every rank.
+        group: ProcessGroup or 1-D DeviceMesh.
+
+    Returns:
+        [world * n, ...], the same on every rank. Errors, streams, graphs and torch.compile: as `all_reduce`.
+    """
+    check_floating("all_gather", x=x)
+    if x.dim() == 0:
+        raise ValueError("all_gather: x must have at least one dimension, got a scalar")
+    return _all_gather_op(x, resolve_group(group).group_name)
+
+
+def check_divisible(op: str, x: torch.Tensor, world: int) -> None:
+    """Raise ValueError unless dim 0 of `x` splits evenly over `world` ranks."""
+    if x.dim() == 0 or x.shape[0] % world:
+        raise ValueError(
+            f"{op}: dim 0 of x must be divisible by the group's {world} ranks, got shape {tuple(x.shape)}; pad it"
+        )

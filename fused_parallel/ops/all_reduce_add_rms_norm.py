@@ -1,0 +1,69 @@
+"""all_reduce_add_rms_norm: what follows every row-parallel matmul of a transformer layer, as one operation."""
+
+from __future__ import annotations
+
+import torch
+
+from ..comm.groups import group_from_name, resolve_group
+from ..reference import all_reduce_add_rms_norm as reference
+from ._debug import check_agreement
+from ._dispatch import NO_KERNEL, choose_fused
+from ._library import check_floating, register
+
+
+def _impl(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float, group_name: str):
+    pg = group_from_name(group_name)
+    check_agreement("all_reduce_add_rms_norm", pg, x, residual, weight)
+    choose_fused("all_reduce_add_rms_norm", NO_KERNEL, on_gpu=x.is_cuda)
+    return reference.all_reduce_add_rms_norm(x, residual, weight, eps, pg)
+
+
+def _fake(x, residual, weight, eps, group_name):
+    return (
+        torch.empty_like(x, memory_format=torch.contiguous_format),
+        torch.empty_like(x, memory_format=torch.contiguous_format),
+    )
+
+
+_op = register(
+    "all_reduce_add_rms_norm(Tensor x, Tensor residual, Tensor weight, float eps, str group_name) -> (Tensor, Tensor)",
+    _impl,
+    _fake,
+)
+
+
+def check_norm(op: str, shape, residual: torch.Tensor, weight: torch.Tensor, eps: float) -> None:
+    """Raise ValueError unless `residual` has `shape`, `weight` its last dimension, and `eps` is positive."""
+    if tuple(residual.shape) != tuple(shape):
+        raise ValueError(f"{op}: residual has shape {tuple(residual.shape)}, expected {tuple(shape)}")
+    if tuple(weight.shape) != tuple(shape[-1:]):
+        raise ValueError(f"{op}: the norm's weight has shape {tuple(weight.shape)}, expected {tuple(shape[-1:])}")
+    if not eps > 0:
+        raise ValueError(f"{op}: eps must be positive, got {eps!r}")
+
+
+def all_reduce_add_rms_norm(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float, *, group
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sum `x` over the ranks, add the residual, normalise.
+
+    new_residual = residual + sum over ranks of x, rounded to the dtype; normed = new_residual /
+    sqrt(mean(new_residual ** 2) + eps) * weight, the mean in fp32.
+
+    Args:
+        x: [..., hidden], fp16, bf16 or fp32: this rank's partial sum.
+        residual: like x, the same on every rank.
+        weight: [hidden], the norm's weight.
+        eps: added to the mean square.
+        group: ProcessGroup or 1-D DeviceMesh.
+
+    Returns:
+        (normed, new_residual), new tensors like x, the same on every rank.
+
+    Errors, streams, graphs and torch.compile: as `all_reduce`. Source of the norm: Zhang and Sennrich 2019.
+    """
+    check_floating("all_reduce_add_rms_norm", x=x, residual=residual, weight=weight)
+    if x.dim() == 0:
+        raise ValueError("all_reduce_add_rms_norm: x must have at least one dimension, got a scalar")
+    check_norm("all_reduce_add_rms_norm", x.shape, residual, weight, eps)
+    return _op(x, residual, weight, eps, resolve_group(group).group_name)

@@ -1,0 +1,107 @@
+"""matmul_all_reduce and matmul_all_reduce_add_rms_norm: a row-parallel linear layer with what follows it."""
+
+from __future__ import annotations
+
+import torch
+
+from ..comm.groups import group_from_name, resolve_group
+from ..reference import matmul_all_reduce as reference
+from ._debug import check_agreement
+from ._dispatch import NO_KERNEL, choose_fused
+from ._library import check_floating, register
+from .all_reduce_add_rms_norm import check_norm
+
+
+def _impl(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, group_name: str) -> torch.Tensor:
+    pg = group_from_name(group_name)
+    check_agreement("matmul_all_reduce", pg, x, weight, bias)
+    choose_fused("matmul_all_reduce", NO_KERNEL, on_gpu=x.is_cuda)
+    return reference.matmul_all_reduce(x, weight, bias, pg)
+
+
+def _impl_norm(x, weight, residual, norm_weight, eps: float, bias, group_name: str):
+    pg = group_from_name(group_name)
+    check_agreement("matmul_all_reduce_add_rms_norm", pg, x, weight, residual, norm_weight, bias)
+    choose_fused("matmul_all_reduce_add_rms_norm", NO_KERNEL, on_gpu=x.is_cuda)
+    return reference.matmul_all_reduce_add_rms_norm(x, weight, residual, norm_weight, eps, bias, pg)
+
+
+def _fake(x, weight, bias, group_name):
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+def _fake_norm(x, weight, residual, norm_weight, eps, bias, group_name):
+    return _fake(x, weight, bias, group_name), _fake(x, weight, bias, group_name)
+
+
+_op = register("matmul_all_reduce(Tensor x, Tensor weight, Tensor? bias, str group_name) -> Tensor", _impl, _fake)
+_op_norm = register(
+    "matmul_all_reduce_add_rms_norm(Tensor x, Tensor weight, Tensor residual, Tensor norm_weight, float eps, "
+    "Tensor? bias, str group_name) -> (Tensor, Tensor)",
+    _impl_norm,
+    _fake_norm,
+)
+
+
+def check_matmul(op: str, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
+    """Raise ValueError unless x [..., K], weight [N, K] and bias [N] fit."""
+    if x.dim() == 0 or weight.dim() != 2 or x.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"{op}: x [..., K] and weight [N, K] must share K, got {tuple(x.shape)} and {tuple(weight.shape)}; "
+            "both hold this rank's part of K"
+        )
+    if bias is not None and tuple(bias.shape) != (weight.shape[0],):
+        raise ValueError(f"{op}: bias must have shape ({weight.shape[0]},), got {tuple(bias.shape)}")
+
+
+def matmul_all_reduce(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, *, group
+) -> torch.Tensor:
+    """x @ weight.T summed over the ranks, plus bias: a row-parallel linear layer.
+
+    Args:
+        x: [..., K / tp], fp16, bf16 or fp32: this rank's columns of the input.
+        weight: [N, K / tp], torch's layout: this rank's columns of the weight.
+        bias: [N] or None, the whole bias on every rank; added once, after the sum.
+        group: ProcessGroup or 1-D DeviceMesh.
+
+    Returns:
+        [..., N], the same on every rank. Each rank's partial product is rounded to the dtype before the sum.
+
+    Raises:
+        TypeError, ValueError: bad dtype, shape or group.
+        PeerTimeoutError: a rank died or did not answer within the group's timeout.
+
+    Runs on the current stream; capturable in CUDA graphs; traced by torch.compile as one node.
+    """
+    check_floating("matmul_all_reduce", x=x, weight=weight, bias=bias)
+    check_matmul("matmul_all_reduce", x, weight, bias)
+    return _op(x, weight, bias, resolve_group(group).group_name)
+
+
+def matmul_all_reduce_add_rms_norm(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    residual: torch.Tensor,
+    norm_weight: torch.Tensor,
+    eps: float,
+    bias: torch.Tensor | None = None,
+    *,
+    group,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`matmul_all_reduce`, then the residual added and the sum normalised (`all_reduce_add_rms_norm`).
+
+    Args:
+        x: [..., K / tp]; weight: [N, K / tp]; bias: [N] or None: as `matmul_all_reduce`.
+        residual: [..., N], the same on every rank.
+        norm_weight: [N]; eps: of the RMSNorm.
+        group: ProcessGroup or 1-D DeviceMesh.
+
+    Returns:
+        (normed [..., N], new_residual [..., N]), the same on every rank. Else as `matmul_all_reduce`.
+    """
+    op = "matmul_all_reduce_add_rms_norm"
+    check_floating(op, x=x, weight=weight, residual=residual, norm_weight=norm_weight, bias=bias)
+    check_matmul(op, x, weight, bias)
+    check_norm(op, (*x.shape[:-1], weight.shape[0]), residual, norm_weight, eps)
+    return _op_norm(x, weight, residual, norm_weight, eps, bias, resolve_group(group).group_name)

@@ -1,0 +1,42 @@
+"""Reference of verify_attention: torch's scaled_dot_product_attention under an explicit mask."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+
+def verify_attention(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    cache_lens: torch.Tensor,
+    block_table: torch.Tensor | None,
+    tree_mask: torch.Tensor | None,
+    scale: float,
+) -> torch.Tensor:
+    batch, new, _, _ = q.shape
+    if block_table is not None:
+        table = block_table.long()
+        k_cache, v_cache = (c[table].flatten(1, 2) for c in (k_cache, v_cache))
+    if not q.is_cuda and batch:
+        # On a CPU the lengths can be read for free; on a GPU that would synchronise, so all of the capacity is scanned.
+        used = max(1, int(cache_lens.max()))
+        k_cache, v_cache = k_cache[:, :used], v_cache[:, :used]
+    start = (cache_lens.long() - new).view(-1, 1, 1)
+    key = torch.arange(k_cache.shape[1], device=q.device).view(1, 1, -1)
+    query = torch.arange(new, device=q.device).view(1, -1, 1)
+    if tree_mask is None:
+        visible = key <= start + query
+    else:
+        among_new = tree_mask.gather(2, (key - start).clamp(0, new - 1).expand(batch, new, -1))
+        visible = (key < start) | (among_new & (key < start + new))
+    out = F.scaled_dot_product_attention(
+        q.transpose(1, 2),
+        k_cache.transpose(1, 2),
+        v_cache.transpose(1, 2),
+        attn_mask=visible.unsqueeze(1),
+        scale=scale,
+        enable_gqa=q.shape[2] != k_cache.shape[2],
+    )
+    return out.transpose(1, 2).contiguous()
