@@ -37,7 +37,7 @@ def corpus_files(root: str | Path | None = None) -> list[tuple[str, Path]]:
 
 
 def is_held_out(relative_path: str) -> bool:
-    """Whether a file is kept out of training: by a hash of its path alone, so that Python versions agree on the split."""
+    """Whether a file is kept out of training: by a hash of its path alone, so that Python versions agree."""
     digest = hashlib.sha256(relative_path.encode()).digest()
     return int.from_bytes(digest[:8], "big") % 1000 < HELD_OUT_PER_MILLE
 
@@ -76,7 +76,7 @@ def held_out_prompts(documents: list[bytes], count: int, length: int) -> torch.T
 
 
 def byte_tokenizer():
-    """A `tokenizers.Tokenizer` whose token id is the byte's value: 256 entries, no merges, nothing added or stripped."""
+    """A `tokenizers.Tokenizer` whose token id is the byte's value: no merges, nothing added or stripped."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
     tokenizer = Tokenizer(models.BPE(vocab={char: byte for byte, char in enumerate(_byte_characters())}, merges=[]))

@@ -5,9 +5,9 @@
     python3 examples/train_tiny.py --size smoke --out /tmp/pair --device cpu     # seconds; the models are useless
 
 Writes Hugging Face-format directories `<out>/<size>-target` and `<out>/<size>-draft`. The target learns the next byte.
-The draft is distilled from the target: speculative decoding accepts a drafted token when the two agree, so it learns the
-target's distribution and its first choice, half on corpus text and half on the target's own greedy continuations, which
-are what it will meet. The same machine kind, seed and steps give the same weights.
+The draft is distilled from the target: speculative decoding accepts a drafted token when the two agree, so it learns
+the target's distribution and its first choice, half on corpus text and half on the target's own greedy continuations,
+which are what it will meet. The same machine kind, seed and steps give the same weights.
 """
 
 from __future__ import annotations
@@ -66,8 +66,8 @@ class Preset:
     dropout: float = 0.0  # on the target's residual branches: the corpus is read many times over
 
 
-# Target heads divide by 2 and 4 (tensor parallel), layers by 2 and 3 (pipeline). The draft is shallow and wide because it
-# runs k times a round; its heads * head_dim differs from its hidden size, and its embedding is tied, so that a
+# Target heads divide by 2 and 4 (tensor parallel), layers by 2 and 3 (pipeline). The draft is shallow and wide because
+# it runs k times a round; its heads * head_dim differs from its hidden size, and its embedding is tied, so that a
 # loader meets both cases.
 PRESETS = {
     "smoke": Preset(
@@ -224,7 +224,7 @@ def train(name, model, loss_of, next_batch, report, *, steps, lr, warmup, direct
         step_loss = torch.compile(loss_of)
         try:
             backward(step_loss, torch.full_like(next_batch.example(), SEPARATOR))
-        except Exception as error:  # noqa: BLE001 - any compiler failure leaves the slow path, which is correct
+        except Exception as error:  # any compiler failure leaves the slow path, which is correct
             print(f"{name}: torch.compile failed, training without it: {type(error).__name__}: {error}", flush=True)
             step_loss = loss_of
         optimizer.zero_grad(set_to_none=True)
@@ -251,10 +251,8 @@ def train(name, model, loss_of, next_batch, report, *, steps, lr, warmup, direct
         optimizer.zero_grad(set_to_none=True)
         if (step + 1) % max(1, steps // 10) == 0 or step + 1 == steps:
             model.eval()
-            print(
-                f"{name}: step {step + 1}/{steps}  loss {loss.item():.4f}  {report()}  {time.monotonic() - started:.1f} s",
-                flush=True,
-            )
+            seconds = time.monotonic() - started
+            print(f"{name}: step {step + 1}/{steps}  loss {loss.item():.4f}  {report()}  {seconds:.1f} s", flush=True)
             save_model(model, directory)
             model.train()
     model.eval()
@@ -262,7 +260,7 @@ def train(name, model, loss_of, next_batch, report, *, steps, lr, warmup, direct
 
 
 class Batches:
-    """Calling it gives the next int64 batch [sequences, length] of corpus windows, the last part of it from `rollouts`."""
+    """Calling it gives the next int64 batch [sequences, length]: corpus windows, half of them `rollouts` if given."""
 
     def __init__(self, text, count, length, seed, rollouts=None):
         self.text, self.count, self.length, self.rollouts = text, count, length, rollouts
