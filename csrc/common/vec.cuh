@@ -1,0 +1,80 @@
+// 16-byte vectors of elements: the widest access one thread can make, and what fills the memory bus.
+#pragma once
+
+#include <cstdint>
+
+#include "common/dtype.cuh"
+
+namespace fp {
+
+template <typename T>
+struct Vec {
+  static constexpr int kSize = 16 / sizeof(T);
+  uint4 raw;  // kept in words: arrays of 16-bit elements cost a register each
+};
+
+template <typename T>
+__device__ __forceinline__ Vec<T> zero_vec() {
+  return {make_uint4(0u, 0u, 0u, 0u)};
+}
+
+template <typename T>
+__device__ __forceinline__ void to_floats(const Vec<T>& v, float (&out)[Vec<T>::kSize]) {
+  const unsigned words[4] = {v.raw.x, v.raw.y, v.raw.z, v.raw.w};
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    if constexpr (sizeof(T) == 4) {
+      out[i] = __uint_as_float(words[i]);
+    } else {
+      const float2 pair = pair_to_float(words[i], static_cast<T*>(nullptr));
+      out[2 * i] = pair.x;
+      out[2 * i + 1] = pair.y;
+    }
+  }
+}
+
+template <typename T>
+__device__ __forceinline__ Vec<T> from_floats(const float (&x)[Vec<T>::kSize]) {
+  unsigned words[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    if constexpr (sizeof(T) == 4) {
+      words[i] = __float_as_uint(x[i]);
+    } else {
+      words[i] = pair_from_float(make_float2(x[2 * i], x[2 * i + 1]), static_cast<T*>(nullptr));
+    }
+  }
+  return {make_uint4(words[0], words[1], words[2], words[3])};
+}
+
+// Loads what is read once: not kept in L1, where it would push out what is shared. `p` must be aligned to 16 bytes and
+// nothing may write there while the kernel runs.
+template <typename T>
+__device__ __forceinline__ Vec<T> load_once(const T* p) {
+  Vec<T> v;
+  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.raw.x), "=r"(v.raw.y), "=r"(v.raw.z), "=r"(v.raw.w)
+               : "l"(p));
+  return v;
+}
+
+// Loads what many CTAs of a multiprocessor read (weights): kept in L1. Same conditions as `load_once`.
+template <typename T>
+__device__ __forceinline__ Vec<T> load_shared_read(const T* p) {
+  Vec<T> v;
+  asm volatile("ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.raw.x), "=r"(v.raw.y), "=r"(v.raw.z), "=r"(v.raw.w)
+               : "l"(p));
+  return v;
+}
+
+template <typename T>
+__device__ __forceinline__ void store(T* p, const Vec<T>& v) {
+  *reinterpret_cast<uint4*>(p) = v.raw;
+}
+
+inline bool is_vec_aligned(const void* p) {
+  return reinterpret_cast<std::uintptr_t>(p) % 16 == 0;
+}
+
+}  // namespace fp
