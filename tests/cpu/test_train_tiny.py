@@ -17,6 +17,7 @@ ASSETS = EXAMPLES / "assets"
 sys.path.insert(0, str(EXAMPLES))
 
 import _corpus  # noqa: E402
+import _pair  # noqa: E402
 import train_tiny  # noqa: E402
 
 MEGABYTE = 1_000_000
@@ -158,21 +159,21 @@ def test_mask_free_attention_equals_transformers(smoke_pair):
 
     directory = smoke_pair[0] / "smoke-target"
     theirs = LlamaForCausalLM.from_pretrained(directory, dtype=torch.float32)
-    ours = train_tiny.load_model(directory)
+    ours = _pair.load_model(directory)
     tokens = torch.randint(256, (2, 50), generator=torch.Generator().manual_seed(3))
     with torch.no_grad():
         expected = theirs(tokens).logits
         torch.testing.assert_close(ours(tokens).logits, expected, rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(train_tiny.logits_of(ours, tokens), expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(_pair.logits_of(ours, tokens), expected, rtol=1e-5, atol=1e-5)
     generated = theirs.generate(tokens, max_new_tokens=20, eos_token_id=None, do_sample=False)[:, 50:]
-    assert torch.equal(train_tiny.greedy(ours, tokens, 20), generated)
+    assert torch.equal(_pair.greedy(ours, tokens, 20), generated)
 
 
 def speculative_rounds(target, draft, prompt, new_tokens, k):
     """Greedy speculative decoding of one prompt as it is really run: the accepted counts, a round each."""
     sequence, counts = prompt, []
     while sequence.shape[1] - prompt.shape[1] < new_tokens:
-        proposed = train_tiny.greedy(draft, sequence, k)
+        proposed = _pair.greedy(draft, sequence, k)
         with torch.no_grad():
             choices = target(torch.cat([sequence, proposed], 1)).logits[:, -k - 1 :].argmax(-1)
         agree = (choices[:, :-1] == proposed)[0].tolist()
@@ -185,8 +186,8 @@ def speculative_rounds(target, draft, prompt, new_tokens, k):
 def test_acceptance_counts_rounds_as_decoding_does():
     """With untrained models that agree now and then, against the loop that drafts and verifies."""
     torch.manual_seed(7)
-    target = train_tiny.build_model(train_tiny.PRESETS["smoke"].target).eval()
-    draft = train_tiny.build_model(train_tiny.PRESETS["smoke"].target).eval()
+    target = _pair.build_model(train_tiny.PRESETS["smoke"].target).eval()
+    draft = _pair.build_model(train_tiny.PRESETS["smoke"].target).eval()
     draft.load_state_dict(target.state_dict())
     for parameter in draft.parameters():
         parameter.data += 0.01 * torch.randn_like(parameter)
@@ -194,7 +195,7 @@ def test_acceptance_counts_rounds_as_decoding_does():
     counts = [n for row in prompts for n in speculative_rounds(target, draft, row[None], 24, 4)]
     expected = sum(counts) / (4 * len(counts))
     assert 0.02 < expected < 0.98, f"the models agree always or never, and the test says nothing: {expected}"
-    assert train_tiny.acceptance(target, draft, prompts, new_tokens=24, k=4) == pytest.approx(expected)
+    assert _pair.acceptance(target, draft, prompts, new_tokens=24, k=4) == pytest.approx(expected)
 
 
 committed = pytest.mark.skipif(
@@ -207,9 +208,9 @@ committed = pytest.mark.skipif(
 @pytest.mark.parametrize(("role", "limit"), [("target", 8 * MEGABYTE), ("draft", MEGABYTE)])
 def test_committed_weights_are_small_and_of_the_preset_shape(role, limit):
     directory = ASSETS / f"tiny-{role}"
-    assert train_tiny.disk_bytes(directory) <= limit
+    assert _pair.disk_bytes(directory) <= limit
     shape = getattr(train_tiny.PRESETS["tiny"], role)
-    config = train_tiny.load_model(directory).config
+    config = _pair.load_model(directory).config
     assert (config.hidden_size, config.num_hidden_layers, config.tie_word_embeddings) == (
         shape.hidden, shape.layers, shape.tied,
     )  # fmt: skip
@@ -217,7 +218,7 @@ def test_committed_weights_are_small_and_of_the_preset_shape(role, limit):
 
 @committed
 def test_committed_pair_agrees_on_held_out_files():
-    target, draft = (train_tiny.load_model(ASSETS / f"tiny-{role}") for role in ("target", "draft"))
+    target, draft = (_pair.load_model(ASSETS / f"tiny-{role}") for role in ("target", "draft"))
     prompts = _corpus.held_out_prompts(_corpus.load_corpus()[1], 48, 256)
-    rate = train_tiny.acceptance(target, draft, prompts)
+    rate = _pair.acceptance(target, draft, prompts)
     assert rate >= 0.6, f"mean accepted / k is {rate:.4f}"
