@@ -120,10 +120,29 @@ def _start(where: torch.device, rank: int, world: int, timeout: datetime.timedel
         raise RuntimeError(f"fp.init: rank {rank} could not join the group at {address}; {advice}. Cause: {error}") from error
 
 
+_local_group: dist.ProcessGroup | None = None
+
+
+def local_group() -> dist.ProcessGroup:
+    """A group of this rank alone, for modules that every rank holds whole (a replicated draft model)."""
+    global _local_group
+    if not dist.is_initialized():
+        raise RuntimeError("torch.distributed is not running: call fp.init() first")
+    if _local_group is None:
+        _local_group = dist.new_group([dist.get_rank()], use_local_synchronization=True)
+    return _local_group
+
+
 def finalize() -> None:
     """Leave torch.distributed; safe to call when it never started. All ranks call it before they exit."""
+    global _local_group
+    _local_group = None
     if dist.is_initialized():
         dist.destroy_process_group()
+    # Group names are used again afterwards; what was agreed under them is void.
+    from .capabilities import forget
+
+    forget()
 
 
 def resolve_group(group) -> dist.ProcessGroup:

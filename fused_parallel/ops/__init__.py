@@ -1,1 +1,24 @@
 """The functional operations: schema, fake, checks and choice of implementation, one file per operation."""
+
+from ._dispatch import use
+from .add_rms_norm import add_rms_norm, rms_norm
+from .all_reduce import all_gather, all_reduce, reduce_scatter
+from .all_reduce_add_rms_norm import all_reduce_add_rms_norm
+from .matmul_all_reduce import matmul_all_reduce, matmul_all_reduce_add_rms_norm
+from .matmul_reduce_scatter import all_gather_matmul, matmul_reduce_scatter
+from .verify_attention import verify_attention
+
+__all__ = [
+    "add_rms_norm",
+    "all_gather",
+    "all_gather_matmul",
+    "all_reduce",
+    "all_reduce_add_rms_norm",
+    "matmul_all_reduce",
+    "matmul_all_reduce_add_rms_norm",
+    "matmul_reduce_scatter",
+    "reduce_scatter",
+    "rms_norm",
+    "use",
+    "verify_attention",
+]

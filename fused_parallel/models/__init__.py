@@ -1,0 +1,1 @@
+"""Complete small reference models built from `fused_parallel.nn`."""

@@ -1,0 +1,205 @@
+"""The Llama family from this library's modules: tensor and pipeline parallel, reading Hugging Face checkpoints.
+
+Parameter names are transformers' (`model.layers.0.self_attn.q_proj.weight`), so that its state dicts load.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from ..comm.groups import local_group
+from ..nn import (
+    KVCache,
+    ParallelAttention,
+    ParallelLMHead,
+    ParallelMLP,
+    PipelineStage,
+    RMSNorm,
+    RotaryEmbedding,
+    VocabParallelEmbedding,
+)
+from ..pipeline import split_layers
+from .checkpoint import Checkpoint, load_weights
+from .config import DTYPES, LlamaConfig
+
+
+class LlamaDecoderLayer(nn.Module):
+    """One layer; `index` is its place in this stage's KV cache. forward gets the normed input and the running residual,
+    and returns both for what follows: normed by `next_norm`, or un-normed where that is None (end of a stage)."""
+
+    def __init__(self, config: LlamaConfig, index: int, *, group, device, dtype) -> None:
+        super().__init__()
+        c = config
+        kwargs = {"group": group, "device": device, "dtype": dtype}
+        self.self_attn = ParallelAttention(
+            c.hidden_size,
+            c.num_attention_heads,
+            c.num_key_value_heads,
+            c.head_dim,
+            layer=index,
+            bias=c.attention_bias,
+            **kwargs,
+        )
+        self.mlp = ParallelMLP(c.hidden_size, c.intermediate_size, bias=c.mlp_bias, **kwargs)
+        self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps, device=device, dtype=dtype)
+        self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps, device=device, dtype=dtype)
+
+    def forward(self, x, residual, cos, sin, cache, positions, next_norm: RMSNorm | None):
+        x, residual = self.self_attn(x, cos, sin, cache, positions, residual, self.post_attention_layernorm)
+        if next_norm is None:
+            return None, self.mlp(x, residual)
+        return self.mlp(x, residual, next_norm)
+
+
+class LlamaModel(nn.Module):
+    """This stage's slice: embedding (first stage), layers, final norm (last stage)."""
+
+    def __init__(self, config: LlamaConfig, layers: range, first: bool, last: bool, *, group, device, dtype) -> None:
+        super().__init__()
+        kwargs = {"group": group, "device": device, "dtype": dtype}
+        self.embed_tokens = (
+            VocabParallelEmbedding(config.vocab_size, config.hidden_size, **kwargs) if first else None
+        )
+        # A ModuleDict keyed by the global index keeps transformers' names on every stage.
+        self.layers = nn.ModuleDict(
+            {str(i): LlamaDecoderLayer(config, i - layers.start, **kwargs) for i in layers}
+        )
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, device=device, dtype=dtype) if last else None
+        self.rotary_emb = RotaryEmbedding(config.head_dim, config.rope_theta, config.rope_scaling, device)
+
+    def forward(self, x: torch.Tensor, cache: KVCache, positions: torch.Tensor) -> torch.Tensor:
+        """Ids [B, S] on the first stage, else the previous stage's hidden states [B, S, hidden] -> hidden states, normed on
+        the last stage."""
+        residual = x if self.embed_tokens is None else self.embed_tokens(x)
+        cos, sin = self.rotary_emb(positions, residual.dtype)
+        layers = list(self.layers.values())
+        norms = [layer.input_layernorm for layer in layers[1:]] + [self.norm]
+        normed = layers[0].input_layernorm(residual)
+        for layer, norm in zip(layers, norms, strict=True):
+            normed, residual = layer(normed, residual, cos, sin, cache, positions, norm)
+        return residual if self.norm is None else normed
+
+
+class LlamaForCausalLM(nn.Module):
+    """A Llama model, or this rank's part of it on a mesh.
+
+    Args:
+        config: a LlamaConfig.
+        mesh: of `fp.init`; its "tp" and "pp" dimensions are used. None: every rank holds the whole model (a draft).
+        device, dtype: of the parameters; default: the mesh's device and the config's dtype.
+
+    Parameters hold this rank's shards and are uninitialised: use `from_pretrained` or `load_state_dict`.
+    """
+
+    def __init__(
+        self, config: LlamaConfig, *, mesh: DeviceMesh | None, device=None, dtype: torch.dtype | None = None
+    ) -> None:
+        super().__init__()
+        self.config, self.mesh = config, mesh
+        self.device = torch.device(device) if device is not None else default_device(mesh)
+        self.dtype = dtype or DTYPES[config.dtype]
+        self.tp_group = local_group() if mesh is None else mesh.get_group("tp")
+        self.pp_group = pp_group = local_group() if mesh is None else mesh.get_group("pp")
+        self.layer_range = split_layers(config.num_hidden_layers, pp_group.size())[pp_group.rank()]
+        first, last = pp_group.rank() == 0, pp_group.rank() == pp_group.size() - 1
+        kwargs = {"group": self.tp_group, "device": self.device, "dtype": self.dtype}
+        self.model = LlamaModel(config, self.layer_range, first, last, **kwargs)
+        self.lm_head = ParallelLMHead(config.hidden_size, config.vocab_size, **kwargs) if last else None
+        if last and first and config.tie_word_embeddings:
+            self.lm_head.tie(self.model.embed_tokens)
+        # Not a sub-module: it would name every parameter a second time.
+        object.__setattr__(self, "stage", PipelineStage(self.model, group=pp_group))
+        self.requires_grad_(False)
+        self.eval()
+
+    @classmethod
+    def from_pretrained(
+        cls, path: str | Path, *, mesh: DeviceMesh | None, dtype: torch.dtype | None = None, device=None
+    ) -> LlamaForCausalLM:
+        """Load a Hugging Face directory (config.json and safetensors); each rank reads only what it holds.
+
+        Args:
+            path: the directory.
+            mesh: of `fp.init`, or None: the whole model on every rank.
+            dtype: of parameters and activations; default: the checkpoint's.
+            device: default: the mesh's.
+
+        Raises FileNotFoundError or ValueError naming the file that is missing, corrupt or of another model.
+        """
+        config = LlamaConfig.from_pretrained(path)
+        checkpoint = Checkpoint(path)
+        model = cls(config, mesh=mesh, device=device, dtype=dtype)
+        tied = config.tie_word_embeddings
+        load_weights(model, checkpoint, skip=("lm_head.weight",) if tied else ())
+        if tied and model.lm_head is not None and model.model.embed_tokens is None:
+            model._load_tied_head(checkpoint)
+        return model
+
+    def _load_tied_head(self, checkpoint: Checkpoint) -> None:
+        """On a last stage without the embedding, the head reads the embedding's tensor."""
+        shard = self.lm_head.shards["weight"]
+        (piece,) = shard.pieces
+        key = "model.embed_tokens.weight"
+        rows = checkpoint.read(key, shard.dim, piece.start, piece.stop, piece.full)
+        with torch.no_grad():
+            self.lm_head.weight.zero_()
+            self.lm_head.weight[: piece.stop - piece.start].copy_(rows)
+
+    def make_cache(self, batch: int, capacity: int) -> KVCache:
+        """An empty KV cache for this rank's layers and heads."""
+        attention = next(iter(self.model.layers.values())).self_attn.qkv_proj
+        return KVCache(
+            len(self.model.layers),
+            batch,
+            capacity,
+            attention.layout.local_kv,
+            attention.head_dim,
+            device=self.device,
+            dtype=self.dtype,
+        )
+
+    @torch.no_grad()
+    def forward(
+        self, input_ids: torch.Tensor, cache: KVCache | None = None, logits_at: torch.Tensor | None = None
+    ) -> torch.Tensor | None:
+        """Logits of the tokens that follow `cache`.
+
+        Args:
+            input_ids: int64 [B, S], the same on every rank of the model.
+            cache: its first `cache.lens` tokens are the context; the S tokens are written behind them, `lens` stays (the
+                caller counts the tokens that it accepts). None: no context.
+            logits_at: int64 [B]: only the logits after that token of each sequence.
+
+        Returns:
+            On the last stage [B, S, local vocabulary] ([B, 1, local vocabulary] with `logits_at`), else None.
+        """
+        batch, new = input_ids.shape
+        if cache is None:
+            cache = self.make_cache(batch, new)
+        elif cache.batch != batch:
+            raise ValueError(f"input_ids has batch {batch}, the cache {cache.batch}")
+        positions = cache.positions(new)
+        hidden = self.stage(
+            input_ids,
+            (batch, new, self.config.hidden_size),
+            self.dtype,
+            self.device,
+            cache=cache,
+            positions=positions,
+        )
+        if hidden is None:
+            return None
+        if logits_at is not None:
+            hidden = hidden[torch.arange(batch, device=hidden.device), logits_at].unsqueeze(1)
+        return self.lm_head(hidden)
+
+
+def default_device(mesh: DeviceMesh | None) -> torch.device:
+    """The device this rank of the mesh computes on."""
+    on_gpu = "nccl" in dist.get_backend_config() if mesh is None else mesh.device_type == "cuda"
+    return torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")

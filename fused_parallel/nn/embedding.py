@@ -1,0 +1,61 @@
+"""Embedding and output head with the vocabulary split over the ranks."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from .. import ops
+from ._shards import ShardedModule, even_shard
+from .linear import gather_last
+
+
+class VocabParallelEmbedding(ShardedModule):
+    """`torch.nn.Embedding` with the vocabulary split over the ranks of `group`, padded to a multiple of it.
+
+    Parameter: `weight` [local vocabulary, embedding_dim]. forward: ids int64 [...] -> [..., embedding_dim], whole on
+    every rank (one all-reduce; each row comes from one rank, so the sum is exact). Ids outside the vocabulary give zeros.
+    """
+
+    def __init__(self, num_embeddings: int, embedding_dim: int, *, group, device=None, dtype=None) -> None:
+        super().__init__(group)
+        self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
+        shard = even_shard(0, num_embeddings, self.tp_rank, self.tp_size, "weight")
+        self.add_parameter("weight", (shard.size, embedding_dim), shard, device, dtype)
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        if self.tp_size == 1:
+            return F.embedding(input_ids, self.weight)
+        (piece,) = self.shards["weight"].pieces
+        mine = (input_ids >= piece.start) & (input_ids < piece.stop)
+        rows = F.embedding((input_ids - piece.start).masked_fill(~mine, 0), self.weight)
+        return ops.all_reduce(rows * mine.unsqueeze(-1), group=self.group)
+
+
+class ParallelLMHead(ShardedModule):
+    """The output head, with the vocabulary split over the ranks of `group`, padded to a multiple of it.
+
+    Parameter: `weight` [local vocabulary, hidden]. forward: hidden states [..., hidden] -> logits [..., local vocabulary],
+    what `fp.verify` takes with `vocab_group` (the last ranks' padding is masked there by `vocab_size`); with
+    `gather_output`, [..., vocabulary] on every rank. `tie(embedding)` shares the embedding's weight.
+    """
+
+    def __init__(
+        self, hidden_size: int, vocab_size: int, *, group, gather_output: bool = False, device=None, dtype=None
+    ) -> None:
+        super().__init__(group)
+        self.hidden_size, self.vocab_size, self.gather_output = hidden_size, vocab_size, gather_output
+        self.in_features, self.out_features = hidden_size, vocab_size
+        shard = even_shard(0, vocab_size, self.tp_rank, self.tp_size, "weight")
+        self.add_parameter("weight", (shard.size, hidden_size), shard, device, dtype)
+
+    def tie(self, embedding: VocabParallelEmbedding) -> None:
+        if embedding.weight.shape != self.weight.shape:
+            raise ValueError(
+                f"cannot tie a head of {tuple(self.weight.shape)} to an embedding of {tuple(embedding.weight.shape)}"
+            )
+        self.weight = embedding.weight
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        logits = F.linear(hidden_states, self.weight)
+        return gather_last(logits, self.vocab_size, self.group) if self.gather_output else logits

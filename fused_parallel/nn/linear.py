@@ -1,0 +1,182 @@
+"""Column- and row-parallel linear layers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .. import ops
+from ._shards import Shard, ShardedModule, even_shard, fill, stacked
+from .rms_norm import RMSNorm
+
+
+class ColumnParallelLinear(ShardedModule):
+    """`torch.nn.Linear` with the output features split over the ranks of `group`.
+
+    Args:
+        in_features: size of the input's last dimension, whole on every rank.
+        out_features: full size of the output, padded with zeros to a multiple of the group; several sizes make one
+            merged layer (one matmul for gate and up).
+        bias: whether there is a bias, split like the weight.
+        group: ProcessGroup or 1-D DeviceMesh.
+        gather_output: return all output features on every rank (one output only).
+        names: for a merged layer, the names of the layers it replaces, beside it in the state dict.
+        shards: instead of equal shares, each output's Shard of dim 0 (attention heads).
+
+    Parameters: `weight` [local out, in_features], `bias` [local out]. forward: x [..., in_features] -> [..., local out]
+    (outputs of a merged layer one after the other), or [..., out_features] with `gather_output`.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int | Sequence[int],
+        bias: bool = False,
+        *,
+        group,
+        gather_output: bool = False,
+        names: Sequence[str] | None = None,
+        shards: Sequence[Shard] | None = None,
+        device=None,
+        dtype=None,
+    ) -> None:
+        super().__init__(group)
+        sizes = [out_features] if isinstance(out_features, int) else list(out_features)
+        if names is None and len(sizes) > 1:
+            raise ValueError("ColumnParallelLinear: several outputs need the names of the layers they replace")
+        if gather_output and len(sizes) > 1:
+            raise ValueError("ColumnParallelLinear: gather_output works with one output")
+        self.in_features, self.out_features, self.gather_output = in_features, sum(sizes), gather_output
+        if shards is None:
+            shards = [even_shard(0, n, self.tp_rank, self.tp_size, "") for n in sizes]
+        for parameter in ("weight", "bias") if bias else ("weight",):
+            sources = [f"../{n}.{parameter}" for n in names] if names else [parameter]
+            shard = stacked([_named(s, source) for s, source in zip(shards, sources, strict=True)])
+            shape = (shard.size, in_features) if parameter == "weight" else (shard.size,)
+            self.add_parameter(parameter, shape, shard, device, dtype)
+        if not bias:
+            self.register_parameter("bias", None)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out = F.linear(x, self.weight, self.bias)
+        return gather_last(out, self.out_features, self.group) if self.gather_output else out
+
+
+def _named(shard: Shard, source: str) -> Shard:
+    from dataclasses import replace
+
+    return Shard(shard.dim, shard.size, tuple(replace(p, source=source) for p in shard.pieces))
+
+
+def gather_last(x: torch.Tensor, size: int, group) -> torch.Tensor:
+    """[..., n] per rank -> [..., size]: the ranks' last dimensions concatenated, padding cut off."""
+    if group.size() == 1:
+        return x[..., :size]
+    parts = ops.all_gather(x.movedim(-1, 0).contiguous(), group=group)
+    return parts[:size].movedim(0, -1).contiguous()
+
+
+class RowParallelLinear(ShardedModule):
+    """`torch.nn.Linear` with the input features split over the ranks of `group` and the output summed over them.
+
+    Args:
+        in_features: full size of the input, padded with zeros to a multiple of the group.
+        out_features: size of the output, whole on every rank.
+        bias: whether there is a bias: whole on every rank, added once.
+        group: ProcessGroup or 1-D DeviceMesh.
+        input_is_parallel: forward gets this rank's part of the input (of a column-parallel layer); else the whole, of
+            which it takes its part.
+        shard: instead of an equal share, the Shard of the weight's dim 1 (attention heads).
+
+    Parameters: `weight` [out_features, local in], `bias` [out_features]. forward: x [..., local in] -> [..., out_features];
+    with `residual` [..., out_features] and `norm` (an RMSNorm), (norm(sum), sum) for sum = residual + output, in one
+    operation.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = False,
+        *,
+        group,
+        input_is_parallel: bool = True,
+        shard: Shard | None = None,
+        device=None,
+        dtype=None,
+    ) -> None:
+        super().__init__(group)
+        self.in_features, self.out_features, self.input_is_parallel = in_features, out_features, input_is_parallel
+        shard = shard or even_shard(1, in_features, self.tp_rank, self.tp_size, "weight")
+        self.add_parameter("weight", (out_features, shard.size), _named(shard, "weight"), device, dtype)
+        if bias:
+            self.add_parameter("bias", (out_features,), None, device, dtype)
+        else:
+            self.register_parameter("bias", None)
+
+    def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None, norm: RMSNorm | None = None):
+        if not self.input_is_parallel:
+            x = take_part(x, self.shards["weight"])
+        if norm is None:
+            out = ops.matmul_all_reduce(x, self.weight, self.bias, group=self.group)
+            return out if residual is None else residual + out
+        return ops.matmul_all_reduce_add_rms_norm(
+            x, self.weight, residual, norm.weight, norm.variance_epsilon, self.bias, group=self.group
+        )
+
+
+def take_part(x: torch.Tensor, shard: Shard) -> torch.Tensor:
+    """This rank's slice of the last dimension, padded with zeros to the shard's size."""
+    (piece,) = shard.pieces
+    part = x[..., piece.start : piece.stop]
+    return F.pad(part, (0, shard.size - part.shape[-1]))
+
+
+def shard_linear_(
+    linear: nn.Linear,
+    kind: type[ColumnParallelLinear] | type[RowParallelLinear],
+    *,
+    group,
+    shard: Shard | None = None,
+    **options,
+) -> nn.Module:
+    """Turn a `torch.nn.Linear` holding the full weight into a parallel layer, in place (the object stays the same).
+
+    `shard` and `options` are the constructor's. Hooks and the module's place in its parents survive.
+    """
+    if not isinstance(linear, nn.Linear):
+        raise TypeError(f"cannot shard a {type(linear).__name__}: expected torch.nn.Linear")
+    with torch.no_grad():
+        special = {} if shard is None else ({"shards": [shard]} if kind is ColumnParallelLinear else {"shard": shard})
+        new = kind(
+            linear.in_features,
+            linear.out_features,
+            bias=linear.bias is not None,
+            group=group,
+            device=linear.weight.device,
+            dtype=linear.weight.dtype,
+            **special,
+            **options,
+        )
+        for name, parameter in new.named_parameters():
+            full = getattr(linear, name)
+            if name in new.shards:
+                fill(parameter, new.shards[name], lambda _, dim, a, b, full=full: full.narrow(dim, a, b - a))
+            else:
+                parameter.copy_(full)
+    become(linear, new)
+    return linear
+
+
+def become(old: nn.Module, new: nn.Module) -> None:
+    """Give the object `old` the class, parameters and attributes of `new`, keeping its hooks."""
+    hooks = {key: value for key, value in old.__dict__.items() if "_hooks" in key}
+    training = old.training
+    old.__class__ = new.__class__
+    old.__dict__.clear()
+    old.__dict__.update(new.__dict__)
+    old.__dict__.update(hooks)
+    old.train(training)

@@ -1,0 +1,38 @@
+"""The gated MLP of the Llama family, split over the ranks."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ._shards import merge_siblings
+from .linear import ColumnParallelLinear, RowParallelLinear
+from .rms_norm import RMSNorm
+
+
+class ParallelMLP(nn.Module):
+    """down(silu(gate(x)) * up(x)), as transformers' LlamaMLP, the intermediate size split over the ranks of `group`.
+
+    Loads state dicts with gate_proj, up_proj and down_proj; gate and up are held merged in `gate_up_proj`. An intermediate
+    size that the group does not divide is padded with zeros. forward: x [..., hidden] -> [..., hidden]; with `residual` and
+    `norm`, (norm(sum), sum) for sum = residual + output.
+    """
+
+    def __init__(self, hidden_size: int, intermediate_size: int, bias: bool = False, *, group, device=None, dtype=None):
+        super().__init__()
+        self.gate_up_proj = ColumnParallelLinear(
+            hidden_size,
+            (intermediate_size, intermediate_size),
+            bias,
+            group=group,
+            names=("gate_proj", "up_proj"),
+            device=device,
+            dtype=dtype,
+        )
+        self.down_proj = RowParallelLinear(intermediate_size, hidden_size, bias, group=group, device=device, dtype=dtype)
+        merge_siblings(self)
+
+    def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None, norm: RMSNorm | None = None):
+        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
+        return self.down_proj(F.silu(gate) * up, residual, norm)

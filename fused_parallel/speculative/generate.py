@@ -1,0 +1,287 @@
+"""The generation loop. Plain decoding is speculation with no drafted token, so there is one loop for both."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from .. import ops
+from ..comm import collectives
+from .draft import ModelDraft
+
+
+@dataclass
+class GenerationStats:
+    """What one `fp.generate` call cost on this rank. Seconds are wall time; communication includes waiting for peers."""
+
+    sequences: int
+    prompt_tokens: int
+    new_tokens: int
+    prefill_seconds: float
+    decode_seconds: float
+    rounds: int
+    drafted: int
+    accepted: int
+    communication_seconds: float
+
+    @property
+    def tokens_per_second(self) -> float:
+        """New tokens after the first of each sequence, over the decode time, all sequences together."""
+        return (self.new_tokens - self.sequences) / self.decode_seconds if self.decode_seconds > 0 else 0.0
+
+    @property
+    def acceptance(self) -> float | None:
+        """Accepted over drafted tokens; None when nothing was drafted."""
+        return self.accepted / self.drafted if self.drafted else None
+
+    @property
+    def communication_share(self) -> float:
+        """Share of prefill and decode time spent in collectives."""
+        total = self.prefill_seconds + self.decode_seconds
+        return self.communication_seconds / total if total > 0 else 0.0
+
+
+@dataclass
+class Generation:
+    """tokens: for each prompt its new token ids, ending with the end-of-sequence token if it was reached."""
+
+    tokens: list[list[int]]
+    stats: GenerationStats
+
+
+def _per_request(value, batch: int, name: str, dtype: torch.dtype, device) -> torch.Tensor | None:
+    if value is None:
+        return None
+    tensor = torch.as_tensor(value, dtype=dtype)
+    if tensor.dim() > 1 or (tensor.dim() == 1 and tensor.numel() != batch):
+        raise ValueError(f"generate: {name} must be one value or one per prompt ({batch}), got {value!r}")
+    return tensor.expand(batch).to(device).contiguous()
+
+
+def _check(model, prompts, max_new_tokens: int, draft, num_draft_tokens: int) -> list[list[int]]:
+    prompts = [p.tolist() if isinstance(p, torch.Tensor) else list(p) for p in prompts]
+    if not prompts or any(not p for p in prompts):
+        raise ValueError("generate: every prompt needs at least one token")
+    vocab = model.config.vocab_size
+    for i, prompt in enumerate(prompts):
+        bad = [t for t in prompt if not isinstance(t, int) or not 0 <= t < vocab]
+        if bad:
+            raise ValueError(f"generate: prompt {i} holds {bad[0]!r}; token ids are integers in [0, {vocab})")
+    if max_new_tokens < 1:
+        raise ValueError(f"generate: max_new_tokens must be at least 1, got {max_new_tokens}")
+    limit = model.config.max_position_embeddings
+    longest = max(map(len, prompts))
+    if longest + max_new_tokens > limit:
+        raise ValueError(
+            f"generate: a prompt of {longest} tokens and {max_new_tokens} new ones exceed the model's {limit} positions"
+        )
+    if draft is not None:
+        if draft.config.vocab_size != vocab:
+            raise ValueError(f"generate: the draft has vocabulary {draft.config.vocab_size}, the model {vocab}")
+        if draft.tp_group.size() * draft.pp_group.size() != 1:
+            raise ValueError("generate: make the draft with mesh=None, every rank runs it whole")
+        if num_draft_tokens < 1:
+            raise ValueError(f"generate: num_draft_tokens must be at least 1 with a draft, got {num_draft_tokens}")
+    return prompts
+
+
+class _Target:
+    """The model with its cache; `verify` gives every rank of the model the same verdict."""
+
+    def __init__(self, model, batch: int, capacity: int, method: str, sampling: dict) -> None:
+        self.model, self.method, self.sampling = model, method, sampling
+        self.cache = model.make_cache(batch, capacity)
+        self.tp, self.pp = model.tp_group, model.pp_group
+        self.is_last = self.pp.rank() == self.pp.size() - 1
+
+    def share(self, x: torch.Tensor) -> torch.Tensor:
+        """Every rank gets the `x` of the last stage's first rank. Ranks that computed it themselves hold the same bits on
+        equal machines; sending it anyway keeps them from drifting apart on unequal ones, where a mismatch would hang."""
+        if self.is_last:
+            collectives.broadcast_(x, 0, self.tp)
+        return collectives.broadcast_(x, self.pp.size() - 1, self.pp)
+
+    def verify(self, input_ids, drafts, draft_logits, seed, step, logits_at=None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Run the model on `input_ids` and judge `drafts` [B, k]: (tokens int64 [B, k + 1], accepted int32 [B])."""
+        logits = self.model(input_ids, self.cache, logits_at)
+        batch, k = drafts.shape
+        verdict = torch.empty(batch, k + 2, dtype=torch.int64, device=input_ids.device)
+        if logits is not None:
+            group = self.tp if self.tp.size() > 1 else None
+            if draft_logits is not None and group is not None:
+                draft_logits = _shard_of(draft_logits, logits.shape[-1], self.tp.rank())
+            result = ops.verify(
+                logits,
+                drafts,
+                draft_logits,
+                seed=seed,
+                step=step,
+                method=self.method,
+                vocab_size=self.model.config.vocab_size,
+                vocab_group=group,
+                **self.sampling,
+            )
+            verdict[:, :-1], verdict[:, -1] = result.tokens, result.num_accepted
+        self.share(verdict)
+        return verdict[:, :-1], verdict[:, -1].to(torch.int32)
+
+
+def _shard_of(weights: torch.Tensor, local: int, rank: int) -> torch.Tensor:
+    """This rank's vocabulary shard of the draft's full log-weights, padded with -inf."""
+    part = weights[..., rank * local : (rank + 1) * local]
+    return torch.nn.functional.pad(part, (0, local - part.shape[-1]), value=-torch.inf)
+
+
+@torch.inference_mode()
+def generate(
+    model,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    *,
+    draft=None,
+    num_draft_tokens: int = 4,
+    method: str = "rejection",
+    temperature: float | Sequence[float] = 0.0,
+    top_k=None,
+    top_p=None,
+    min_p=None,
+    seed: int | Sequence[int] = 0,
+    eos_token_id: int | Sequence[int] | None = None,
+    progress: bool = False,
+) -> Generation:
+    """Continue each prompt by up to `max_new_tokens` tokens. Every rank of the model calls it with the same arguments.
+
+    Args:
+        model: a LlamaForCausalLM; tensor and pipeline parallelism are its own.
+        prompts: token ids, one list a sequence, of any lengths.
+        draft: a smaller LlamaForCausalLM of the same vocabulary, made with mesh=None: speculative decoding. Only the last
+            stage's ranks run it.
+        num_draft_tokens: tokens drafted a round.
+        method: "rejection" or "block": as `fp.verify`; both leave the model's distribution unchanged.
+        temperature, top_k, top_p, min_p, seed: one value, or one per prompt; temperature 0 is greedy. With one seed,
+            prompt i uses seed + i.
+        eos_token_id: token(s) that end a sequence; default: the model's configuration.
+        progress: show a progress bar on the terminal (rank 0 only).
+
+    Returns:
+        Generation(tokens, stats), the same tokens on every rank.
+
+    Runs eagerly and reads the accepted tokens back once a round. Raises ValueError for bad input and PeerTimeoutError when
+    a rank is lost.
+    """
+    prompts = _check(model, prompts, max_new_tokens, draft, num_draft_tokens)
+    batch, device, k = len(prompts), model.device, num_draft_tokens if draft is not None else 0
+    lens = torch.tensor([len(p) for p in prompts], dtype=torch.int32, device=device)
+    width = int(lens.max())
+    ids = torch.tensor([p + [0] * (width - len(p)) for p in prompts], device=device)
+    capacity = width + max_new_tokens + k + 1
+
+    seeds = torch.as_tensor(seed) + torch.arange(batch) if isinstance(seed, int) else seed
+    seed_t = _per_request(seeds, batch, "seed", torch.int64, device)
+    temperature_t = _per_request(temperature, batch, "temperature", torch.float32, device)
+    greedy = not bool((temperature_t > 0).any())
+    sampling = {
+        "temperature": temperature_t,
+        "top_k": _per_request(top_k, batch, "top_k", torch.int32, device),
+        "top_p": _per_request(top_p, batch, "top_p", torch.float32, device),
+        "min_p": _per_request(min_p, batch, "min_p", torch.float32, device),
+    }
+    ends = model.config.eos_token_id if eos_token_id is None else eos_token_id
+    ends = set() if ends is None else {ends} if isinstance(ends, int) else set(ends)
+
+    target = _Target(model, batch, capacity, method, sampling)
+    drafter = ModelDraft(draft, batch, capacity) if draft is not None and target.is_last else None
+    step = torch.zeros(batch, dtype=torch.int64, device=device)
+    none = torch.empty(batch, 0, dtype=torch.int64, device=device)
+    new: list[list[int]] = [[] for _ in prompts]
+    done = [False] * batch
+    rounds = drafted = accepted_total = 0
+
+    def take(rows: list[list[int]]) -> None:
+        """Append each unfinished sequence's tokens of this round, up to its end."""
+        for i, row in enumerate(rows):
+            for token in row:
+                if done[i] or token < 0:
+                    break
+                new[i].append(token)
+                done[i] = token in ends or len(new[i]) == max_new_tokens
+
+    with collectives.CommunicationTimer() as timer, _progress(progress, batch * max_new_tokens) as advance:
+        begin = time.perf_counter()
+        tokens, _ = target.verify(ids, none, None, seed_t, step, logits_at=(lens - 1).long())
+        if drafter is not None:
+            drafter.prefill(ids, lens)
+        take(tokens.tolist())
+        advance(sum(map(len, new)))
+        target.cache.lens.copy_(lens)
+        previous = ids.gather(1, (lens - 1).long().unsqueeze(1)).squeeze(1)
+        pending = tokens[:, 0].clone()
+        middle = time.perf_counter()
+
+        while not all(done):
+            step += 1
+            rounds += 1
+            drafts, draft_logits = none, None
+            if k:
+                drafts = torch.empty(batch, k, dtype=torch.int64, device=device)
+                if drafter is not None:
+                    pair = torch.stack((previous, pending), 1)
+                    proposed, draft_logits = drafter.propose(
+                        pair,
+                        target.cache.lens,
+                        k,
+                        seed=seed_t,
+                        step=step,
+                        temperature=temperature_t,
+                        greedy=greedy,
+                    )
+                    drafts.copy_(proposed)
+                target.share(drafts)
+            fed = torch.cat((pending.unsqueeze(1), drafts), 1)
+            tokens, accepted = target.verify(fed, drafts, draft_logits, seed_t, step)
+            alive = torch.tensor([not d for d in done], device=device)
+            counted = accepted * alive
+            drafted += k * int(alive.sum())
+            accepted_total += int(counted.sum())
+            # A finished sequence stands still, so that it never outgrows the cache.
+            target.cache.lens += (accepted + 1) * alive
+            at = accepted.long().unsqueeze(1)
+            chain = torch.cat((pending.unsqueeze(1), tokens), 1)
+            previous = torch.where(alive, chain.gather(1, at).squeeze(1), previous)
+            pending = torch.where(alive, chain.gather(1, at + 1).squeeze(1), pending)
+            before = sum(map(len, new))
+            take(tokens.tolist())
+            advance(sum(map(len, new)) - before)
+        end = time.perf_counter()
+
+    stats = GenerationStats(
+        sequences=batch,
+        prompt_tokens=sum(map(len, prompts)),
+        new_tokens=sum(map(len, new)),
+        prefill_seconds=middle - begin,
+        decode_seconds=end - middle,
+        rounds=rounds,
+        drafted=drafted,
+        accepted=accepted_total,
+        communication_seconds=timer.seconds(),
+    )
+    return Generation(new, stats)
+
+
+@contextlib.contextmanager
+def _progress(show: bool, total: int):
+    """A progress bar in tokens on rank 0; yields the function that advances it."""
+    if not show or (dist.is_initialized() and dist.get_rank() != 0):
+        yield lambda count: None
+        return
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = TextColumn("generating"), BarColumn(), MofNCompleteColumn(), TextColumn("tokens"), TimeRemainingColumn()
+    with Progress(*columns, transient=True) as bar:
+        task = bar.add_task("generate", total=total)
+        yield lambda count: bar.advance(task, count)
