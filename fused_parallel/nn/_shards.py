@@ -139,3 +139,25 @@ def merge_siblings(module: nn.Module) -> None:
                     state_dict[f"{prefix}{child_name}.{name}"] = local_part(getattr(child, name), shard, full, prefix)
 
     module.register_load_state_dict_pre_hook(before_load)
+
+
+@torch.no_grad()
+def fill_from_full(new: nn.Module, full: nn.Module) -> None:
+    """Fill the shards of `new` from the module `full` that it replaces, which holds the whole parameters."""
+    for name, parameter in new.named_parameters(recurse=False):
+        whole = getattr(full, name)
+        if name in new.shards:
+            parameter.copy_(local_part(parameter, new.shards[name], {name: whole}, ""))
+        else:
+            parameter.copy_(whole)
+
+
+def become(old: nn.Module, new: nn.Module) -> None:
+    """Give the object `old` the class, parameters and attributes of `new`, keeping its hooks."""
+    hooks = {key: value for key, value in old.__dict__.items() if "_hooks" in key}
+    training = old.training
+    old.__class__ = new.__class__
+    old.__dict__.clear()
+    old.__dict__.update(new.__dict__)
+    old.__dict__.update(hooks)
+    old.train(training)

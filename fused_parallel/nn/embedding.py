@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from .. import ops
-from ._shards import ShardedModule, even_shard
+from ._shards import ShardedModule, become, even_shard, fill_from_full
 from .linear import gather_last
 
 
@@ -59,3 +60,14 @@ class ParallelLMHead(ShardedModule):
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         logits = F.linear(hidden_states, self.weight)
         return gather_last(logits, self.vocab_size, self.group) if self.gather_output else logits
+
+
+def shard_embedding_(embedding: nn.Embedding, *, group) -> nn.Module:
+    """Turn a `torch.nn.Embedding` holding the full weight into a VocabParallelEmbedding, in place."""
+    if not isinstance(embedding, nn.Embedding):
+        raise TypeError(f"cannot shard a {type(embedding).__name__}: expected torch.nn.Embedding")
+    weight = embedding.weight
+    new = VocabParallelEmbedding(*weight.shape, group=group, device=weight.device, dtype=weight.dtype)
+    fill_from_full(new, embedding)
+    become(embedding, new)
+    return embedding

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from .. import ops
-from ._shards import Shard, ShardedModule, even_shard, fill, stacked
+from ._shards import Shard, ShardedModule, become, even_shard, fill_from_full, stacked
 from .rms_norm import RMSNorm
 
 
@@ -66,8 +67,6 @@ class ColumnParallelLinear(ShardedModule):
 
 
 def _named(shard: Shard, source: str) -> Shard:
-    from dataclasses import replace
-
     return Shard(shard.dim, shard.size, tuple(replace(p, source=source) for p in shard.pieces))
 
 
@@ -161,22 +160,6 @@ def shard_linear_(
             **special,
             **options,
         )
-        for name, parameter in new.named_parameters():
-            full = getattr(linear, name)
-            if name in new.shards:
-                fill(parameter, new.shards[name], lambda _, dim, a, b, full=full: full.narrow(dim, a, b - a))
-            else:
-                parameter.copy_(full)
+        fill_from_full(new, linear)
     become(linear, new)
     return linear
-
-
-def become(old: nn.Module, new: nn.Module) -> None:
-    """Give the object `old` the class, parameters and attributes of `new`, keeping its hooks."""
-    hooks = {key: value for key, value in old.__dict__.items() if "_hooks" in key}
-    training = old.training
-    old.__class__ = new.__class__
-    old.__dict__.clear()
-    old.__dict__.update(new.__dict__)
-    old.__dict__.update(hooks)
-    old.train(training)

@@ -1,0 +1,177 @@
+"""In-place tensor and pipeline parallelism for transformers' models, and for any module with a plan."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor.parallel import ParallelStyle, parallelize_module
+
+from ..comm import collectives
+from ..nn import ColumnParallelLinear, HeadLayout, RowParallelLinear
+from ..nn.embedding import shard_embedding_
+from ..nn.linear import shard_linear_
+from ..pipeline import split_layers
+from .parallel_style import FusedColwiseParallel, FusedRowwiseParallel
+
+# Families with the Llama layout: model.layers[i].self_attn.{q,k,v,o}_proj and .mlp.{gate,up,down}_proj.
+LLAMA_FAMILY = ("llama", "mistral", "qwen2")
+
+_STYLES = {
+    "colwise": FusedColwiseParallel,
+    "colwise_gather_output": lambda: FusedColwiseParallel(gather_output=True),
+    "rowwise": FusedRowwiseParallel,
+}
+
+
+def parallelize(
+    model: nn.Module, mesh: DeviceMesh, parallelize_plan: str | Mapping[str, str | ParallelStyle] = "auto"
+) -> nn.Module:
+    """Spread a model that every rank holds whole over the mesh, in place.
+
+    Args:
+        model: a transformers causal language model of the Llama family (Llama, Mistral, Qwen2), or with a plan any module.
+            The same weights on every rank.
+        mesh: of `fp.init`: "tp" splits heads, features and vocabulary; "pp" cuts the layers into stages and drops the
+            others' layers.
+        parallelize_plan: "auto" for the Llama family; else a mapping from module names (wildcards as in torch's
+            parallelize_module) to "colwise", "colwise_gather_output", "rowwise" or a ParallelStyle. Plans are for tp only.
+
+    Returns:
+        `model`, which takes the same inputs and gives the same outputs (whole logits) on every rank; its parameters no
+        longer require gradients. With pp, every rank calls the model at the same time with the same inputs.
+
+    Raises ValueError for an unknown architecture or sizes that do not fit the mesh; TypeError for a bad plan.
+    """
+    if not isinstance(mesh, DeviceMesh) or not {"tp", "pp"} <= set(mesh.mesh_dim_names or ()):
+        raise TypeError('fp.parallelize: mesh must be the DeviceMesh of fp.init, with dimensions "pp" and "tp"')
+    if parallelize_plan == "auto":
+        _parallelize_llama(model, mesh)
+    else:
+        _parallelize_by_plan(model, mesh, parallelize_plan)
+    model.requires_grad_(False)
+    return model
+
+
+def _parallelize_by_plan(model: nn.Module, mesh: DeviceMesh, plan) -> None:
+    if not isinstance(plan, Mapping):
+        raise TypeError(f'fp.parallelize: parallelize_plan must be "auto" or a mapping, got {type(plan).__name__}')
+    if mesh["pp"].size() > 1:
+        raise ValueError("fp.parallelize: a plan covers tensor parallelism only; pp > 1 needs the Llama family and 'auto'")
+    styles = {}
+    for name, style in plan.items():
+        if isinstance(style, str):
+            if style not in _STYLES:
+                raise ValueError(
+                    f"fp.parallelize: unknown style {style!r} for {name!r}; expected one of {', '.join(_STYLES)}"
+                )
+            style = _STYLES[style]()
+        styles[name] = style
+    parallelize_module(model, mesh["tp"], styles)
+
+
+def _parallelize_llama(model: nn.Module, mesh: DeviceMesh) -> None:
+    kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
+    if kind not in LLAMA_FAMILY or not hasattr(model, "lm_head"):
+        raise ValueError(
+            f"fp.parallelize: 'auto' knows the causal language models of {', '.join(LLAMA_FAMILY)}, not {kind!r}; pass "
+            'parallelize_plan={"path.to.linear": "colwise" | "rowwise", ...}'
+        )
+    config, base, tp = model.config, model.model, mesh["tp"]
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    layout = HeadLayout.of(heads, kv_heads, tp.get_local_rank(), tp.size())
+    _cut_stages(model, mesh)
+    tied = isinstance(base.embed_tokens, nn.Embedding) and isinstance(model.lm_head, nn.Linear)
+    tied = tied and model.lm_head.weight is base.embed_tokens.weight
+
+    for layer in base.layers:
+        attention, mlp = layer.self_attn, layer.mlp
+        dim = attention.head_dim
+        shard_linear_(attention.q_proj, ColumnParallelLinear, group=tp, shard=layout.q_shard(0, dim))
+        shard_linear_(attention.k_proj, ColumnParallelLinear, group=tp, shard=layout.kv_shard(0, dim))
+        shard_linear_(attention.v_proj, ColumnParallelLinear, group=tp, shard=layout.kv_shard(0, dim))
+        shard_linear_(attention.o_proj, RowParallelLinear, group=tp, shard=layout.q_shard(1, dim))
+        attention.num_key_value_groups = layout.local_q // layout.local_kv
+        shard_linear_(mlp.gate_proj, ColumnParallelLinear, group=tp)
+        shard_linear_(mlp.up_proj, ColumnParallelLinear, group=tp)
+        shard_linear_(mlp.down_proj, RowParallelLinear, group=tp)
+    if isinstance(base.embed_tokens, nn.Embedding):
+        shard_embedding_(base.embed_tokens, group=tp)
+    head = model.lm_head.head if isinstance(model.lm_head, _SendLogits) else model.lm_head
+    if isinstance(head, nn.Linear):
+        shard_linear_(head, ColumnParallelLinear, group=tp, gather_output=True)
+        if tied:
+            head.weight = base.embed_tokens.weight
+
+
+class _ReceiveHidden(nn.Module):
+    """Stands for the embedding on later stages: gives the previous stage's hidden states."""
+
+    def __init__(self, hidden_size: int, dtype: torch.dtype, pp) -> None:
+        super().__init__()
+        self.hidden_size, self.dtype, self.pp = hidden_size, dtype, pp
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        hidden = torch.empty(*input_ids.shape, self.hidden_size, dtype=self.dtype, device=input_ids.device)
+        return collectives.recv_(hidden, self.pp.rank() - 1, self.pp)
+
+
+class _SendHidden(nn.Module):
+    """Stands for the final norm on earlier stages: hands the hidden states to the next stage."""
+
+    def __init__(self, pp) -> None:
+        super().__init__()
+        self.pp = pp
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        collectives.send(hidden_states.contiguous(), self.pp.rank() + 1, self.pp)
+        return hidden_states
+
+
+class _SendLogits(nn.Module):
+    """The last stage's head: computes the logits and gives them to all stages."""
+
+    def __init__(self, head: nn.Module, pp) -> None:
+        super().__init__()
+        self.head, self.pp = head, pp
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return collectives.broadcast_(self.head(hidden_states).contiguous(), self.pp.size() - 1, self.pp)
+
+
+class _ReceiveLogits(nn.Module):
+    """Stands for the head on earlier stages: gives the last stage's logits."""
+
+    def __init__(self, vocab_size: int, pp) -> None:
+        super().__init__()
+        self.vocab_size, self.pp = vocab_size, pp
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        logits = hidden_states.new_empty(*hidden_states.shape[:-1], self.vocab_size)
+        return collectives.broadcast_(logits, self.pp.size() - 1, self.pp)
+
+
+def _cut_stages(model: nn.Module, mesh: DeviceMesh) -> None:
+    """Keep this stage's layers; receive and send where the model had its embedding, norm and head."""
+    pp = mesh.get_group("pp")
+    if pp.size() == 1:
+        return
+    config, base = model.config, model.model
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    if len(kinds) > 1:
+        raise ValueError(f"fp.parallelize: pp needs layers of one kind of attention, this model mixes {sorted(kinds)}")
+    stage, last = pp.rank(), pp.size() - 1
+    mine = split_layers(len(base.layers), pp.size())[stage]
+    dtype = base.embed_tokens.weight.dtype
+    base.layers = nn.ModuleList(base.layers[i] for i in mine)
+    for index, layer in enumerate(base.layers):
+        layer.self_attn.layer_idx = index  # transformers' cache counts from the first layer it sees
+    if stage > 0:
+        base.embed_tokens = _ReceiveHidden(config.hidden_size, dtype, pp)
+    if stage < last:
+        base.norm = _SendHidden(pp)
+        model.lm_head = _ReceiveLogits(config.vocab_size, pp)
+    else:
+        model.lm_head = _SendLogits(model.lm_head, pp)
