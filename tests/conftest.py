@@ -1,0 +1,36 @@
+"""Shared by all tests: what is skipped without GPUs, the seed, and the end of the rank pools."""
+
+import os
+import random
+
+import pytest
+import torch
+
+from fused_parallel.testing.spawn import close_pools
+
+
+def pytest_collection_modifyitems(items):
+    # A folder implies its marker, so that no test in it can forget it.
+    gpus = torch.cuda.device_count()
+    for item in items:
+        parts = item.path.parts
+        for marker, needed in (("gpu", 1), ("multigpu", 2)):
+            if marker in parts:
+                item.add_marker(marker)
+            if item.get_closest_marker(marker) and gpus < needed:
+                item.add_marker(pytest.mark.skip(reason=f"needs {needed} CUDA GPU(s), torch sees {gpus}"))
+
+
+@pytest.fixture
+def seed():
+    """The seed of a randomised test: new in every run, printed where the test fails, fixed by TEST_SEED=<n>."""
+    value = int(os.environ.get("TEST_SEED", random.SystemRandom().randrange(2**31)))
+    print(f"TEST_SEED={value}")
+    torch.manual_seed(value)
+    return value
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _rank_pools():
+    yield
+    close_pools()
