@@ -1,0 +1,42 @@
+"""The command line `fused-parallel`, one file per sub-command."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+import traceback
+
+from .._version import __version__
+
+COMMANDS = ("demo", "generate", "probe", "bench", "doctor")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a sub-command; its exit code. Errors that a user can mend are one line on stderr and exit code 1
+    (FUSED_PARALLEL_DEBUG=1 shows where they came from)."""
+    parser = argparse.ArgumentParser(
+        prog="fused-parallel", description="Fused kernels for parallel LLM inference: measure, run and inspect."
+    )
+    parser.add_argument("--version", action="version", version=f"fused_parallel {__version__}")
+    subparsers = parser.add_subparsers(title="commands", metavar="command", required=True)
+    for name in COMMANDS:
+        importlib.import_module(f"{__name__}.{name}").add_parser(subparsers)
+    args, rest = parser.parse_known_args(argv)
+    if rest:
+        # Options of a benchmark follow "--", which argparse drops; everyone else has none.
+        if args.run.__module__ != f"{__name__}.bench":
+            parser.error(f"unknown arguments: {' '.join(rest)}")
+        args.op += rest
+    try:
+        return args.run(args)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except (ValueError, TypeError, OSError, RuntimeError, ImportError) as error:
+        if os.environ.get("FUSED_PARALLEL_DEBUG", "0") not in ("", "0"):
+            traceback.print_exc()
+        rank = f" (rank {os.environ['RANK']})" if "RANK" in os.environ else ""
+        print(f"fused-parallel{rank}: {error}", file=sys.stderr, flush=True)
+        return 1

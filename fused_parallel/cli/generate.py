@@ -1,0 +1,90 @@
+"""`fused-parallel generate`: continue a prompt with a Llama checkpoint, alone or under torchrun."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from ..comm.groups import finalize, init
+from ..models.config import DTYPES, LlamaConfig
+from ..models.llama import LlamaForCausalLM
+from ..models.tokenizer import load_tokenizer
+from ..speculative import generate
+
+
+def add_parser(subparsers) -> None:
+    """Add this sub-command to the command line's parser."""
+    parser = subparsers.add_parser(
+        "generate",
+        help="continue a prompt with a model",
+        description="Continue a prompt with a Llama checkpoint. On several ranks: "
+        "torchrun --nproc-per-node 2 -m fused_parallel generate ...",
+    )
+    parser.add_argument("--model", required=True, type=Path, help="Hugging Face directory of the model")
+    parser.add_argument("--draft", type=Path, help="directory of a smaller model: speculative decoding")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--prompt", help="text to continue")
+    source.add_argument("--prompt-file", type=Path, help="file with the text to continue")
+    parser.add_argument("--max-new-tokens", type=int, default=128)
+    parser.add_argument("--num-draft-tokens", type=int, default=4, help="tokens drafted a round (default 4)")
+    parser.add_argument("--method", choices=("rejection", "block"), default="rejection", help="rule of verification")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 (the default) is greedy")
+    parser.add_argument("--top-k", type=int)
+    parser.add_argument("--top-p", type=float)
+    parser.add_argument("--min-p", type=float)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--tp", type=int, help="tensor parallel size (default: the ranks that pp leaves)")
+    parser.add_argument("--pp", type=int, default=1, help="pipeline stages (default 1)")
+    parser.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda where there is a GPU")
+    parser.add_argument("--dtype", choices=sorted(DTYPES), help="default: the checkpoint's")
+    parser.add_argument("--timeout", type=float, default=300.0, help="seconds that bound every wait for another rank")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Load, generate, print text and statistics on rank 0."""
+    LlamaConfig.from_pretrained(args.model)  # a wrong path is told before ranks are joined
+    prompt = args.prompt if args.prompt is not None else args.prompt_file.read_text()
+    mesh = init(tp=args.tp, pp=args.pp, timeout=args.timeout, device=args.device)
+    dtype = DTYPES[args.dtype] if args.dtype else None
+    tokenizer = load_tokenizer(args.model)
+    ids = tokenizer.encode(prompt).ids
+    if not ids:
+        raise ValueError("the prompt is empty: give at least one token")
+    model = LlamaForCausalLM.from_pretrained(args.model, mesh=mesh, dtype=dtype)
+    draft = LlamaForCausalLM.from_pretrained(args.draft, mesh=None, dtype=dtype) if args.draft else None
+    result = generate(
+        model,
+        [ids],
+        args.max_new_tokens,
+        draft=draft,
+        num_draft_tokens=args.num_draft_tokens,
+        method=args.method,
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        min_p=args.min_p,
+        seed=args.seed,
+        progress=sys.stderr.isatty(),
+    )
+    if dist.get_rank() == 0:
+        print(prompt + tokenizer.decode(result.tokens[0]))
+        print(describe(result.stats), file=sys.stderr)
+        if model.device.type == "cuda":
+            peak = torch.cuda.max_memory_allocated() / 2**30
+            print(f"GPU memory at its highest on rank 0: {peak:.2f} GiB", file=sys.stderr)
+    finalize()
+    return 0
+
+
+def describe(stats) -> str:
+    """One line of statistics."""
+    acceptance = "" if stats.acceptance is None else f", acceptance {stats.acceptance:.0%} in {stats.rounds} rounds"
+    return (
+        f"{stats.new_tokens} tokens, {stats.tokens_per_second:.1f} tokens/s{acceptance}, "
+        f"{stats.communication_share:.0%} of the time in communication"
+    )
