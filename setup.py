@@ -1,7 +1,7 @@
 """Builds the optional extension fused_parallel._C by CMake, which holds all compiler flags. Never imports torch.
 
-Without a C++ compiler the package is installed without the extension; without nvcc the extension has no kernels. In both
-cases everything works through the reference implementations, and `fused-parallel doctor` says what is missing.
+Without a C++ compiler the package is installed without the extension; without nvcc the extension has no kernels. Either
+way everything works through the reference implementations, and `fused-parallel doctor` says what is missing.
 """
 
 import importlib.util
@@ -47,26 +47,27 @@ class CMakeBuild(build_ext):
     def build_extension(self, ext):
         import pybind11
 
-        output = Path(self.get_ext_fullpath(ext.name)).resolve().parent
-        # An editable install keeps its build directory, so that only changed sources are compiled again.
-        editable = self.inplace or getattr(self, "editable_mode", False)
-        build = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}" if editable else Path(self.build_temp).resolve()
+        build = Path(self.build_temp).resolve()
+        if self.inplace or getattr(self, "editable_mode", False):
+            # An editable install keeps its build directory, so that only changed sources are compiled again.
+            build = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
         build.mkdir(parents=True, exist_ok=True)
         options = {
-            "CMAKE_LIBRARY_OUTPUT_DIRECTORY": output,
+            "CMAKE_LIBRARY_OUTPUT_DIRECTORY": Path(self.get_ext_fullpath(ext.name)).resolve().parent,
             "Python_EXECUTABLE": sys.executable,
             "pybind11_DIR": pybind11.get_cmake_dir(),
             "FP_NO_CUDA": "ON" if os.environ.get("FP_NO_CUDA", "0") not in ("", "0") else "OFF",
         }
-        generator = []
-        if not (build / "CMakeCache.txt").exists() and find_tool("ninja"):
-            generator = ["-G", "Ninja"]
+        configure = [find_tool("cmake"), "-S", str(ROOT), "-B", str(build)]
         if find_tool("ninja"):
             options["CMAKE_MAKE_PROGRAM"] = find_tool("ninja")
-        cmake = find_tool("cmake")
-        configure = [cmake, "-S", ROOT, "-B", build, *generator, *(f"-D{name}={value}" for name, value in options.items())]
-        subprocess.run([str(word) for word in configure], check=True)
-        subprocess.run([cmake, "--build", str(build), "--parallel", str(os.cpu_count() or 1)], check=True)
+            configure += ["-G", "Ninja"]
+        configure += [f"-D{name}={value}" for name, value in options.items()]
+        if subprocess.run(configure).returncode:
+            # A build directory of another place or generator is refused: begin anew.
+            shutil.rmtree(build)
+            subprocess.run(configure, check=True)
+        subprocess.run([find_tool("cmake"), "--build", str(build), "--parallel", str(os.cpu_count() or 1)], check=True)
 
 
 setup(ext_modules=[Extension("fused_parallel._C", sources=[])], cmdclass={"build_ext": CMakeBuild})

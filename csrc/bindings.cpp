@@ -6,6 +6,8 @@
 
 #include <cstdint>
 
+#include "build_info.h"  // written by CMake
+
 #ifdef FP_WITH_CUDA
 #include "add_rms_norm.h"
 #endif

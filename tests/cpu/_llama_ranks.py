@@ -1,4 +1,4 @@
-"""Functions that ranks run in test_llama.py and test_parallelize.py (they must be importable by name)."""
+"""What ranks run in test_llama.py, test_parallelize.py and test_generate.py, and the random models they use."""
 
 from __future__ import annotations
 
@@ -7,9 +7,113 @@ import torch
 import fused_parallel as fp
 from fused_parallel.nn.linear import gather_last
 
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+
+
+def save_random_model(path, *, seed: int = 0, model_type: str = "llama", scale: float = 1.0, **changes):
+    """A random transformers model with awkward sizes, saved to `path`; returns it. `scale` spreads the logits, so that
+    greedy choices are no near-ties."""
+    import transformers
+
+    config_class = {"llama": "LlamaConfig", "mistral": "MistralConfig", "qwen2": "Qwen2Config"}[model_type]
+    model_class = config_class.replace("Config", "ForCausalLM")
+    options = dict(
+        vocab_size=263,
+        hidden_size=96,
+        intermediate_size=250,
+        num_hidden_layers=3,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        head_dim=16,
+        max_position_embeddings=512,
+        tie_word_embeddings=False,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    torch.manual_seed(seed)
+    model = getattr(transformers, model_class)(getattr(transformers, config_class)(**(options | changes))).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() == 1:
+                parameter.add_(torch.randn_like(parameter) * 0.1)  # norms and biases that are not all alike
+            elif "embed" not in name:
+                parameter.mul_(scale)
+    model.save_pretrained(path)
+    return model
+
 
 def logits(mesh, path, ids, dtype):
-    """Full logits [B, S, V] of the library's model on this mesh; None on all but the last stage."""
+    """Whole logits [B, S, V] of the library's model on this mesh; None on all but the last stage."""
     model = fp.LlamaForCausalLM.from_pretrained(path, mesh=mesh, dtype=dtype)
     out = model(ids)
     return None if out is None else gather_last(out, model.config.vocab_size, model.tp_group)
+
+
+def incremental_logits(mesh, path, ids, cuts):
+    """As `logits` in fp32, the sequence fed in pieces through a cache, with a rollback in between."""
+    model = fp.LlamaForCausalLM.from_pretrained(path, mesh=mesh)
+    cache, parts = model.make_cache(ids.shape[0], ids.shape[1] + 4), []
+    for start, stop in zip([0, *cuts], [*cuts, ids.shape[1]], strict=True):
+        model(ids[:, start:stop].flip(1), cache)  # rejected: overwritten because lens stays
+        out = model(ids[:, start:stop], cache)
+        parts.append(None if out is None else gather_last(out, model.config.vocab_size, model.tp_group))
+        cache.lens += stop - start
+    return None if parts[0] is None else torch.cat(parts, 1)
+
+
+def read_bytes(mesh, path):
+    """Bytes of parameters this rank holds, and the elements its reader touched."""
+    from fused_parallel.models.checkpoint import Checkpoint
+
+    touched = []
+    read, read_all = Checkpoint.read, Checkpoint.read_all
+
+    def counted(self, *args):
+        out = read(self, *args)
+        touched.append(out.numel())
+        return out
+
+    def counted_all(self, *args):
+        out = read_all(self, *args)
+        touched.append(out.numel())
+        return out
+
+    Checkpoint.read, Checkpoint.read_all = counted, counted_all
+    try:
+        model = fp.LlamaForCausalLM.from_pretrained(path, mesh=mesh)
+    finally:
+        Checkpoint.read, Checkpoint.read_all = read, read_all
+    return sum(p.numel() for p in model.parameters()), sum(touched)
+
+
+def parallelized_logits(mesh, path, ids, steps):
+    """Whole logits of a transformers model after fp.parallelize: of the prompt, then of `steps` greedy tokens with its own
+    cache, one at a time."""
+    from transformers import AutoModelForCausalLM
+
+    model = fp.parallelize(AutoModelForCausalLM.from_pretrained(path).eval(), mesh)
+    with torch.no_grad():
+        out = model(ids, use_cache=True)
+        parts = [out.logits]
+        for _ in range(steps):
+            token = out.logits[:, -1:].argmax(-1)
+            out = model(token, past_key_values=out.past_key_values, use_cache=True)
+            parts.append(out.logits)
+        generated = model.generate(ids, max_new_tokens=steps, do_sample=False, pad_token_id=0)
+    return torch.cat(parts, 1), generated, sum(p.numel() for p in model.parameters())
+
+
+def generated(mesh, path, draft_path, prompts, max_new_tokens, **options):
+    """(tokens, stats as dict) of fp.generate on this mesh, fp32."""
+    model = fp.LlamaForCausalLM.from_pretrained(path, mesh=mesh, dtype=torch.float32)
+    draft = None
+    if draft_path is not None:
+        draft = fp.LlamaForCausalLM.from_pretrained(draft_path, mesh=None, dtype=torch.float32)
+    result = fp.generate(model, prompts, max_new_tokens, draft=draft, **options)
+    return result.tokens, vars(result.stats) | {"acceptance": result.stats.acceptance}

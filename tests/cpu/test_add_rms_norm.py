@@ -137,5 +137,5 @@ def test_gradients_are_refused_only_where_they_would_be_recorded():
 
 def test_fused_is_refused_on_a_cpu():
     x, residual, weight = random_inputs((2, 8), torch.float32)
-    with fp.use("fused"), pytest.raises(fp.NoFusedKernelError, match="add_rms_norm.*CUDA tensors only"):
+    with fp.use("fused"), pytest.raises(fp.NoFusedKernelError, match=r"add_rms_norm.*CUDA tensors only"):
         add_rms_norm(x, residual, weight, EPS)

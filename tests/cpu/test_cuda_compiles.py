@@ -1,4 +1,4 @@
-"""Every csrc/*.cu compiles with the flags of CMakeLists.txt, without warnings, and without register spills on sm_90a."""
+"""Every csrc/*.cu compiles with the flags of CMakeLists.txt, without warnings and without register spills on sm_90a."""
 
 import re
 import shutil

@@ -1,5 +1,5 @@
-"""The sdist and the wheels built from it, each installed into a clean environment: with and without kernels, and without
-a C++ compiler. Needs no network: build tools and torch are those of the environment that runs the tests."""
+"""The sdist and the wheels built from it, each imported from a clean environment: with kernels, without, and built
+without a C++ compiler. Needs no network: build tools and torch are those of the environment that runs the tests."""
 
 import os
 import shutil
@@ -65,7 +65,7 @@ def build_wheel(sdist, tmp_path, **environment):
 
 
 class Clean:
-    """An environment with the wheel in it and, by a path file, the packages of this environment, but not our package."""
+    """An environment with the wheel in it and, by a path file, the packages of this one except ours."""
 
     def __init__(self, wheel, tmp_path):
         self.home = tmp_path / "environment"
@@ -114,10 +114,20 @@ def test_wheel(sdist, tmp_path):
 
 
 @pytest.mark.skipif(not can_build_extension(), reason="no C++ compiler in PATH")
-def test_wheel_without_kernels(sdist, tmp_path):
-    environment = Clean(build_wheel(sdist, tmp_path, FP_NO_CUDA="1"), tmp_path)
-    assert environment.imports() == (True, False, "it was built with FP_NO_CUDA set")
-    assert "FP_NO_CUDA" in environment.python("-m", "fused_parallel", "doctor")
+@pytest.mark.parametrize("why", ["FP_NO_CUDA", "a broken nvcc"])
+def test_wheel_without_kernels(why, sdist, tmp_path):
+    nvcc = tmp_path / "nvcc"
+    nvcc.write_text('#!/bin/sh\n[ "$*" = --version ] && echo "release 13.0" || exit 1\n')
+    nvcc.chmod(0o755)
+    settings, reason = {
+        "FP_NO_CUDA": ({"FP_NO_CUDA": "1"}, "it was built with FP_NO_CUDA set"),
+        "a broken nvcc": ({"CUDACXX": str(nvcc)}, f"{nvcc} cannot compile a test program"),
+    }[why]
+    environment = Clean(build_wheel(sdist, tmp_path, **settings), tmp_path)
+    extension, kernels, said = environment.imports()
+    assert (extension, kernels) == (True, False)
+    assert said.startswith(reason)
+    assert "no CUDA kernels" in environment.python("-m", "fused_parallel", "doctor")
 
 
 def test_wheel_without_a_compiler(sdist, tmp_path):

@@ -1,0 +1,91 @@
+"""Residual addition + RMSNorm on one GPU: the kernel against what torch offers for it.
+
+    python benchmarks/bench_add_rms_norm.py [--tokens 1 64] [--hidden 8192] [--mode graph]
+
+Prints a table and appends it to benchmarks/results/add_rms_norm.csv. Peers: `torch` (the operations one by one),
+`torch_rms_norm` (addition, then torch.nn.functional.rms_norm) and `torch_compile` (torch.compile of the first).
+"""
+
+import argparse
+import sys
+
+import torch
+
+import fused_parallel as fp
+from fused_parallel.ops.add_rms_norm import add_rms_norm
+from fused_parallel.testing.results import append, make_row, show
+from fused_parallel.testing.timer import time_collective
+
+TOKENS = [1, 8, 32, 64, 128, 256, 512, 1024, 8192]
+HIDDEN = [2880, 4096, 7168, 8192]
+DTYPE = torch.bfloat16
+EPS = 1e-5
+HBM_BYTES_PER_US = 4.26e6  # read + write; PRIOR_ART's measured copy on an H200
+
+
+def torch_composite(x, residual, weight):
+    new_residual = x + residual
+    wide = new_residual.float()
+    scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + EPS)
+    return (wide * scale * weight.float()).to(x.dtype), new_residual
+
+
+def torch_rms_norm(x, residual, weight):
+    new_residual = x + residual
+    return torch.nn.functional.rms_norm(new_residual, weight.shape, weight, EPS), new_residual
+
+
+def fused(x, residual, weight):
+    with fp.use("fused"):
+        return add_rms_norm(x, residual, weight, EPS)
+
+
+def measure(tokens: int, hidden: int, mode: str) -> list[dict[str, str]]:
+    torch._dynamo.reset()  # compile for this very shape, the best case of torch.compile
+    implementations = {
+        "fused": fused,
+        "torch": torch_composite,
+        "torch_rms_norm": torch_rms_norm,
+        "torch_compile": torch.compile(torch_composite, dynamic=False),
+    }
+    moved = (4 * tokens * hidden + hidden) * DTYPE.itemsize  # x, residual and weight in, both outputs out
+
+    def inputs(_):
+        x, residual = torch.randn(2, tokens, hidden, dtype=DTYPE, device="cuda")
+        return x, residual, torch.randn(hidden, dtype=DTYPE, device="cuda")
+
+    return [
+        make_row(
+            "add_rms_norm",
+            name,
+            time_collective(function, inputs=inputs, mode=mode),
+            world_size=1,
+            dtype=DTYPE,
+            mode=mode,
+            shape={"tokens": tokens, "hidden": hidden},
+            bytes=moved,
+            floor_us=moved / HBM_BYTES_PER_US,
+        )
+        for name, function in implementations.items()
+    ]
+
+
+@torch.inference_mode()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS)
+    parser.add_argument("--hidden", type=int, nargs="+", default=HIDDEN)
+    parser.add_argument("--mode", choices=("graph", "eager"), default="graph")
+    args = parser.parse_args()
+    if not torch.cuda.is_available():
+        sys.exit("bench_add_rms_norm: needs a CUDA GPU, torch sees none")
+    rows = []
+    for hidden in args.hidden:
+        for tokens in args.tokens:
+            rows += measure(tokens, hidden, args.mode)
+    show(rows)
+    append(rows)
+
+
+if __name__ == "__main__":
+    main()
