@@ -19,7 +19,9 @@ gpu-test: $(ENVIRONMENT)
 	$(python) -m pytest tests/gpu tests/multigpu
 
 bench: $(ENVIRONMENT)
-	@set -e; for script in benchmarks/bench_*.py; do echo "== $$script"; $(python) "$$script"; done
+	@failed=; for script in benchmarks/bench_*.py; do \
+		echo "== $$script"; $(python) "$$script" || failed="$$failed $$script"; done; \
+		test -z "$$failed" || { echo "make bench: failed:$$failed" >&2; exit 1; }
 
 lint: $(ENVIRONMENT)
 	$(python) -m ruff check .
