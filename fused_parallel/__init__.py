@@ -10,6 +10,7 @@ from .errors import NoFusedKernelError, PeerTimeoutError
 from .models.config import LlamaConfig
 from .models.llama import LlamaForCausalLM
 from .ops import (
+    VerifyResult,
     add_rms_norm,
     all_gather,
     all_gather_matmul,
@@ -20,8 +21,11 @@ from .ops import (
     matmul_reduce_scatter,
     reduce_scatter,
     rms_norm,
+    sample,
     use,
+    verify,
     verify_attention,
+    verify_tree,
 )
 from .speculative import Generation, GenerationStats, generate
 
@@ -32,6 +36,7 @@ __all__ = [
     "LlamaForCausalLM",
     "NoFusedKernelError",
     "PeerTimeoutError",
+    "VerifyResult",
     "__version__",
     "add_rms_norm",
     "all_gather",
@@ -49,8 +54,11 @@ __all__ = [
     "parallelize",
     "reduce_scatter",
     "rms_norm",
+    "sample",
     "use",
+    "verify",
     "verify_attention",
+    "verify_tree",
 ]
 
 

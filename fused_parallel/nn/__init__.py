@@ -9,7 +9,7 @@ from .mlp import ParallelMLP
 from .pipeline_stage import PipelineStage
 from .rms_norm import RMSNorm
 from .rotary import RotaryEmbedding
-#from .speculative_verifier import SpeculativeVerifier
+from .speculative_verifier import SpeculativeVerifier
 from .streamed_layers import StreamedLayers
 
 __all__ = [
@@ -24,7 +24,7 @@ __all__ = [
     "RMSNorm",
     "RotaryEmbedding",
     "RowParallelLinear",
-#    "SpeculativeVerifier",
+    "SpeculativeVerifier",
     "StreamedLayers",
     "VocabParallelEmbedding",
 ]

@@ -6,9 +6,13 @@ from .all_reduce import all_gather, all_reduce, reduce_scatter
 from .all_reduce_add_rms_norm import all_reduce_add_rms_norm
 from .matmul_all_reduce import matmul_all_reduce, matmul_all_reduce_add_rms_norm
 from .matmul_reduce_scatter import all_gather_matmul, matmul_reduce_scatter
+from .sample import sample
+from .verify import VerifyResult, verify
 from .verify_attention import verify_attention
+from .verify_tree import verify_tree
 
 __all__ = [
+    "VerifyResult",
     "add_rms_norm",
     "all_gather",
     "all_gather_matmul",
@@ -19,6 +23,9 @@ __all__ = [
     "matmul_reduce_scatter",
     "reduce_scatter",
     "rms_norm",
+    "sample",
     "use",
+    "verify",
     "verify_attention",
+    "verify_tree",
 ]

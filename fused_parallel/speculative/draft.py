@@ -49,16 +49,20 @@ class ModelDraft:
         # The draft has never seen the last token it proposed itself; feeding two tokens covers the case that it was
         # accepted, and rewrites the same values otherwise.
         self.cache.lens.copy_(lens - 1)
+        drawn = temperature > 0
         tokens, weights, feed = [], [], last_two
         for i in range(k):
             logits = self.model(feed, self.cache)[:, -1, : self.vocab_size]
             self.cache.lens += feed.shape[1]
-            token = ops.sample(logits, seed=seed, step=step, temperature=temperature, stream="draft", position=i)
-            if not greedy:
-                # A row drafted at temperature 0 was drawn from a point mass.
+            if greedy:
+                token = ops.sample(logits, seed=seed, step=step, temperature=0.0, position=i)
+            else:
+                # Scaled before sampling, so that what verify is given is exactly what was sampled from. A row drafted at
+                # temperature 0 comes from a point mass.
                 scaled = logits.float() / temperature.clamp_min(1e-30).unsqueeze(1)
+                token = ops.sample(scaled, seed=seed, step=step, temperature=drawn.float(), position=i)
                 point = torch.full_like(scaled, -torch.inf).scatter_(1, token.unsqueeze(1), 0.0)
-                weights.append(torch.where((temperature > 0).unsqueeze(1), scaled, point))
+                weights.append(torch.where(drawn.unsqueeze(1), scaled, point))
             tokens.append(token)
             feed = token.unsqueeze(1)
         return torch.stack(tokens, 1), None if greedy else torch.stack(weights, 1)

@@ -1,0 +1,144 @@
+"""fp.generate: greedy tokens equal transformers' in every arrangement, with and without a draft; sampling; bad input."""
+
+import collections
+
+import _llama_ranks as ranks
+import pytest
+import torch
+
+import fused_parallel as fp
+from fused_parallel.testing.spawn import run_ranks
+
+PROMPTS = [[5, 17, 200, 3], [9], [44, 45, 46, 47, 48, 49, 50, 51, 52]]
+NEW = 24
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    """(target directory, draft directory, transformers target). The draft is the target with noise on its weights, so that
+    some drafts are accepted and some are not."""
+    from transformers import AutoModelForCausalLM
+
+    path, draft = tmp_path_factory.mktemp("target"), tmp_path_factory.mktemp("draft")
+    target = ranks.save_random_model(path, scale=6.0)
+    noisy = AutoModelForCausalLM.from_pretrained(path)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in noisy.parameters():
+            parameter.add_(torch.randn_like(parameter) * parameter.std() * 0.12)
+    noisy.save_pretrained(draft)
+    return path, draft, target
+
+
+def greedy(model, prompts=PROMPTS, new=NEW):
+    out = []
+    for prompt in prompts:
+        tokens = model.generate(torch.tensor([prompt]), max_new_tokens=new, do_sample=False, pad_token_id=0)
+        out.append(tokens[0, len(prompt) :].tolist())
+    return out
+
+
+@pytest.mark.parametrize("tp,pp", [(1, 1), (2, 1), (1, 2), (2, 2)])
+def test_greedy_equals_transformers(pair, tp, pp):
+    path, draft, target = pair
+    expected = greedy(target)
+    for draft_path in (None, draft):
+        options = {"tp": tp, "pp": pp, "temperature": 0.0}
+        for tokens, stats in run_ranks(ranks.generated, tp * pp, path, draft_path, PROMPTS, NEW, **options):
+            assert tokens == expected
+            assert stats["new_tokens"] == 3 * NEW and stats["sequences"] == 3 and stats["prompt_tokens"] == 14
+            if draft_path is None:
+                assert stats["drafted"] == 0 and stats["acceptance"] is None and stats["rounds"] == NEW - 1
+            else:
+                assert 0.05 < stats["acceptance"] < 0.999, "the draft must be neither perfect nor useless"
+                assert stats["rounds"] < NEW - 1
+            assert (stats["communication_seconds"] > 0) == (tp * pp > 1)
+
+
+@pytest.mark.parametrize("k", [1, 2, 7])
+def test_any_draft_length(pair, k):
+    path, draft, target = pair
+    ((tokens, _),) = run_ranks(ranks.generated, 1, path, draft, PROMPTS, NEW, num_draft_tokens=k)
+    assert tokens == greedy(target)
+
+
+def test_perfect_draft_accepts_everything(pair):
+    path, _, target = pair
+    ((tokens, stats),) = run_ranks(ranks.generated, 1, path, path, PROMPTS[:1], 21, num_draft_tokens=4)
+    assert tokens == greedy(target, PROMPTS[:1], 21)
+    assert stats["acceptance"] == 1.0 and stats["rounds"] == 4
+
+
+def test_end_of_sequence(pair):
+    path, draft, target = pair
+    expected = greedy(target)
+    end = expected[0][5]
+    cut = [row[: row.index(end) + 1] if end in row else row for row in expected]
+    for draft_path in (None, draft):
+        ((tokens, _),) = run_ranks(ranks.generated, 1, path, draft_path, PROMPTS, NEW, eos_token_id=end)
+        assert tokens == cut
+
+
+def test_sampling_does_not_depend_on_batch_or_ranks(pair):
+    path, draft, _ = pair
+    options = {"temperature": 0.8, "top_p": 0.95, "seed": [11, 12, 13]}
+    for draft_path in (None, draft):
+        ((whole, _),) = run_ranks(ranks.generated, 1, path, draft_path, PROMPTS, NEW, **options)
+        for tokens, _ in run_ranks(ranks.generated, 2, path, draft_path, PROMPTS, NEW, tp=2, **options):
+            assert tokens == whole
+        ((alone, _),) = run_ranks(
+            ranks.generated, 1, path, draft_path, PROMPTS[1:2], NEW, temperature=0.8, top_p=0.95, seed=12
+        )
+        assert alone == whole[1:2]
+        ((other, _),) = run_ranks(ranks.generated, 1, path, draft_path, PROMPTS, NEW, temperature=0.8, seed=[1, 2, 3])
+        assert other != whole
+
+
+@pytest.mark.parametrize("method", ["rejection", "block"])
+def test_speculation_keeps_the_distribution(pair, method):
+    """The second and third sampled tokens, with and without the draft, from many seeds: a chi-square test on both."""
+    from scipy.stats import chi2_contingency
+
+    path, draft, _ = pair
+    mesh = fp.init(device="cpu")
+    target = fp.LlamaForCausalLM.from_pretrained(path, mesh=mesh)
+    drafter = fp.LlamaForCausalLM.from_pretrained(draft, mesh=None)
+    count = 3000
+    options = {"temperature": 1.0, "top_k": 4}
+    prompts = [PROMPTS[0]] * count
+    plain = fp.generate(target, prompts, 3, seed=10**6, **options)
+    spec = fp.generate(target, prompts, 3, seed=2 * 10**6, draft=drafter, num_draft_tokens=2, method=method, **options)
+    assert 0.05 < spec.stats.acceptance < 0.999
+    counts = [collections.Counter(map(tuple, g.tokens)) for g in (plain, spec)]
+    kinds = [k for k in counts[0] | counts[1] if counts[0][k] + counts[1][k] >= 20]
+    assert len(kinds) >= 4
+    table = [[c[k] for k in kinds] for c in counts]
+    assert chi2_contingency(table).pvalue > 1e-5
+
+
+def test_mixed_temperatures(pair):
+    path, draft, target = pair
+    ((tokens, _),) = run_ranks(ranks.generated, 1, path, draft, PROMPTS, NEW, temperature=[0.0, 1.0, 0.0], seed=3)
+    expected = greedy(target)
+    assert tokens[0] == expected[0] and tokens[2] == expected[2] and tokens[1] != expected[1]
+
+
+def test_bad_input(pair, tmp_path):
+    path, draft, _ = pair
+    mesh = fp.init(device="cpu")
+    model = fp.LlamaForCausalLM.from_pretrained(path, mesh=mesh)
+    ranks.save_random_model(tmp_path, vocab_size=100)
+    other = fp.LlamaForCausalLM.from_pretrained(tmp_path, mesh=None)
+    for args, options, message in (
+        (([], 3), {}, "every prompt needs at least one token"),
+        (([[1], []], 3), {}, "every prompt needs at least one token"),
+        (([[1, 263]], 3), {}, r"prompt 0 holds 263; token ids are integers in \[0, 263\)"),
+        (([["a"]], 3), {}, "prompt 0 holds 'a'"),
+        (([[1]], 0), {}, "max_new_tokens must be at least 1, got 0"),
+        (([[1] * 500], 13), {}, "exceed the model's 512 positions"),
+        (([[1]], 3), {"draft": other}, "the draft has vocabulary 100, the model 263"),
+        (([[1]], 3), {"temperature": [1.0, 2.0]}, "temperature must be one value or one per prompt"),
+        (([[1]], 3), {"method": "typical"}, "method must be one of"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            fp.generate(model, *args, **options)

@@ -1,0 +1,142 @@
+"""The modules on Gloo ranks: equal to the torch modules they replace, state dicts, padding, head layouts, streaming."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import fused_parallel as fp
+from fused_parallel.nn import HeadLayout
+from fused_parallel.testing.spawn import run_ranks
+from fused_parallel.testing.tolerances import assert_close
+
+
+def full_modules():
+    """The torch modules, alike on every rank, with sizes that 2 and 4 do not divide."""
+    torch.manual_seed(1)
+    return nn.Linear(10, 7), nn.Linear(10, 7, bias=False), nn.Embedding(13, 6), nn.Linear(6, 13, bias=False)
+
+
+def rank_linear(mesh):
+    group = mesh["tp"]
+    biased, plain, embedding, head = full_modules()
+    x, ids = torch.randn(3, 10, generator=torch.Generator().manual_seed(2)), torch.tensor([[0, 12, 5], [7, 6, 1]])
+    with torch.no_grad():
+        for linear in (biased, plain):
+            expected = linear(x)
+            bias = linear.bias is not None
+            column = fp.nn.ColumnParallelLinear(10, 7, bias, group=group, gather_output=True)
+            column.load_state_dict(linear.state_dict())
+            row = fp.nn.RowParallelLinear(10, 7, bias, group=group, input_is_parallel=False)
+            row.load_state_dict(linear.state_dict())
+            assert_close(column(x), expected)
+            assert_close(row(x), expected)
+            assert not any(p.requires_grad for p in [*column.parameters(), *row.parameters()])
+            again = fp.nn.RowParallelLinear(10, 7, bias, group=group, input_is_parallel=False)
+            again.load_state_dict(row.state_dict())  # this rank's own shards load too
+            assert torch.equal(again(x), row(x))
+        local = fp.nn.VocabParallelEmbedding(13, 6, group=group)
+        local.load_state_dict(embedding.state_dict())
+        assert torch.equal(local(ids), embedding(ids))
+        lm_head = fp.nn.ParallelLMHead(6, 13, group=group, gather_output=True)
+        lm_head.load_state_dict(head.state_dict())
+        assert_close(lm_head(embedding(ids)), head(embedding(ids)))
+        lm_head.tie(local)
+        assert_close(lm_head(embedding(ids)), F.linear(embedding(ids), embedding.weight))
+    return [tuple(m.weight.shape) for m in (column, row, local, lm_head)]
+
+
+def test_linear_embedding_head():
+    assert run_ranks(rank_linear, 2)[1] == [(4, 10), (7, 5), (7, 6), (7, 6)]
+    assert run_ranks(rank_linear, 4)[3] == [(2, 10), (7, 3), (4, 6), (4, 6)]
+
+
+def rank_mlp(mesh):
+    torch.manual_seed(3)
+    gate, up, down = nn.Linear(8, 11), nn.Linear(8, 11), nn.Linear(11, 8)
+    named = {"gate_proj": gate, "up_proj": up, "down_proj": down}
+    state = {f"{n}.{key}": t for n, m in named.items() for key, t in m.state_dict().items()}
+    x, residual = torch.randn(5, 8), torch.randn(5, 8)
+    with torch.no_grad():
+        expected = down(F.silu(gate(x)) * up(x))
+        mlp = fp.nn.ParallelMLP(8, 11, bias=True, group=mesh["tp"])
+        mlp.load_state_dict(state)
+        assert_close(mlp(x), expected)
+        norm = fp.nn.RMSNorm(8, 1e-5)
+        normed, new = mlp(x, residual, norm)
+        assert_close(new, expected + residual)
+        assert torch.equal(normed, norm(new))
+        assert_close(mlp(x, residual), expected + residual)
+    try:
+        mlp.load_state_dict(state | {"gate_proj.weight": torch.randn(10, 8)})
+    except ValueError as error:
+        return str(error)
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_mlp(world):
+    assert "gate_proj.weight: dim 0 has size 10, expected 11" in run_ranks(rank_mlp, world)[0]
+
+
+@pytest.mark.parametrize(
+    "heads,kv_heads,world",
+    [(8, 8, 4), (8, 2, 2), (8, 2, 4), (6, 2, 4), (5, 5, 2), (12, 3, 2), (7, 1, 4), (64, 8, 8), (10, 5, 3), (9, 3, 6)],
+)
+def test_head_layout_covers_every_head_once(heads, kv_heads, world):
+    layouts = [HeadLayout.of(heads, kv_heads, rank, world) for rank in range(world)]
+    held = [h for layout in layouts for h in range(layout.q_start, layout.q_stop)]
+    assert held == list(range(heads))
+    for layout in layouts:
+        per = layout.local_q // layout.local_kv
+        for local, head in enumerate(range(layout.q_start, layout.q_stop)):
+            assert layout.kv_start + local // per == head // (heads // kv_heads)
+        assert layout.local_q == layouts[0].local_q and layout.local_kv == layouts[0].local_kv
+
+
+@pytest.mark.parametrize("heads,kv_heads,world", [(4, 4, 8), (6, 3, 4), (2, 1, 4), (5, 5, 4)])
+def test_head_layout_refuses_idle_ranks(heads, kv_heads, world):
+    with pytest.raises(ValueError, match=f"tp={world} does not fit {heads} query heads and {kv_heads} key-value heads"):
+        HeadLayout.of(heads, kv_heads, 0, world)
+
+
+def test_streamed_layers_equal_resident_ones(seed):
+    layers = {str(i): nn.Sequential(nn.Linear(6, 6), nn.LayerNorm(6)) for i in range(5)}
+    x = torch.randn(2, 6)
+    with torch.no_grad():
+        expected = x
+        for layer in layers.values():
+            expected = layer(expected)
+        for slots in (1, 2, 3):
+            streamed = fp.nn.StreamedLayers(layers, device="cpu", slots=slots)
+            for _ in range(2):
+                y, names = x, []
+                for name, layer in streamed:
+                    names.append(name)
+                    y = layer(y)
+                assert torch.equal(y, expected) and names == list(layers)
+    assert streamed.host_bytes >= 5 * 4 * (36 + 6 + 12) and len(streamed) == 5
+    state = streamed.state_dict()
+    assert torch.equal(state["3.0.weight"], layers["3"][0].weight)
+
+
+def test_streamed_layers_survive_an_interrupted_pass(seed):
+    layers = {str(i): nn.Linear(4, 4) for i in range(3)}
+    weights = [layer.weight.clone() for layer in layers.values()]
+    streamed = fp.nn.StreamedLayers(layers, device="cpu")
+    for _ in streamed:
+        break
+    assert all(torch.equal(layer.weight, w) for layer, w in zip(layers.values(), weights, strict=True))
+    with pytest.raises(ValueError, match="at least one layer"):
+        fp.nn.StreamedLayers({}, device="cpu")
+
+
+def test_kv_cache_write_and_rollback(seed):
+    cache = fp.nn.KVCache(2, 3, 8, 2, 4, dtype=torch.float32)
+    cache.lens.copy_(torch.tensor([0, 2, 5]))
+    k = torch.randn(3, 2, 2, 4)
+    cache.write(1, k, -k, cache.positions(2))
+    for b, start in enumerate((0, 2, 5)):
+        assert torch.equal(cache.k[1, b, start : start + 2], k[b]) and torch.equal(cache.v[1, b, start + 1], -k[b, 1])
+    assert cache.k[0].abs().sum() == 0 and cache.lens.tolist() == [0, 2, 5] and cache.capacity == 8
+    cache.reset()
+    assert cache.lens.tolist() == [0, 0, 0] and cache.nbytes == 2 * 2 * 3 * 8 * 2 * 4 * 4
