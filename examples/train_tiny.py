@@ -74,9 +74,9 @@ PRESETS = {
     ),
     "tiny": Preset(
         target=Shape(256, 576, 6, 8, 4, 32, tied=False), draft=Shape(192, 256, 2, 4, 2, 32, tied=True),
-        context=1024, batch=64, steps=10000, lr=2.5e-3,
-        draft_context=512, draft_batch=128, draft_steps=6000, draft_lr=3e-3,
-        rollouts=16384, warmup=200, prompts=512, dropout=0.05,
+        context=1024, batch=64, steps=3000, lr=2.5e-3,
+        draft_context=512, draft_batch=128, draft_steps=9000, draft_lr=3e-3,
+        rollouts=16384, warmup=200, prompts=512, dropout=0.1,
     ),
     "small": Preset(
         target=Shape(512, 1408, 12, 8, 4, 64, tied=False), draft=Shape(256, 576, 3, 8, 4, 32, tied=True),

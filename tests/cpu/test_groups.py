@@ -1,0 +1,186 @@
+"""fp.init and the mesh, dispatch, debug mode, and what happens when ranks fail: clear messages, no hang."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+import warnings
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import fused_parallel as fp
+from fused_parallel.comm.launch import RankPool, free_port, launch
+from fused_parallel.ops._dispatch import choose_fused
+from fused_parallel.testing.spawn import run_ranks
+
+
+def rank_mesh(mesh):
+    return mesh.mesh_dim_names, tuple(mesh.shape), tuple(mesh.get_local_rank(n) for n in ("dp", "pp", "tp"))
+
+
+def test_mesh_dimensions():
+    results = run_ranks(rank_mesh, 4, tp=2, pp=2)
+    assert [r[2] for r in results] == [(0, 0, 0), (0, 0, 1), (0, 1, 0), (0, 1, 1)]
+    assert results[0][:2] == (("dp", "pp", "tp"), (1, 2, 2))
+    assert run_ranks(rank_mesh, 4, dp=2)[3] == (("dp", "pp", "tp"), (2, 1, 2), (1, 0, 1))
+
+
+def test_world_of_one():
+    mesh = fp.init(device="cpu")
+    assert tuple(mesh.shape) == (1, 1, 1) and fp.init(tp=1, device="cpu")["tp"].size() == 1
+
+
+@pytest.mark.parametrize(
+    "options,message",
+    [
+        ({"tp": 3}, r"tp \* pp \* dp = 3 \* 1 \* 1 = 3, but the world has 1 rank\(s\); start that many: torchrun"),
+        ({"pp": 2}, r"the world of 1 ranks is not divisible by pp \* dp = 2 \* 1"),
+        ({"tp": 0}, "tp must be a positive integer, got 0"),
+        ({"tp": 1.5}, "tp must be a positive integer, got 1.5"),
+        ({"timeout": 0}, "timeout must be a positive number of seconds, got 0"),
+        ({"device": "tpu"}, "device"),
+    ],
+)
+def test_sizes_that_do_not_fit(options, message):
+    with pytest.raises((ValueError, RuntimeError), match=message):
+        fp.init(**({"device": "cpu"} | options))
+
+
+def run_script(code: str, timeout: float = 60, **environment) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | environment, capture_output=True, text=True, timeout=timeout
+    )
+
+
+def test_port_in_use():
+    import socket
+
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        done = run_script(
+            "import fused_parallel as fp; fp.init(device='cpu', timeout=20)",
+            RANK="0",
+            WORLD_SIZE="1",
+            MASTER_ADDR="127.0.0.1",
+            MASTER_PORT=str(taken.getsockname()[1]),
+        )
+    assert done.returncode != 0
+    assert "that port is in use: choose another (torchrun --master-port N, or MASTER_PORT=N)" in done.stderr
+
+
+def test_ranks_that_never_come():
+    environment = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    done = run_script("import fused_parallel as fp; fp.init(device='cpu', timeout=2)", **environment)
+    assert done.returncode != 0 and "check that all 2 ranks were started" in done.stderr
+    done = run_script("import fused_parallel as fp; fp.init(device='cpu')", RANK="x", WORLD_SIZE="2")
+    assert done.returncode != 0 and "RANK and WORLD_SIZE must both be set to integers" in done.stderr
+
+
+def rank_lost(how: str, timeout: float):
+    """Rank 1 leaves; the others' next all-reduce must raise. Returns (seconds, error type, text) on the others."""
+    mesh = fp.init(device="cpu", timeout=timeout)
+    x = torch.ones(4)
+    fp.all_reduce(x, group=mesh["tp"])
+    if dist.get_rank() == 1:
+        if how == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(timeout + 3)  # silent for longer than the others wait
+        return None
+    begin = time.monotonic()
+    try:
+        fp.all_reduce(x, group=mesh["tp"])
+    except Exception as error:
+        return time.monotonic() - begin, type(error).__name__, str(error)
+
+
+def test_silent_rank_is_reported_within_the_timeout():
+    seconds, kind, text = launch(rank_lost, 2, "silent", 3.0, timeout=60)[0]
+    assert kind == "PeerTimeoutError" and 2 < seconds < 8
+    assert "all_reduce on rank 0 got no answer from rank(s) 1" in text and "end this job on all ranks" in text
+
+
+def test_killed_rank_is_reported():
+    with pytest.raises(fp.PeerTimeoutError, match=r"rank 1 \(exit code -9\) died"):
+        launch(rank_lost, 2, "killed", 20.0, timeout=60)
+
+
+def rank_survivor(path: str):
+    result = rank_lost("killed", 20.0)
+    with open(path, "w") as file:
+        file.write(f"{result[0]:.1f} {result[1]} {result[2]}")
+
+
+def test_survivors_of_a_killed_rank_raise(tmp_path):
+    """The surviving rank itself, not only its launcher, hears of the death, at once."""
+    pool = RankPool(2)
+    pool._calls[0].put((1, rank_survivor, (str(tmp_path / "told"),), {}))
+    pool._calls[1].put((1, rank_lost, ("killed", 20.0), {}))
+    deadline = time.monotonic() + 40
+    while not (tmp_path / "told").exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    time.sleep(0.2)
+    seconds, kind, text = (tmp_path / "told").read_text().split(" ", 2)
+    pool.kill()
+    assert kind == "PeerTimeoutError" and float(seconds) < 10 and "rank(s) 1" in text
+
+
+def rank_fails(mesh):
+    if mesh.get_local_rank("tp") == 1:
+        raise ValueError("on purpose")
+
+
+def test_an_error_on_one_rank_reaches_the_caller():
+    with pytest.raises(RuntimeError, match="rank 1 of 2 raised ValueError: on purpose"):
+        run_ranks(rank_fails, 2)
+    assert run_ranks(rank_mesh, 2)[1][2] == (0, 0, 1)  # the next call has new ranks
+
+
+def test_use_modes():
+    x = torch.randn(3, 4)
+    mesh = fp.init(device="cpu")
+    with fp.use("fused"), pytest.raises(fp.NoFusedKernelError, match="all_reduce: .* no fused kernel for it"):
+        fp.all_reduce(x, group=mesh["tp"])
+    with fp.use("fused"):
+        with fp.use("reference"):
+            fp.all_reduce(x, group=mesh["tp"])
+        with pytest.raises(fp.NoFusedKernelError):
+            fp.all_reduce(x, group=mesh["tp"])
+    fp.all_reduce(x, group=mesh["tp"])
+    with pytest.raises(ValueError, match="mode must be one of auto, fused, reference"), fp.use("fast"):
+        pass
+    done = run_script(
+        "import torch, fused_parallel as fp\nfp.all_reduce(torch.ones(2), group=fp.init(device='cpu')['tp'])",
+        FUSED_PARALLEL="fused",
+    )
+    assert "NoFusedKernelError" in done.stderr
+    done = run_script("import fused_parallel as fp\nwith fp.use('auto'): fp.ops._dispatch.environment_mode()", FUSED_PARALLEL="x")
+    assert "FUSED_PARALLEL='x' in the environment: must be one of" in done.stderr
+
+
+def test_fallback_is_told_once():
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(3):
+            assert not choose_fused("some_op", "of a reason", on_gpu=True)
+    assert len(caught) == 1 and "some_op: using the reference implementation" in str(caught[0].message)
+    assert "because of a reason" in str(caught[0].message)
+    assert choose_fused("some_op", None, on_gpu=True)
+
+
+def rank_disagree():
+    mesh = fp.init(device="cpu", timeout=30)
+    x = torch.ones(3 + mesh.get_local_rank("tp"))
+    try:
+        fp.all_reduce(x, group=mesh["tp"])
+    except ValueError as error:
+        return str(error)
+
+
+def test_debug_mode_names_what_differs():
+    for text in launch(rank_disagree, 2, environment={"FUSED_PARALLEL_DEBUG": "1"}):
+        assert "the ranks of one group disagree on the call" in text
+        assert "rank 0: all_reduce(torch.float32[3])" in text and "rank 1: all_reduce(torch.float32[4])" in text
