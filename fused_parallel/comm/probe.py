@@ -6,6 +6,7 @@ import datetime
 import json
 import os
 import platform
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 
@@ -46,7 +47,7 @@ def probe(quick: bool = False, progress: Callable[[str], None] | None = None) ->
         try:
             return function(*arguments)
         except (RuntimeError, OSError, ValueError, PeerTimeoutError) as error:
-            skip(what, f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}")
+            skip(what, textwrap.shorten(f"{type(error).__name__}: {error}", 300))
             return None
         finally:
             if gpus:
