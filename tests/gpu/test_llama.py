@@ -1,0 +1,123 @@
+"""The model, generation, verification and streaming on one GPU: the same results as on the CPU, and in CUDA graphs."""
+
+import _llama_ranks as ranks
+import pytest
+import torch
+from torch import nn
+
+import fused_parallel as fp
+from fused_parallel.testing.spawn import run_ranks
+from fused_parallel.testing.tolerances import assert_close
+
+IDS = torch.randint(0, 263, (2, 100), generator=torch.Generator().manual_seed(5))
+PROMPTS = [[5, 17, 200, 3], [9], [44, 45, 46, 47, 48, 49, 50, 51, 52]]
+
+
+def gpu_logits(mesh, path, ids, dtype):
+    model = fp.LlamaForCausalLM.from_pretrained(path, mesh=mesh, dtype=dtype)
+    assert model.device.type == "cuda"
+    return model(ids.cuda()).cpu()
+
+
+def test_logits_equal_transformers(tmp_path):
+    reference = ranks.save_random_model(tmp_path, rope_parameters=ranks.LLAMA3_ROPE | {"rope_theta": 500000.0})
+    with torch.no_grad():
+        expected = reference(IDS).logits
+    (got,) = run_ranks(gpu_logits, 1, tmp_path, IDS, torch.float32, device="cuda")
+    assert (got - expected).abs().max() < 1e-4
+    (got,) = run_ranks(gpu_logits, 1, tmp_path, IDS, torch.bfloat16, device="cuda")
+    assert (got.float() - expected).norm() / expected.norm() < 0.04
+
+
+def test_generate_equals_cpu(tmp_path):
+    ranks.save_random_model(tmp_path / "target", scale=6.0)
+    ranks.save_random_model(tmp_path / "draft", scale=6.0, num_hidden_layers=1)
+    for draft in (None, tmp_path / "draft"):
+        for options in ({}, {"temperature": 0.9, "top_p": 0.9, "seed": 4}):
+            args = tmp_path / "target", draft, PROMPTS, 20
+            ((on_gpu, _),) = run_ranks(ranks.generated, 1, *args, device="cuda", **options)
+            ((on_cpu, _),) = run_ranks(ranks.generated, 1, *args, device="cpu", **options)
+            assert on_gpu == on_cpu
+
+
+@pytest.mark.parametrize("method", ["rejection", "block", "greedy"])
+@pytest.mark.parametrize("full_q", [True, False])
+def test_verify_in_a_graph_equals_cpu(method, full_q, seed):
+    batch, k, vocab = 8, 4, 1000
+
+    def inputs():
+        target = torch.randn(batch, k + 1, vocab, device="cuda") * 3
+        draft = target[:, :k] + torch.randn(batch, k, vocab, device="cuda")
+        tokens = draft.softmax(-1).flatten(0, 1).multinomial(1).view(batch, k)
+        return target, tokens, draft
+
+    target, tokens, draft = inputs()
+    options = {
+        "seed": torch.arange(batch, device="cuda"),
+        "step": torch.zeros(batch, dtype=torch.int64, device="cuda"),
+        "temperature": torch.tensor([0.0, 1.0, 0.7, 1.3] * 2, device="cuda"),
+        "method": method,
+        "top_k": torch.tensor([0, 50] * 4, device="cuda", dtype=torch.int32),
+        "return_logprobs": True,
+    }
+
+    def call():
+        return fp.verify(target, tokens, draft if full_q else None, **options)
+
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = call()
+    for step in range(3):
+        for old, new in zip((target, tokens, draft), inputs(), strict=True):
+            old.copy_(new)
+        options["step"].fill_(step)
+        graph.replay()
+        on_cpu = fp.verify(
+            target.cpu(),
+            tokens.cpu(),
+            draft.cpu() if full_q else None,
+            **{n: v.cpu() if isinstance(v, torch.Tensor) else v for n, v in options.items()},
+        )
+        assert torch.equal(result.tokens.cpu(), on_cpu.tokens)
+        assert torch.equal(result.num_accepted.cpu(), on_cpu.num_accepted)
+        assert torch.allclose(result.logprobs.cpu(), on_cpu.logprobs, atol=1e-4)
+        assert len(set(result.num_accepted.tolist())) > 1
+
+
+def test_verify_attention_in_a_graph(seed):
+    q = torch.randn(3, 4, 8, 64, device="cuda", dtype=torch.bfloat16)
+    k, v = (torch.randn(3, 50, 2, 64, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    lens = torch.tensor([4, 20, 50], dtype=torch.int32, device="cuda")
+    fp.verify_attention(q, k, v, lens)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = fp.verify_attention(q, k, v, lens)
+    for values in ([4, 20, 50], [9, 50, 5]):
+        lens.copy_(torch.tensor(values))
+        q.copy_(torch.randn_like(q))
+        graph.replay()
+        on_cpu = [t.double().cpu() for t in (q, k, v)]
+        expected = fp.verify_attention(*(t.float() for t in on_cpu), lens.cpu())
+        assert_close(out, expected, factor=2)
+
+
+def test_streamed_layers(seed):
+    layers = {str(i): nn.Sequential(nn.Linear(512, 512), nn.LayerNorm(512)) for i in range(6)}
+    x = torch.randn(4, 512)
+    with torch.no_grad():
+        expected = x
+        for layer in layers.values():
+            expected = layer(expected)
+        for slots in (1, 2, 3):
+            streamed = fp.nn.StreamedLayers(layers, device="cuda", slots=slots)
+            assert all(p.is_pinned() for p in streamed.parameters())
+            for _ in range(20):
+                y = x.cuda()
+                for _, layer in streamed:
+                    y = layer(y)
+                assert torch.allclose(y.cpu(), expected, atol=1e-4)
