@@ -1,0 +1,46 @@
+"""The examples, and the README's first program, as a user runs them: on two CPU ranks under torchrun."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+def torchrun(*command: str) -> str:
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = subprocess.run([*start, *command], capture_output=True, text=True, timeout=120, env=environment)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_tensor_parallel():
+    out = torchrun(str(ROOT / "examples" / "tensor_parallel.py"))
+    assert len(set(re.findall(r"result ([\d.]+)", out))) == 1 and out.count("holds 6291456 weights") == 2
+
+
+def test_parallelize_transformers():
+    assert torchrun(str(ROOT / "examples" / "parallelize_transformers.py")).startswith("import os\n\ndef ")
+
+
+def test_readme_program(tmp_path):
+    program = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S).group(1)
+    assert "torchrun" in program.splitlines()[0]
+    (tmp_path / "example.py").write_text(program)
+    norms = re.findall(r"tensor\(([\d.]+)\)", torchrun(str(tmp_path / "example.py")))
+    assert len(norms) == 2 and norms[0] == norms[1]
+
+
+@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md", "docs/modules.md", "docs/verify.md", "docs/probe.md"])
+def test_links_and_paths_exist(document):
+    text = (ROOT / document).read_text()
+    for target in re.findall(r"\]\(([^)#:]+)\)", text):
+        assert (ROOT / document).parent.joinpath(target).exists(), f"{document} links to {target}"
+    for path in re.findall(r"`((?:ops|reference|nn|models|comm|cli|csrc|speculative|integrations|tests|benchmarks|examples)/[\w./]+\.\w+)`", text):
+        inside = (ROOT / path).exists() or (ROOT / "fused_parallel" / path).exists()
+        assert inside, f"{document} names {path}"
