@@ -23,9 +23,9 @@ PARTS = ("cublas", "cpu")  # only a part of the operation, the matmul: never the
 
 
 def load(directory: Path = RESULTS) -> dict[str, list[dict[str, str]]]:
-    """Operation -> its latest rows, for every CSV file with rows."""
+    """Operation -> its latest rows, those in graphs first, for every CSV file with rows."""
     by_op = {path.stem: latest(read(path)) for path in sorted(directory.glob("*.csv"))}
-    return {op: rows for op, rows in by_op.items() if rows}
+    return {op: sorted(rows, key=lambda row: row["mode"] != "graph") for op, rows in by_op.items() if rows}
 
 
 def grouped(rows: list[dict[str, str]], keys: tuple[str, ...]) -> dict[tuple[str, ...], list[dict[str, str]]]:
@@ -154,7 +154,10 @@ def _draw(axis, panel: list[dict[str, str]], x_key: str, key: tuple) -> None:
         (line,) = axis.plot(x, [float(r["us_p50"]) for r in rows], marker="o", markersize=3, label=impl)
         low, high = [float(r["us_p20"]) for r in rows], [float(r["us_p80"]) for r in rows]
         axis.fill_between(x, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
-    floors = {float(parse_shape(r["shape"])[x_key]): float(r["floor_us"]) for r in panel if r["floor_us"]}
+    floors: dict[float, float] = {}
+    for r in (r for r in panel if r["floor_us"]):  # a part of the operation has a lower one
+        x = float(parse_shape(r["shape"])[x_key])
+        floors[x] = max(floors.get(x, 0.0), float(r["floor_us"]))
     if floors:
         axis.plot(sorted(floors), [floors[v] for v in sorted(floors)], "k--", linewidth=1, label="floor")
     axis.set(xscale="log", yscale="log", xlabel=x_key, ylabel="us (median; band: 20 to 80 %)")
