@@ -49,9 +49,9 @@ make_venv() {
     rm -rf .venv
     if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
         say "installing python$version-venv by apt-get"
-        apt-get update -qq >&2 || true
-        DEBIAN_FRONTEND=noninteractive apt-get install -y -qq "python$version-venv" >&2 ||
-            DEBIAN_FRONTEND=noninteractive apt-get install -y -qq python3-venv >&2 || true
+        apt-get update -qq >/dev/null || true
+        DEBIAN_FRONTEND=noninteractive apt-get install -y -qq "python$version-venv" >/dev/null ||
+            DEBIAN_FRONTEND=noninteractive apt-get install -y -qq python3-venv >/dev/null || true
         "$python" -m venv "$@" .venv >&2 && return
         rm -rf .venv
     fi
