@@ -97,7 +97,8 @@ def verify(
     if method == "block":
         log_scales = _block_log_scales(ratio)
         if draft is None:
-            beyond = log_scales[:, :k].exp() * -torch.expm1(logp_token.clamp(max=0.0))
+            mass = (target.maximum[:, :k] > NONE).double()  # none in a row without a finite logit
+            beyond = log_scales[:, :k].exp() * (mass - logp_token.exp()).clamp(min=0.0)
         else:
             logp, logq = target.normalise(weights)[:, :k], draft.normalise(draft_weights)
             beyond = shard.sum(residual(log_scales[:, :k], logp, logq).exp())

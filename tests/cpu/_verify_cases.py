@@ -1,0 +1,61 @@
+"""Random rounds of verification for the tests, and the plain Python result of each request."""
+
+from __future__ import annotations
+
+import _verify_oracle as oracle
+import torch
+
+from fused_parallel.ops.sample import sample
+
+
+def case(batch, k, vocab, *, dtype=torch.float32, filters=True, ragged=True, mixed=True, invalid=True, full_q=True):
+    """Keyword arguments of `verify` for a round whose drafts come from a draft near the target (torch's seed)."""
+    shape = (batch, k + 1, vocab)
+    target = (torch.randn(shape) * 2).to(dtype)
+    draft = (target[:, :k].float() + torch.randn(batch, k, vocab)).to(dtype)
+    draft[torch.rand(draft.shape) < 0.05] = float("-inf")
+    seed = torch.randint(-(2**63), 2**63 - 1, (batch,))
+    step = torch.randint(0, 2**40, (batch,))
+    tokens = [sample(draft[:, i], seed=seed, step=step, temperature=1.0, position=i) for i in range(k)]
+    tokens = torch.stack(tokens, 1) if k else torch.empty(batch, 0, dtype=torch.int64)
+    if invalid:
+        bad = torch.tensor([-1, vocab, vocab + 7, -(2**40), 2**40])[torch.randint(5, tokens.shape)]
+        tokens = torch.where(torch.rand(tokens.shape) < 0.05, bad, tokens)
+    temperature = torch.rand(batch) * 1.5 + 0.2
+    if mixed:
+        temperature[torch.rand(batch) < 0.25] = 0.0
+        greedy = temperature == 0
+        tokens[greedy] = torch.where(torch.rand(tokens.shape) < 0.7, target[:, :k].argmax(-1), tokens)[greedy]
+    out = dict(
+        target_logits=target, draft_tokens=tokens, draft_logits=draft if full_q else None,
+        seed=seed, step=step, temperature=temperature,
+    )  # fmt: skip
+    if ragged:
+        out["num_draft_tokens"] = torch.randint(-1, k + 2, (batch,), dtype=torch.int32)
+    if filters:
+        some = torch.rand(3, batch) < 0.6
+        out["top_k"] = torch.randint(1, vocab + 3, (batch,)) * some[0]
+        out["top_p"] = torch.rand(batch) * some[1]
+        out["min_p"] = torch.rand(batch) * 0.3 * some[2]
+    return out
+
+
+def targets(c, b, rows, vocab_size):
+    """The oracle's target distributions of request b of a case."""
+    options = [c[name][b].item() if name in c else 0 for name in ("top_k", "top_p", "min_p")]
+    logits = c["target_logits"][b].float().tolist()
+    return [oracle.Target(logits[i], c["temperature"][b].item(), *options, vocab_size) for i in range(rows)]
+
+
+def expected(c, b, method, vocab_size):
+    """The oracle's (tokens, accepted, logprobs) of request b of a case."""
+    drafts = c["draft_tokens"][b].tolist()
+    k = len(drafts)
+    if "num_draft_tokens" in c:
+        k = min(max(c["num_draft_tokens"][b].item(), 0), k)
+    rows = [None] * k if c["draft_logits"] is None else c["draft_logits"][b].float().tolist()[:k]
+    if method == "greedy":
+        c = c | {"temperature": torch.zeros_like(c["temperature"])}
+    return oracle.verify(
+        targets(c, b, k + 1, vocab_size), drafts[:k], rows, c["seed"][b].item(), c["step"][b].item(), method, vocab_size
+    )

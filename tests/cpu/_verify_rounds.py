@@ -1,0 +1,144 @@
+"""Speculative generation over several rounds with a Markov target and draft, and the chi-square test of its law."""
+
+from __future__ import annotations
+
+import itertools
+
+import _verify_oracle as oracle
+import torch
+
+from fused_parallel.ops.sample import sample
+from fused_parallel.ops.verify import verify
+from fused_parallel.ops.verify_tree import verify_tree
+from fused_parallel.reference import noise
+
+# root's children 0, 1, 2; node 0's 3, 4; node 1's 5; node 3's 6, 7
+PARENTS = (-1, -1, -1, 0, 0, 1, 3, 3)
+
+
+class Markov:
+    """Target and draft whose next token depends on the last two: logits [V, V, V], the draft's leaning the wrong way.
+
+    `options` (temperature, top_k, top_p, min_p) apply to the target.
+    """
+
+    def __init__(self, vocab, generator, **options):
+        self.vocab, self.options = vocab, {"temperature": 0.8} | options
+        shape = (vocab, vocab, vocab)
+        self.target = torch.randn(shape, generator=generator)
+        self.draft = 0.5 * torch.randn(shape, generator=generator) - 0.3 * self.target
+        self.p = torch.zeros(shape, dtype=torch.float64)
+        for a, b in itertools.product(range(vocab), repeat=2):
+            law = oracle.Target(self.target[a, b].tolist(), **self.options)
+            for token, p in law.p.items():
+                self.p[a, b, token] = p
+        self.q = torch.softmax(self.draft.double(), -1)
+
+    def joint(self, length):
+        """Law of the first `length` tokens after the context (0, 0), float64 [V ** length]."""
+        out = []
+        for tokens in itertools.product(range(self.vocab), repeat=length):
+            a, b, p = 0, 0, 1.0
+            for t in tokens:
+                p *= self.p[a, b, t].item()
+                a, b = b, t
+            out.append(p)
+        return torch.tensor(out, dtype=torch.float64)
+
+
+def shift(context, token):
+    return torch.stack((context[:, 1], token), 1)
+
+
+def chain_round(model, context, seed, step, k, method, full_q):
+    """Draft k tokens (a fifth of the requests k - 1) and verify them.
+
+    The point-mass draft proposes the draft's favourite, and for a third of the requests a token at random.
+    """
+    requests = torch.arange(context.shape[0])
+    targets, drafts, tokens = [model.target[context[:, 0], context[:, 1]]], [], []
+    for i in range(k):
+        weights = model.draft[context[:, 0], context[:, 1]]
+        token = sample(weights, seed=seed, step=step, temperature=1.0, position=i)
+        if not full_q:
+            token = torch.where(requests % 3 == 0, token, weights.argmax(-1))
+        context = shift(context, token)
+        tokens.append(token)
+        drafts.append(weights)
+        targets.append(model.target[context[:, 0], context[:, 1]])
+    ragged = torch.where(requests % 5 == 0, k - 1, k).int()
+    return verify(
+        torch.stack(targets, 1), torch.stack(tokens, 1), torch.stack(drafts, 1) if full_q else None, seed=seed,
+        step=step, num_draft_tokens=ragged, method=method, **model.options,
+    )  # fmt: skip
+
+
+def tree_round(model, context, seed, step, siblings, proposal):
+    """Draft a tree and verify it; `proposal` is how siblings are chosen: "drawn" without replacement, or "top"."""
+    nodes = len(PARENTS)
+    contexts, rows, tokens = [context], [], [None] * nodes
+    for parent in range(-1, nodes):
+        children = [j for j in range(nodes) if PARENTS[j] == parent]
+        if parent >= 0:
+            contexts.append(shift(contexts[PARENTS[parent] + 1], tokens[parent]))
+        weights = model.draft[contexts[-1][:, 0], contexts[-1][:, 1]]
+        score = torch.log_softmax(weights.double(), -1)
+        if proposal == "drawn":  # descending log-weight + Gumbel: one after the other, without replacement
+            position = torch.full_like(seed, parent + 1)
+            score = score + noise.gumbel(seed, step, position, "draft", 0, model.vocab)
+        order = score.argsort(-1, descending=True)
+        for rank, child in enumerate(children):
+            tokens[child] = order[:, rank]
+        rows.append(weights)
+    targets = torch.stack([model.target[c[:, 0], c[:, 1]] for c in contexts], 1)
+    draft = torch.stack([rows[p + 1] for p in PARENTS], 1) if siblings == "without_replacement" else None
+    return verify_tree(
+        targets, torch.stack(tokens, 1), torch.tensor(PARENTS), draft, seed=seed, step=step, siblings=siblings,
+        max_depth=3, **model.options,
+    )  # fmt: skip
+
+
+def generate(model, play, requests, length, generator, key=lambda done, step: step):
+    """`length` tokens of each request after the context (0, 0), by as many rounds as that takes.
+
+    Returns (tokens [requests, length], the first round's num_accepted). `key` gives the noise's step from the tokens
+    done so far and the round's number, both [requests].
+    """
+    seed = torch.randint(-(2**62), 2**62, (requests,), generator=generator)
+    history = torch.zeros(requests, length + 2 + 8, dtype=torch.int64)
+    done, first = torch.zeros(requests, dtype=torch.int64), None
+    for number in range(length):
+        context = torch.stack([history.gather(1, (done + i)[:, None])[:, 0] for i in (0, 1)], 1)
+        result = play(model, context, seed, key(done, torch.full_like(done, number)))
+        first = result.num_accepted if first is None else first
+        for i in range(result.tokens.shape[1]):
+            at = torch.where(result.tokens[:, i] >= 0, (done + 2 + i).clamp(max=history.shape[1] - 1), 0)
+            history.scatter_(1, at[:, None], result.tokens[:, i : i + 1].clamp(min=0))
+            history[:, :2] = 0
+        done = (done + result.num_accepted + 1).clamp(max=length)
+        if (done >= length).all():
+            break
+    return history[:, 2 : length + 2], first
+
+
+def p_value(tokens, law):
+    """Chi-square test that rows [n, length] follow `law` over all combinations; 0 if an impossible one occurs."""
+    n, length = tokens.shape
+    vocab = round(len(law) ** (1 / length))
+    cell = torch.zeros(n, dtype=torch.int64)
+    for i in range(length):
+        cell = cell * vocab + tokens[:, i]
+    counts = torch.bincount(cell, minlength=len(law)).double()
+    possible = law > 0
+    if counts[~possible].any():
+        return 0.0
+    expected = law[possible] * n
+    # Rare cells are put together, so that the chi-square distribution holds.
+    rare = expected < 10
+    observed, expected = counts[possible], expected
+    if rare.any():
+        observed = torch.cat((observed[~rare], observed[rare].sum()[None]))
+        expected = torch.cat((expected[~rare], expected[rare].sum()[None]))
+    chi2 = ((observed - expected) ** 2 / expected).sum()
+    freedom = torch.tensor(len(expected) - 1.0, dtype=torch.float64)
+    return torch.special.gammaincc(freedom / 2, chi2 / 2).item()
