@@ -22,22 +22,21 @@ from fused_parallel.testing import results
 from fused_parallel.testing.timer import time_collective
 from fused_parallel.testing.tolerances import RELATIVE_ERROR
 
-# What no transfer between two GPUs undercuts, microseconds: a kernel's share of a CUDA graph, and a store's way to a
-# peer that polls for it. On two H200 over NVLink (PRIOR_ART.md section 1); links through PCIe have more.
-LAUNCH_US = 0.5
-FLIGHT_US = 0.6
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
 @dataclass(frozen=True)
 class Ceilings:
     """Rates of this machine that the floors are computed from. A floor is the time that the least work for a result
-    takes at these rates: no implementation on this machine gets below it, but for the drift of clocks.
+    takes at these rates: no implementation on this machine gets below it, but for the drift of clocks. The time a flag
+    needs to reach a peer is not in it: the probe does not measure that.
 
+    `launch_us`: the smallest kernel's share of a CUDA graph.
     `link_gb_per_s`: between two GPUs, each way with both ways at once. `memory_gb_per_s`: the faster of copying (read +
     write) and reading one GPU's memory. `matmul_tflop_per_s`: the best of several matmul shapes.
     """
 
+    launch_us: float
     link_gb_per_s: float
     memory_gb_per_s: float
     matmul_tflop_per_s: float
@@ -56,27 +55,26 @@ class Ceilings:
     @classmethod
     def from_profile(cls, profile: dict) -> Ceilings:
         """From what `fused-parallel probe` measured; ValueError if the profile lacks one of them."""
-        links = [p["beta_gb_per_s"] for p in profile["peer_copies"] if p["direction"] == "both_ways"]
-        gpus = [g for g in profile["gpus"] if g["memory"] and g["matmul"]]
-        if not links or not gpus or None in links:
+        copies = [p for p in profile["peer_copies"] if p["direction"] == "both_ways"]
+        gpus = [g for g in profile["gpus"] if g["memory"] and g["matmul"] and g["graph_kernel_us"]]
+        if not copies or not gpus:
             raise ValueError("the profile has no GPU-to-GPU copies, GPU memory or GPU matmuls; see its not_measured")
         return cls(
-            min(links),
-            min(max(g["memory"]["copy_gb_per_s"], g["memory"]["read_gb_per_s"]) for g in gpus),
-            min(max(m["tflop_per_s"] for m in g["matmul"]) for g in gpus),
+            launch_us=min(g["graph_kernel_us"] for g in gpus),
+            link_gb_per_s=max(point["gb_per_s"] for p in copies for point in p["points"]),
+            memory_gb_per_s=max(max(g["memory"]["copy_gb_per_s"], g["memory"]["read_gb_per_s"]) for g in gpus),
+            matmul_tflop_per_s=max(m["tflop_per_s"] for g in gpus for m in g["matmul"]),
         )
 
     @classmethod
     def measured(cls) -> Ceilings:
         """Measured now, by the probe's functions, from this process, on GPUs 0 and 1."""
-        memory = probe_device.hbm(0, quick=True)
-        return cls(
-            next(p for p in probe_device.peer_copies(0, 1, quick=True) if p["direction"] == "both_ways")[
-                "beta_gb_per_s"
-            ],
-            max(memory["copy_gb_per_s"], memory["read_gb_per_s"]),
-            max(m["tflop_per_s"] for m in probe_device.gpu_matmul(0, quick=True)),
-        )
+        gpu = {
+            "graph_kernel_us": probe_device.graph_kernel_us(0),
+            "memory": probe_device.hbm(0, quick=True),
+            "matmul": probe_device.gpu_matmul(0, quick=True),
+        }
+        return cls.from_profile({"gpus": [gpu], "peer_copies": probe_device.peer_copies(0, 1, quick=True)})
 
 
 def parser(description: str) -> argparse.ArgumentParser:

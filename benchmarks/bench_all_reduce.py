@@ -4,8 +4,8 @@
 
 Without torchrun it starts one rank a GPU. Rows: `nccl`; `torch_one_shot` and `torch_two_shot` (torch symmetric memory);
 op all_reduce_add_rms_norm: `nccl_add_rms_norm` (NCCL, then this library's add_rms_norm kernel).
-`bytes` is one rank's payload. `floor_us` = launch + flight + the longer of link time, 2 (W - 1) / W * bytes each way,
-and with the norm memory time: x and residual read, both results written.
+`bytes` is one rank's payload. `floor_us` = launch + the longer of link time, 2 (W - 1) / W * bytes each way, and, with
+the norm, memory time: x and residual read, both results written.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import argparse
 
 import torch
 import torch.distributed as dist
-from _common import FLIGHT_US, LAUNCH_US, Bench, main, parser, relative
+from _common import Bench, main, parser, relative
 
 from fused_parallel import _ext
 from fused_parallel.comm import collectives
@@ -49,7 +49,7 @@ def _all_reduce(bench: Bench, tokens: int, hidden: int, buffer: torch.Tensor | N
     size = tokens * hidden
     bytes = size * bench.dtype.itemsize
     c = bench.ceilings
-    floor = c and LAUNCH_US + FLIGHT_US + c.transfer_us(2 * (bench.world - 1) / bench.world * bytes)
+    floor = c and c.launch_us + c.transfer_us(2 * (bench.world - 1) / bench.world * bytes)
 
     def plain(i: int) -> tuple[torch.Tensor]:
         return (bench.random(tokens, hidden, seed=i),)
@@ -87,7 +87,7 @@ def _all_reduce_add_rms_norm(bench: Bench, tokens: int, hidden: int) -> None:
     bytes = tokens * hidden * bench.dtype.itemsize
     c = bench.ceilings
     link = c and c.transfer_us(2 * (bench.world - 1) / bench.world * bytes)
-    floor = c and LAUNCH_US + FLIGHT_US + max(link, c.memory_us(4 * bytes))
+    floor = c and c.launch_us + max(link, c.memory_us(4 * bytes))
     weight = bench.random(hidden, seed=-1)
     dist.broadcast(weight, 0, group=bench.pg)
 

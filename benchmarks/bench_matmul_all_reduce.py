@@ -22,7 +22,7 @@ import functools
 import torch
 import torch.distributed._symmetric_memory  # registers torch.ops.symm_mem.fused_*
 import torch.nn.functional as F
-from _common import LAUNCH_US, Bench, main, parser, relative
+from _common import Bench, main, parser, relative
 
 from fused_parallel.comm import collectives
 from fused_parallel.testing.timer import rotation_sets
@@ -68,7 +68,7 @@ class _Shape:
         if c is None:
             return None
         itemsize = self.bench.dtype.itemsize
-        return LAUNCH_US + max(c.matmul_us(self.m, self.k, self.n, itemsize), c.transfer_us(transferred * itemsize))
+        return c.launch_us + max(c.matmul_us(self.m, self.k, self.n, itemsize), c.transfer_us(transferred * itemsize))
 
     def measure(self, op: str, impl: str, fn, inputs, check, transferred: int) -> None:
         self.bench.measure(

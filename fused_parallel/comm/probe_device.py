@@ -69,6 +69,12 @@ def gpu_matmul(index: int, quick: bool) -> list[dict]:
     return [_matmul(*shape, dtype, where, calls=10, rounds=5 if quick else 15) for shape in shapes]
 
 
+def graph_kernel_us(index: int) -> float:
+    """What the smallest kernel costs in a CUDA graph of many."""
+    where = torch.device("cuda", index)
+    return time_collective(lambda: torch.cuda._sleep(0), device=where, calls=100, rounds=10).us_p50
+
+
 def hbm(index: int, quick: bool) -> dict:
     """Bandwidth of one GPU's memory: a copy (bytes read and written both counted), and the fastest of torch's reading
     reductions (sum, amax, matrix-vector product)."""

@@ -77,7 +77,8 @@ def _nvlinks_between(a: int, b: int) -> int:
     if direct:
         return direct
     through = _ask("nvmlDeviceGetP2PStatus", _handle(a), _handle(b), getattr(nvml, "NVML_P2P_CAPS_INDEX_NVLINK", 2))
-    return min(len(links), len(_active_nvlinks(b))) if through == 0 else 0
+    # 0 is NVML_P2P_STATUS_OK; None: the query is not supported here, the links are what there is to go by.
+    return min(len(links), len(_active_nvlinks(b))) if through in (0, None) else 0
 
 
 def pair_link(a: int, b: int) -> str:

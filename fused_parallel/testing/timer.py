@@ -174,11 +174,11 @@ class _Subject:
         if self.device.type == "cuda":
             if self.device.index is None:
                 self.device = torch.device("cuda", torch.cuda.current_device())
-            self.stream = torch.cuda.Stream(self.device)
-            self.stream.wait_stream(torch.cuda.current_stream(self.device))  # the inputs were made there
             missing = ROTATION_BYTES - count * set_bytes if tensors else 0
             self.filler = torch.ones(max(0, missing) // 4, device=self.device)
             self.flag = torch.zeros(1, device=self.device)
+            self.stream = torch.cuda.Stream(self.device)
+            self.stream.wait_stream(torch.cuda.current_stream(self.device))  # all of this was made there
             self.round = self._graph_round if mode == "graph" else self._eager_round
             if mode == "graph":
                 self.graph = self._capture()
