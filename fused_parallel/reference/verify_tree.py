@@ -106,12 +106,7 @@ def verify_tree(
     last, _ = shard.draw([p, logp_last], logp_last, greedy, seed, step, accepted, "residual")
     length = torch.arange(max_depth + 1, device=device)
     tokens = torch.nn.functional.pad(draft_tokens.gather(1, path.clamp(min=0)), (0, 1))
-    tokens = tokens.where(length != accepted[:, None], last[:, None])
-    logprobs = logp.flatten(1).gather(1, row * ids.shape[0] + tokens.clamp(min=0))
     beyond = length > accepted[:, None]
-    return (
-        tokens.masked_fill(beyond, -1),
-        accepted.int(),
-        logprobs.masked_fill(beyond, 0.0).float(),
-        path,
-    )
+    tokens = tokens.where(length != accepted[:, None], last[:, None]).masked_fill(beyond, -1)
+    logprobs = logp.flatten(1).gather(1, row * ids.shape[0] + tokens.clamp(min=0))
+    return tokens, accepted.int(), logprobs.masked_fill(beyond, 0.0).float(), path
