@@ -3,6 +3,7 @@
 // fused_parallel/ops check shapes, dtypes and devices. The GIL is kept: a launch is shorter than giving it up.
 
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <cstdint>
 
@@ -10,6 +11,7 @@
 
 #ifdef FP_WITH_CUDA
 #include "add_rms_norm.h"
+#include "all_reduce.h"
 #endif
 
 namespace py = pybind11;
@@ -21,6 +23,39 @@ using Address = std::uintptr_t;
 
 void* pointer(Address address) {
   return reinterpret_cast<void*>(address);
+}
+
+void bind_all_reduce(py::module_& m) {
+  using fp::AllReduceWorkspace;
+  m.attr("all_reduce_control_bytes") = fp::kControlBytes;
+  m.attr("all_reduce_record_bytes") = fp::kRecordBytes;
+  m.attr("all_reduce_max_norm_row_bytes") = fp::kMaxNormRowBytes;
+  m.def("all_reduce_workspace_bytes", &fp::workspace_bytes, py::arg("world"), py::arg("slot_bytes"));
+  py::class_<AllReduceWorkspace>(m, "AllReduceWorkspace")
+      .def(py::init<int, std::vector<Address>, std::int64_t, Address, Address, double, int, int>(), py::arg("rank"),
+           py::arg("bases"), py::arg("slot_bytes"), py::arg("control"), py::arg("record"), py::arg("timeout_seconds"),
+           py::arg("device"), py::arg("max_ctas"))
+      .def("failure", &AllReduceWorkspace::failure)
+      .def("failed_rank", &AllReduceWorkspace::failed_rank)
+      .def(
+          "reset", [](const AllReduceWorkspace& w, Address stream) { fp::all_reduce_reset(w, pointer(stream)); },
+          py::arg("stream"))
+      .def(
+          "all_reduce",
+          [](const AllReduceWorkspace& w, Address x, Address out, std::int64_t elements, bool two_shot, int dtype,
+             Address stream) {
+            fp::all_reduce(w, pointer(x), pointer(out), elements, two_shot, dtype, pointer(stream));
+          },
+          py::arg("x"), py::arg("out"), py::arg("elements"), py::arg("two_shot"), py::arg("dtype"), py::arg("stream"))
+      .def(
+          "all_reduce_add_rms_norm",
+          [](const AllReduceWorkspace& w, Address x, Address residual, Address weight, Address normed,
+             Address new_residual, std::int64_t rows, std::int64_t hidden, float eps, int dtype, Address stream) {
+            fp::all_reduce_add_rms_norm(w, pointer(x), pointer(residual), pointer(weight), pointer(normed),
+                                        pointer(new_residual), rows, hidden, eps, dtype, pointer(stream));
+          },
+          py::arg("x"), py::arg("residual"), py::arg("weight"), py::arg("normed"), py::arg("new_residual"),
+          py::arg("rows"), py::arg("hidden"), py::arg("eps"), py::arg("dtype"), py::arg("stream"));
 }
 
 void bind_operations(py::module_& m) {
@@ -46,6 +81,7 @@ PYBIND11_MODULE(_C, m) {
 #ifdef FP_WITH_CUDA
   m.attr("cuda_built") = true;
   bind_operations(m);
+  bind_all_reduce(m);
 #else
   m.attr("cuda_built") = false;
 #endif

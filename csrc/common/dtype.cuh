@@ -53,6 +53,17 @@ __device__ __forceinline__ unsigned pair_from_float(float2 x, __nv_bfloat16*) {
   return *reinterpret_cast<const unsigned*>(&pair);
 }
 
+// Sums of pairs, each rounded once: the same bits as adding in fp32 and rounding, since fp32 has more than twice the
+// mantissa of either type.
+__device__ __forceinline__ unsigned pair_add(unsigned a, unsigned b, __half*) {
+  const __half2 sum = __hadd2(*reinterpret_cast<__half2*>(&a), *reinterpret_cast<__half2*>(&b));
+  return *reinterpret_cast<const unsigned*>(&sum);
+}
+__device__ __forceinline__ unsigned pair_add(unsigned a, unsigned b, __nv_bfloat16*) {
+  const __nv_bfloat162 sum = __hadd2(*reinterpret_cast<__nv_bfloat162*>(&a), *reinterpret_cast<__nv_bfloat162*>(&b));
+  return *reinterpret_cast<const unsigned*>(&sum);
+}
+
 // Calls `function` with a null pointer of the element type: `dispatch_dtype(d, [&](auto* t) { using T = ...; })`.
 template <typename Function>
 void dispatch_dtype(DType dtype, Function&& function) {

@@ -47,10 +47,27 @@ __device__ __forceinline__ Vec<T> from_floats(const float (&x)[Vec<T>::kSize]) {
   return {make_uint4(words[0], words[1], words[2], words[3])};
 }
 
+// Element by element a + b, each sum rounded once.
+template <typename T>
+__device__ __forceinline__ Vec<T> add(const Vec<T>& a, const Vec<T>& b) {
+  const unsigned x[4] = {a.raw.x, a.raw.y, a.raw.z, a.raw.w};
+  const unsigned y[4] = {b.raw.x, b.raw.y, b.raw.z, b.raw.w};
+  unsigned sum[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    if constexpr (sizeof(T) == 4) {
+      sum[i] = __float_as_uint(__uint_as_float(x[i]) + __uint_as_float(y[i]));
+    } else {
+      sum[i] = pair_add(x[i], y[i], static_cast<T*>(nullptr));
+    }
+  }
+  return {make_uint4(sum[0], sum[1], sum[2], sum[3])};
+}
+
 // Loads what is read once: not kept in L1, where it would push out what is shared. `p` must be aligned to 16 bytes and
 // nothing may write there while the kernel runs.
 template <typename T>
-__device__ __forceinline__ Vec<T> load_once(const T* p) {
+__device__ __forceinline__ Vec<T> load_once(const Vec<T>* p) {
   Vec<T> v;
   asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
                : "=r"(v.raw.x), "=r"(v.raw.y), "=r"(v.raw.z), "=r"(v.raw.w)
@@ -60,7 +77,7 @@ __device__ __forceinline__ Vec<T> load_once(const T* p) {
 
 // Loads what many CTAs of a multiprocessor read (weights): kept in L1. Same conditions as `load_once`.
 template <typename T>
-__device__ __forceinline__ Vec<T> load_shared_read(const T* p) {
+__device__ __forceinline__ Vec<T> load_shared_read(const Vec<T>* p) {
   Vec<T> v;
   asm volatile("ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];"
                : "=r"(v.raw.x), "=r"(v.raw.y), "=r"(v.raw.z), "=r"(v.raw.w)
@@ -69,8 +86,8 @@ __device__ __forceinline__ Vec<T> load_shared_read(const T* p) {
 }
 
 template <typename T>
-__device__ __forceinline__ void store(T* p, const Vec<T>& v) {
-  *reinterpret_cast<uint4*>(p) = v.raw;
+__device__ __forceinline__ void store(Vec<T>* p, const Vec<T>& v) {
+  p->raw = v.raw;
 }
 
 inline bool is_vec_aligned(const void* p) {

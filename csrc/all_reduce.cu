@@ -1,0 +1,256 @@
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <stdexcept>
+#include <type_traits>
+#include <utility>
+
+#include "all_reduce.h"
+#include "common/check.h"
+#include "common/device.h"
+#include "common/lamport.cuh"
+#include "common/launch.h"
+
+// The workspace, and the all-reduce: one-shot (every rank sends all it has to every peer and sums all) and two-shot
+// (every rank sums its share and sends the result). Both are pushes into the Lamport slots.
+
+namespace fp {
+namespace {
+
+constexpr int kThreads = 512;
+constexpr int kSmallThreads = 128;  // small sizes: many CTAs with few threads start all loads and stores sooner
+
+template <typename T>
+struct Params {
+  Lamport lamport;
+  const T* x;
+  T* out;
+  std::int64_t elements;
+  std::int64_t vectors;  // rounded up
+};
+
+template <typename T>
+__device__ __forceinline__ Vec<T> load_clipped(const T* p, std::int64_t v, std::int64_t elements) {
+  if ((v + 1) * Vec<T>::kSize <= elements) return load_once(p + v * Vec<T>::kSize);
+  T tail[Vec<T>::kSize];
+  for (int e = 0; e < Vec<T>::kSize; ++e) {
+    const std::int64_t i = v * Vec<T>::kSize + e;
+    tail[e] = i < elements ? p[i] : from_float<T>(0.0f);
+  }
+  return *reinterpret_cast<Vec<T>*>(tail);
+}
+
+template <typename T>
+__device__ __forceinline__ void store_clipped(T* p, std::int64_t v, std::int64_t elements, const Vec<T>& value) {
+  if ((v + 1) * Vec<T>::kSize <= elements) {
+    store(p + v * Vec<T>::kSize, value);
+    return;
+  }
+  const T* tail = reinterpret_cast<const T*>(&value);
+  for (int e = 0; e < Vec<T>::kSize; ++e) {
+    if (v * Vec<T>::kSize + e < elements) p[v * Vec<T>::kSize + e] = tail[e];
+  }
+}
+
+// A thread owns vectors t, t + threads, ... of the payload, in rounds of kVecs. It pushes a round before it polls the
+// one before it, so that the link is busy while the answers come.
+template <typename T, int kWorld, int kVecs>
+__global__ void __launch_bounds__(kThreads) one_shot(const __grid_constant__ Params<T> p) {
+  dependency_wait();
+  dependency_trigger();
+  const Lamport& l = p.lamport;
+  const std::int64_t threads = static_cast<std::int64_t>(gridDim.x) * blockDim.x;
+  const std::int64_t thread = static_cast<std::int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  Vec<T> mine[kVecs], next[kVecs];
+#pragma unroll
+  for (int u = 0; u < kVecs; ++u) {
+    const std::int64_t v = thread + u * threads;
+    if (v < p.vectors) mine[u] = without_sentinel(load_clipped(p.x, v, p.elements));
+  }
+  const unsigned long long epoch = begin_call(l, blockIdx.x, gridDim.x, p.vectors * 16);
+#pragma unroll
+  for (int u = 0; u < kVecs; ++u) {
+    const std::int64_t v = thread + u * threads;
+    if (v < p.vectors) push<kWorld>(l, epoch % 3, v, mine[u].raw);
+  }
+  clear_previous(l, epoch, thread, threads);
+  for (std::int64_t first = thread; first < p.vectors; first += kVecs * threads) {
+#pragma unroll
+    for (int u = 0; u < kVecs; ++u) {
+      const std::int64_t v = first + (kVecs + u) * threads;
+      if (v < p.vectors) {
+        next[u] = without_sentinel(load_clipped(p.x, v, p.elements));
+        push<kWorld>(l, epoch % 3, v, next[u].raw);
+      }
+    }
+    float sum[kVecs][Vec<T>::kSize];
+    gather_and_sum<T, kWorld, kVecs>(l, epoch, first, threads, p.vectors, mine, sum);
+#pragma unroll
+    for (int u = 0; u < kVecs; ++u) {
+      const std::int64_t v = first + u * threads;
+      if (v < p.vectors) store_clipped(p.out, v, p.elements, from_floats<T>(sum[u]));
+      mine[u] = next[u];
+    }
+  }
+}
+
+// Rank r owns vectors [r * share, (r + 1) * share). In each slot, the first `share` vectors take the partials of this
+// rank's share, the next `share` the finished sums of the source's.
+template <typename T, int kWorld>
+__global__ void __launch_bounds__(kThreads) two_shot(const __grid_constant__ Params<T> p) {
+  dependency_wait();
+  dependency_trigger();
+  const Lamport& l = p.lamport;
+  const int world = kWorld ? kWorld : l.world;
+  const std::int64_t threads = static_cast<std::int64_t>(gridDim.x) * blockDim.x;
+  const std::int64_t thread = static_cast<std::int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  const std::int64_t share = (p.vectors + world - 1) / world;
+  const unsigned long long epoch = begin_call(l, blockIdx.x, gridDim.x, 2 * share * 16);
+  const unsigned generation = epoch % 3;
+
+  // All partials leave first: the owners of other shares wait for them.
+  for (std::int64_t i = thread; i < share; i += threads) {
+#pragma unroll
+    for (int k = 1; k < world; ++k) {
+      int owner = l.rank + k;
+      owner = owner >= world ? owner - world : owner;
+      const std::int64_t v = owner * share + i;
+      if (v < p.vectors) {
+        const Vec<T> value = without_sentinel(load_clipped(p.x, v, p.elements));
+        store_relaxed_sys(l.slot(owner, generation, l.rank) + i, value.raw);
+      }
+    }
+  }
+  clear_previous(l, epoch, thread, threads);
+  const std::int64_t own = min(share, p.vectors - l.rank * share);  // may be negative: nothing is owned
+  for (std::int64_t i = thread; i < own; i += threads) {
+    const std::int64_t v = l.rank * share + i;
+    const Vec<T> mine[1] = {without_sentinel(load_clipped(p.x, v, p.elements))};
+    float sum[1][Vec<T>::kSize];
+    gather_and_sum<T, kWorld, 1>(l, epoch, i, threads, own, mine, sum);
+    const Vec<T> total = without_sentinel(from_floats<T>(sum[0]));
+    push<kWorld>(l, generation, share + i, total.raw);
+    store_clipped(p.out, v, p.elements, total);
+  }
+  for (std::int64_t i = thread; i < share; i += threads) {
+#pragma unroll
+    for (int k = 1; k < world; ++k) {
+      int owner = l.rank + k;
+      owner = owner >= world ? owner - world : owner;
+      const std::int64_t v = owner * share + i;
+      if (v < p.vectors) {
+        store_clipped(p.out, v, p.elements, Vec<T>{poll(l, epoch, owner, share + i)});
+      }
+    }
+  }
+}
+
+__global__ void fill_with_sentinel(uint4* p, std::int64_t vectors) {
+  const std::int64_t threads = static_cast<std::int64_t>(gridDim.x) * blockDim.x;
+  for (std::int64_t v = static_cast<std::int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; v < vectors; v += threads) {
+    p[v] = make_uint4(kSentinel, kSentinel, kSentinel, kSentinel);
+  }
+}
+
+template <typename T, int kWorld>
+void run(const AllReduceWorkspace& w, const T* x, T* out, std::int64_t elements, bool two, cudaStream_t stream) {
+  const std::int64_t vectors = (elements + Vec<T>::kSize - 1) / Vec<T>::kSize;
+  Params<T> p = {lamport_of(w, two ? kTwoShot : kOneShot), x, out, elements, vectors};
+  // From the shape alone, so that it is the same on all ranks: a thread polls what the same thread of a peer pushes.
+  const std::int64_t work = two ? (vectors + w.world - 1) / w.world : vectors;
+  const int threads = work <= static_cast<std::int64_t>(kSmallThreads) * w.max_ctas ? kSmallThreads : kThreads;
+  const int ctas = static_cast<int>(std::min<std::int64_t>((work + threads - 1) / threads, w.max_ctas));
+  if (two) {
+    launch_dependent(two_shot<T, kWorld>, p, ctas, threads, 1, w.hopper, stream);
+  } else if (work <= static_cast<std::int64_t>(ctas) * threads) {
+    launch_dependent(one_shot<T, kWorld, 1>, p, ctas, threads, 1, w.hopper, stream);
+  } else {
+    // Rounds of vectors cost registers for every peer.
+    launch_dependent(one_shot<T, kWorld, kWorld == 2 ? 4 : 2>, p, ctas, threads, 1, w.hopper, stream);
+  }
+}
+
+}  // namespace
+
+Lamport lamport_of(const AllReduceWorkspace& w, unsigned operation) {
+  Lamport l = {};
+  for (int r = 0; r < w.world; ++r) l.bases[r] = reinterpret_cast<unsigned char*>(w.bases[r]);
+  l.control = reinterpret_cast<Control*>(w.control);
+  l.bound = {&l.control->aborted, reinterpret_cast<AbortRecord*>(w.record), w.timeout_ns};
+  l.slot_bytes = w.slot_bytes;
+  l.rank = w.rank;
+  l.world = w.world;
+  l.operation = operation;
+  return l;
+}
+
+AllReduceWorkspace::AllReduceWorkspace(int rank_, std::vector<std::uintptr_t> bases_, std::int64_t slot_bytes_,
+                                       std::uintptr_t control_, std::uintptr_t record_, double timeout_seconds,
+                                       int device_, int max_ctas_)
+    : rank(rank_),
+      world(static_cast<int>(bases_.size())),
+      device(device_),
+      max_ctas(max_ctas_),
+      hopper(false),
+      bases(std::move(bases_)),
+      slot_bytes(slot_bytes_),
+      control(control_),
+      record(record_),
+      timeout_ns(static_cast<unsigned long long>(timeout_seconds * 1e9)) {
+  static_assert(sizeof(Control) <= kControlBytes && sizeof(AbortRecord) <= kRecordBytes, "");
+  if (world < 2 || world > kMaxWorld || rank < 0 || rank >= world || slot_bytes < 16 || slot_bytes % 16 != 0 ||
+      max_ctas < 1 || timeout_seconds <= 0) {
+    throw std::runtime_error("AllReduceWorkspace: rank " + std::to_string(rank) + " of " + std::to_string(world) +
+                             ", slot_bytes=" + std::to_string(slot_bytes) + ", max_ctas=" + std::to_string(max_ctas));
+  }
+  int major = 0;
+  FP_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
+  hopper = major >= 9;
+}
+
+std::string AllReduceWorkspace::failure() const {
+  const volatile AbortRecord* r = reinterpret_cast<const AbortRecord*>(record);
+  if (r->status == 0) return "";
+  static const char* const names[] = {"all_reduce (one-shot)", "all_reduce (two-shot)", "all_reduce_add_rms_norm"};
+  const char* name = r->operation < 3 ? names[r->operation] : "an operation";
+  return std::string(name) + " on rank " + std::to_string(rank) + " waited in vain for rank " +
+         std::to_string(r->rank) + " (call " + std::to_string(static_cast<unsigned long long>(r->epoch)) + ")";
+}
+
+int AllReduceWorkspace::failed_rank() const {
+  const volatile AbortRecord* r = reinterpret_cast<const AbortRecord*>(record);
+  return r->status == 0 ? -1 : static_cast<int>(r->rank);
+}
+
+std::int64_t workspace_bytes(int world, std::int64_t slot_bytes) {
+  return 3 * world * slot_bytes;
+}
+
+void all_reduce_reset(const AllReduceWorkspace& w, void* stream) {
+  const DeviceGuard guard(w.device);
+  const std::int64_t vectors = workspace_bytes(w.world, w.slot_bytes) / 16;
+  fill_with_sentinel<<<256, 512, 0, static_cast<cudaStream_t>(stream)>>>(reinterpret_cast<uint4*>(w.bases[w.rank]),
+                                                                         vectors);
+  FP_CUDA_CHECK(cudaGetLastError());
+}
+
+void all_reduce(const AllReduceWorkspace& w, const void* x, void* out, std::int64_t elements, bool two_shot, int dtype,
+                void* stream) {
+  if (elements == 0) return;
+  const DeviceGuard guard(w.device);
+  dispatch_dtype(static_cast<DType>(dtype), [&](auto* null) {
+    using T = std::remove_pointer_t<decltype(null)>;
+    const std::int64_t vectors = (elements + Vec<T>::kSize - 1) / Vec<T>::kSize;
+    const std::int64_t needed = 16 * (two_shot ? 2 * ((vectors + w.world - 1) / w.world) : vectors);
+    if (elements < 0 || needed > w.slot_bytes || !is_vec_aligned(x) || !is_vec_aligned(out)) {
+      throw std::runtime_error("all_reduce: " + std::to_string(elements) + " elements do not fit slots of " +
+                               std::to_string(w.slot_bytes) + " bytes, or a tensor is not aligned to 16 bytes");
+    }
+    dispatch_world(w.world, [&](auto world) {
+      run<T, decltype(world)::value>(w, static_cast<const T*>(x), static_cast<T*>(out), elements, two_shot,
+                                     static_cast<cudaStream_t>(stream));
+    });
+  });
+}
+
+}  // namespace fp

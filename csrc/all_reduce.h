@@ -1,0 +1,55 @@
+// Launchers of all_reduce and all_reduce_add_rms_norm over peer memory. No torch, no NCCL: addresses and sizes.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+namespace fp {
+
+constexpr std::int64_t kMaxNormRowBytes = 64 * 1024;
+
+// One rank's view of the group's workspaces; made once, used by every launch of the group.
+struct AllReduceWorkspace {
+  // `bases`: address, in this process, of every rank's symmetric buffer of `workspace_bytes(world, slot_bytes)` bytes,
+  // filled with the sentinel (reset). `control`: kControlBytes of this rank's own device memory, zeros. `record`:
+  // pinned host memory of kRecordBytes, zeros. `max_ctas` caps the grid so that all CTAs are resident at once.
+  AllReduceWorkspace(int rank, std::vector<std::uintptr_t> bases, std::int64_t slot_bytes, std::uintptr_t control,
+                     std::uintptr_t record, double timeout_seconds, int device, int max_ctas);
+
+  // Empty, or what a kernel recorded: "all_reduce waited for rank 1 ... (call 17)".
+  std::string failure() const;
+  int failed_rank() const;  // -1: none
+
+  int rank, world, device, max_ctas;
+  bool hopper;  // clusters and programmatic dependent launch
+  std::vector<std::uintptr_t> bases;
+  std::int64_t slot_bytes;
+  std::uintptr_t control, record;
+  unsigned long long timeout_ns;
+};
+
+constexpr std::int64_t kControlBytes = 256;
+constexpr std::int64_t kRecordBytes = 64;
+
+struct Lamport;
+Lamport lamport_of(const AllReduceWorkspace& workspace, unsigned operation);  // what a kernel is given
+
+std::int64_t workspace_bytes(int world, std::int64_t slot_bytes);
+
+// Fills this rank's buffer with the sentinel. Must be complete on every rank before any rank's first operation.
+void all_reduce_reset(const AllReduceWorkspace& workspace, void* stream);
+
+// out = sum over ranks of x, `elements` each, 16-byte aligned; out may be x. One-shot takes up to slot_bytes, two-shot
+// world / 2 times that. Every rank launches the
+// same sequence of operations with the same sizes and dtypes.
+void all_reduce(const AllReduceWorkspace& workspace, const void* x, void* out, std::int64_t elements, bool two_shot,
+                int dtype, void* stream);
+
+// normed = rms_norm(new_residual) * weight, new_residual = residual + sum over ranks of x; [rows, hidden] each,
+// contiguous, 16-byte aligned, hidden a multiple of 16 bytes and at most 64 KiB.
+void all_reduce_add_rms_norm(const AllReduceWorkspace& workspace, const void* x, const void* residual,
+                             const void* weight, void* normed, void* new_residual, std::int64_t rows,
+                             std::int64_t hidden, float eps, int dtype, void* stream);
+
+}  // namespace fp

@@ -1,0 +1,165 @@
+// The Lamport exchange: every rank pushes its vectors into the peers' memory and polls its own until all have come. The
+// argument for its correctness, access by access, is in docs/all_reduce.md; the host-side model in
+// tests/cpu/test_all_reduce_protocol.py checks it exhaustively.
+//
+// A rank's symmetric buffer is [3 generations][world sources][slot_bytes]. Call e uses generation e % 3 and clears (fills
+// with the sentinel) generation (e - 1) % 3, which its own call e - 1 has read to the end. A peer writes there again in
+// call e + 2, for which it must have received this rank's push of call e + 1, which this stream issues after the kernel
+// that cleared has completed.
+#pragma once
+
+#include "common/signal.cuh"
+#include "common/vec.cuh"
+
+namespace fp {
+
+// In this rank's device memory, zeros at first.
+struct Control {
+  unsigned long long arrivals;  // kArrivalsPerCall for every completed call
+  unsigned long long used[3];   // bytes of each slot that a generation's last call filled
+  unsigned aborted;
+};
+
+// A power of two above any grid. Every CTA adds to `arrivals`, CTA 0 what is left to this number; so whatever order they
+// come in, the quotient of what a CTA finds is the number of completed calls. No CTA waits for another, and no counter
+// has to be advanced at the end of the kernel.
+constexpr unsigned long long kArrivalsPerCall = 1ull << 20;
+
+constexpr int kMaxWorld = 8;
+
+struct Lamport {
+  unsigned char* bases[kMaxWorld];  // every rank's buffer
+  Control* control;
+  WaitBound bound;
+  unsigned long long slot_bytes;
+  int rank, world;
+  unsigned operation;
+
+  __device__ __forceinline__ uint4* slot(int of_rank, unsigned generation, int source) const {
+    return reinterpret_cast<uint4*>(bases[of_rank] + (generation * world + source) * slot_bytes);
+  }
+};
+
+constexpr unsigned kOneShot = 0, kTwoShot = 1, kOneShotNorm = 2;  // operations in an AbortRecord
+
+// A 32-bit word that no rank ever sends; a slot holds it where nothing has arrived. One word for all dtypes, because a
+// buffer may serve another dtype in the next call. Words, not elements, are looked at: all accesses are vectors of
+// 32-bit words, each of which arrives as a whole. As 16-bit elements the word is a pair of negative zeros, which
+// travels as positive zeros instead; as fp32 it is the denormal -4.59e-41, which travels as its neighbour.
+constexpr unsigned kSentinel = 0x80008000u;
+
+template <typename T>
+__device__ __forceinline__ Vec<T> without_sentinel(Vec<T> v) {
+  constexpr unsigned kInstead = sizeof(T) == 2 ? 0u : kSentinel + 1u;
+  v.raw.x = v.raw.x == kSentinel ? kInstead : v.raw.x;
+  v.raw.y = v.raw.y == kSentinel ? kInstead : v.raw.y;
+  v.raw.z = v.raw.z == kSentinel ? kInstead : v.raw.z;
+  v.raw.w = v.raw.w == kSentinel ? kInstead : v.raw.w;
+  return v;
+}
+
+__device__ __forceinline__ bool has_sentinel(const uint4& v) {
+  return v.x == kSentinel || v.y == kSentinel || v.z == kSentinel || v.w == kSentinel;
+}
+
+// Number of this call, the same in all threads of the CTA. `ctas` is the grid's size.
+__device__ __forceinline__ unsigned long long begin_call(const Lamport& l, unsigned cta, unsigned ctas,
+                                                         unsigned long long bytes_per_slot) {
+  __shared__ unsigned long long epoch;
+  if (threadIdx.x == 0) {
+    // Relaxed: only the number matters. Earlier calls' arrivals are visible because their kernels have completed
+    // (stream order, or dependency_wait).
+    const unsigned long long mine = cta == 0 ? kArrivalsPerCall - (ctas - 1) : 1;
+    epoch = atomicAdd(&l.control->arrivals, mine) / kArrivalsPerCall;
+    // Read by the next call only, after this kernel has completed.
+    if (cta == 0) l.control->used[epoch % 3] = bytes_per_slot;
+  }
+  __syncthreads();
+  return epoch;
+}
+
+// Refill with the sentinel what the previous call received; all threads of the grid share the work.
+__device__ __forceinline__ void clear_previous(const Lamport& l, unsigned long long epoch, unsigned thread, unsigned threads) {
+  if (epoch == 0) return;
+  const unsigned generation = (epoch - 1) % 3;
+  const unsigned vectors = (l.control->used[generation] + 15) / 16;
+  for (int source = 0; source < l.world; ++source) {
+    if (source == l.rank) continue;
+    uint4* slot = l.slot(l.rank, generation, source);
+    for (unsigned v = thread; v < vectors; v += threads) slot[v] = make_uint4(kSentinel, kSentinel, kSentinel, kSentinel);
+  }
+}
+
+// Push one vector to every peer's slot of this rank, the next rank's first, so that not all ranks press on one link.
+template <int kWorld>
+__device__ __forceinline__ void push(const Lamport& l, unsigned generation, std::int64_t v, const uint4& value) {
+  const int world = kWorld ? kWorld : l.world;
+#pragma unroll
+  for (int i = 1; i < world; ++i) {
+    int peer = l.rank + i;
+    peer = peer >= world ? peer - world : peer;
+    // Relaxed: the value announces itself, and nothing else is announced by it.
+    store_relaxed_sys(l.slot(peer, generation, l.rank) + v, value);
+  }
+}
+
+// Poll this rank's slot of `source` until its vector `v` has come. After a failure (here and below) the value is whatever
+// is there, and the record says so.
+__device__ __forceinline__ uint4 poll(const Lamport& l, unsigned long long epoch, int source, std::int64_t v) {
+  const uint4* p = l.slot(l.rank, epoch % 3, source) + v;
+  unsigned long long start = 0;
+  for (int spins = 1;; ++spins) {
+    const uint4 value = load_relaxed_sys(p);
+    if (!has_sentinel(value)) return value;
+    if (spins % kSpinsPerCheck == 0 && wait_is_over(l.bound, &start, l.operation, source, epoch)) return value;
+  }
+}
+
+// The sum in rank order, in fp32, of this rank's vectors `mine` and what the peers pushed. All peers' slots are read at
+// once, again and again until every word has come: one trip to memory where the values are there.
+template <typename T, int kWorld, int kVecs>
+__device__ __forceinline__ void gather_and_sum(const Lamport& l, unsigned long long epoch, std::int64_t v,
+                                               std::int64_t stride, std::int64_t vectors, const Vec<T> (&mine)[kVecs],
+                                               float (&sum)[kVecs][Vec<T>::kSize]) {
+  constexpr int kMost = kWorld ? kWorld : kMaxWorld;
+  const int world = kWorld ? kWorld : l.world;
+  const uint4* first = l.slot(l.rank, epoch % 3, 0);
+  const std::int64_t next_source = l.slot_bytes / 16;
+  uint4 came[kMost][kVecs];
+  unsigned long long start = 0;
+  for (int spins = 1;; ++spins) {
+    unsigned missing = 0;  // a bit for each source
+#pragma unroll
+    for (int source = 0; source < kMost; ++source) {
+      if (source >= world || source == l.rank) continue;
+#pragma unroll
+      for (int u = 0; u < kVecs; ++u) {
+        if (v + u * stride < vectors) came[source][u] = load_relaxed_sys(first + source * next_source + v + u * stride);
+      }
+    }
+#pragma unroll
+    for (int source = 0; source < kMost; ++source) {
+      if (source >= world || source == l.rank) continue;
+#pragma unroll
+      for (int u = 0; u < kVecs; ++u) {
+        if (v + u * stride < vectors && has_sentinel(came[source][u])) missing |= 1u << source;
+      }
+    }
+    if (missing == 0) break;
+    if (spins % kSpinsPerCheck == 0 && wait_is_over(l.bound, &start, l.operation, __ffs(missing) - 1, epoch)) break;
+  }
+#pragma unroll
+  for (int source = 0; source < kMost; ++source) {
+    if (source >= world) continue;
+#pragma unroll
+    for (int u = 0; u < kVecs; ++u) {
+      const Vec<T> value = source == l.rank ? mine[u] : Vec<T>{came[source][u]};
+      float x[Vec<T>::kSize];
+      to_floats(value, x);
+#pragma unroll
+      for (int e = 0; e < Vec<T>::kSize; ++e) sum[u][e] = source == 0 ? x[e] : sum[u][e] + x[e];
+    }
+  }
+}
+
+}  // namespace fp
