@@ -21,6 +21,7 @@ namespace {
 constexpr int kWarp = 32;
 constexpr int kSlots = 128;           // group sums in shared memory; group g adds to slot g % kSlots
 constexpr int kGenericThreads = 256;  // its warps must divide kSlots: then one warp alone adds to a slot
+constexpr std::int64_t kThreadsPerMultiprocessor = 2048;
 constexpr unsigned kAllLanes = 0xffffffffu;
 
 template <typename T>
@@ -41,16 +42,6 @@ __device__ __forceinline__ float warp_sum(float value) {
 #pragma unroll
   for (int offset = kWarp / 2; offset > 0; offset /= 2) value += __shfl_xor_sync(kAllLanes, value, offset);
   return value;
-}
-
-template <typename T>
-__device__ __forceinline__ Vec<T> add_rounded(const Vec<T>& a, const Vec<T>& b) {
-  float x[Vec<T>::kSize], y[Vec<T>::kSize];
-  to_floats(a, x);
-  to_floats(b, y);
-#pragma unroll
-  for (int e = 0; e < Vec<T>::kSize; ++e) x[e] += y[e];
-  return from_floats<T>(x);
 }
 
 template <int kSize>
@@ -80,44 +71,51 @@ __device__ __forceinline__ float sum_slots(const float* slots, int count, int la
   return warp_sum(sum);
 }
 
-// blockDim = (threads per row, rows per CTA); several rows only where one warp holds a row. A thread keeps its kVecs
+// blockDim = (threads per row, rows per CTA); kWarpRows: a warp holds a row, else a CTA does. A thread keeps its kVecs
 // vectors in registers from the addition to the scaling, and all its loads are in flight before the first is used.
-template <typename T, int kVecs, int kMaxThreads>
+template <typename T, int kVecs, bool kWarpRows, int kMaxThreads>
 __global__ void __launch_bounds__(kMaxThreads) row_in_registers(const Params<T> p) {
   __shared__ float slots[kSlots];
-  const std::int64_t row = static_cast<std::int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
-  if (row >= p.rows) return;  // a whole warp, in CTAs that have no barrier
-
-  const int vectors = p.hidden / Vec<T>::kSize;
+  std::int64_t row = blockIdx.x;
+  if constexpr (kWarpRows) {
+    row = row * blockDim.y + threadIdx.y;
+    if (row >= p.rows) return;
+  }
   const int lane = threadIdx.x % kWarp;
-  const int warps = blockDim.x / kWarp;
+  // This thread's vector i begins `i * step` elements after its first and exists where i * step < left.
+  const int first = threadIdx.x * Vec<T>::kSize;
+  const int step = blockDim.x * Vec<T>::kSize;
+  const int left = p.hidden - first;
+  const T* x = p.x + row * p.x_row_stride + first;
+  const T* weight_at = p.weight + first;
+  const std::int64_t at = row * p.hidden + first;
 
   Vec<T> sum[kVecs], residual[kVecs], weight[kVecs];
+  const auto load_weight = [&] {
 #pragma unroll
-  for (int i = 0; i < kVecs; ++i) {
-    const int v = i * blockDim.x + threadIdx.x;
-    sum[i] = v < vectors ? load_once(p.x + row * p.x_row_stride + v * Vec<T>::kSize) : zero_vec<T>();
-  }
+    for (int i = 0; i < kVecs; ++i) {
+      weight[i] = i * step < left ? load_shared_read(weight_at + i * step) : zero_vec<T>();
+    }
+  };
+#pragma unroll
+  for (int i = 0; i < kVecs; ++i) sum[i] = i * step < left ? load_once(x + i * step) : zero_vec<T>();
   if (p.residual != nullptr) {
 #pragma unroll
     for (int i = 0; i < kVecs; ++i) {
-      const int v = i * blockDim.x + threadIdx.x;
-      residual[i] = v < vectors ? load_once(p.residual + row * p.hidden + v * Vec<T>::kSize) : zero_vec<T>();
+      residual[i] = i * step < left ? load_once(p.residual + at + i * step) : zero_vec<T>();
     }
   }
-#pragma unroll
-  for (int i = 0; i < kVecs; ++i) {
-    const int v = i * blockDim.x + threadIdx.x;
-    weight[i] = v < vectors ? load_shared_read(p.weight + v * Vec<T>::kSize) : zero_vec<T>();
-  }
+  // Few vectors a thread mean few rows, whose time is that of their loads: start them all. With many rows the weights
+  // are in L1, and the registers are better spent on more rows at once.
+  if constexpr (kVecs == 1) load_weight();
   if (p.residual != nullptr) {
 #pragma unroll
     for (int i = 0; i < kVecs; ++i) {
-      const int v = i * blockDim.x + threadIdx.x;
-      sum[i] = add_rounded(sum[i], residual[i]);
-      if (v < vectors) store(p.new_residual + row * p.hidden + v * Vec<T>::kSize, sum[i]);
+      sum[i] = add(sum[i], residual[i]);
+      if (i * step < left) store(p.new_residual + at + i * step, sum[i]);
     }
   }
+  if constexpr (kVecs > 1) load_weight();
 
   float mine = 0.0f;  // lane i keeps the sum of this warp's i-th group
 #pragma unroll
@@ -128,9 +126,10 @@ __global__ void __launch_bounds__(kMaxThreads) row_in_registers(const Params<T> 
     if (lane == i) mine = group;
   }
   float total;
-  if (warps == 1) {
+  if constexpr (kWarpRows) {
     total = warp_sum(mine);
   } else {
+    const int warps = blockDim.x / kWarp;
     if (lane < kVecs) slots[lane * warps + threadIdx.x / kWarp] = mine;
     __syncthreads();
     total = sum_slots(slots, kVecs * warps, lane);
@@ -139,8 +138,7 @@ __global__ void __launch_bounds__(kMaxThreads) row_in_registers(const Params<T> 
   const float scale = rsqrtf(fmaf(total, p.inverse_hidden, p.eps));
 #pragma unroll
   for (int i = 0; i < kVecs; ++i) {
-    const int v = i * blockDim.x + threadIdx.x;
-    if (v < vectors) store(p.out + row * p.hidden + v * Vec<T>::kSize, scaled(sum[i], scale, weight[i]));
+    if (i * step < left) store(p.out + at + i * step, scaled(sum[i], scale, weight[i]));
   }
 }
 
@@ -217,14 +215,15 @@ void run(const Params<T>& p, int device, cudaStream_t stream) {
   if (!aligned || vectors > 8 * 512) {
     launch<T>(row_by_elements<T>, p, dim3(kGenericThreads), stream);
   } else if (vectors <= 4 * kWarp) {
-    launch<T>(row_in_registers<T, 4, 128>, p, dim3(kWarp, 4), stream);
-  } else if (vectors <= 1024 && p.rows <= multiprocessor_count(device)) {
-    // One row per multiprocessor: the more threads, the sooner the row is loaded.
-    launch<T>(row_in_registers<T, 1, 1024>, p, dim3(threads_for(vectors, 1)), stream);
+    launch<T>(row_in_registers<T, 4, true, 128>, p, dim3(kWarp, 4), stream);
+  } else if (vectors <= 1024 &&
+             p.rows * threads_for(vectors, 1) <= kThreadsPerMultiprocessor * multiprocessor_count(device)) {
+    // All rows at once, and none waits for another: the more threads a row has, the sooner it is done.
+    launch<T>(row_in_registers<T, 1, false, 1024>, p, dim3(threads_for(vectors, 1)), stream);
   } else if (vectors <= 4 * 512) {
-    launch<T>(row_in_registers<T, 4, 512>, p, dim3(threads_for(vectors, 4)), stream);
+    launch<T>(row_in_registers<T, 4, false, 512>, p, dim3(threads_for(vectors, 4)), stream);
   } else {
-    launch<T>(row_in_registers<T, 8, 512>, p, dim3(threads_for(vectors, 8)), stream);
+    launch<T>(row_in_registers<T, 8, false, 512>, p, dim3(threads_for(vectors, 8)), stream);
   }
 }
 

@@ -67,7 +67,7 @@ __device__ __forceinline__ Vec<T> add(const Vec<T>& a, const Vec<T>& b) {
 // Loads what is read once: not kept in L1, where it would push out what is shared. `p` must be aligned to 16 bytes and
 // nothing may write there while the kernel runs.
 template <typename T>
-__device__ __forceinline__ Vec<T> load_once(const Vec<T>* p) {
+__device__ __forceinline__ Vec<T> load_once(const T* p) {
   Vec<T> v;
   asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
                : "=r"(v.raw.x), "=r"(v.raw.y), "=r"(v.raw.z), "=r"(v.raw.w)
@@ -77,7 +77,7 @@ __device__ __forceinline__ Vec<T> load_once(const Vec<T>* p) {
 
 // Loads what many CTAs of a multiprocessor read (weights): kept in L1. Same conditions as `load_once`.
 template <typename T>
-__device__ __forceinline__ Vec<T> load_shared_read(const Vec<T>* p) {
+__device__ __forceinline__ Vec<T> load_shared_read(const T* p) {
   Vec<T> v;
   asm volatile("ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];"
                : "=r"(v.raw.x), "=r"(v.raw.y), "=r"(v.raw.z), "=r"(v.raw.w)
@@ -86,8 +86,8 @@ __device__ __forceinline__ Vec<T> load_shared_read(const Vec<T>* p) {
 }
 
 template <typename T>
-__device__ __forceinline__ void store(Vec<T>* p, const Vec<T>& v) {
-  p->raw = v.raw;
+__device__ __forceinline__ void store(T* p, const Vec<T>& v) {
+  *reinterpret_cast<uint4*>(p) = v.raw;
 }
 
 inline bool is_vec_aligned(const void* p) {
