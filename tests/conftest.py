@@ -4,6 +4,11 @@ import os
 import zlib
 
 import pytest
+
+# Before CUDA starts: virtual ranks need a hardware queue for each of their streams, or one rank's kernel waits in line
+# behind another's that waits for it.
+os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
+
 import torch
 
 from fused_parallel.testing.spawn import close_pools

@@ -24,12 +24,9 @@ class Capabilities:
 @functools.cache
 def local_capabilities() -> Capabilities:
     """This rank's own capabilities."""
-    extension = _ext.extension()
     if not torch.cuda.is_available():
         return Capabilities(__version__, False, (0, 0))
-    return Capabilities(
-        __version__, extension is not None and bool(extension.cuda_built), torch.cuda.get_device_capability()
-    )
+    return Capabilities(__version__, _ext.why_no_kernels() is None, torch.cuda.get_device_capability())
 
 
 _agreed: dict[str, Capabilities] = {}

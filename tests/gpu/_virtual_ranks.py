@@ -1,0 +1,83 @@
+"""W ranks of the all-reduce on one GPU: W workspaces whose kernels run on W streams, with grids small enough that all are
+resident at once. The protocol and the bits are those of W GPUs; only the link is missing."""
+
+from __future__ import annotations
+
+import torch
+
+from fused_parallel import _ext
+from fused_parallel.comm.workspace import make_native
+
+
+class VirtualRanks:
+    def __init__(self, world: int, slot_bytes: int = 1 << 20, timeout_seconds: float = 20.0) -> None:
+        self.world, self.device = world, torch.device("cuda", torch.cuda.current_device())
+        size = _ext.extension().all_reduce_workspace_bytes(world, slot_bytes)
+        self.buffers = [torch.empty(size, dtype=torch.uint8, device=self.device) for _ in range(world)]
+        bases = [b.data_ptr() for b in self.buffers]
+        multiprocessors = torch.cuda.get_device_properties(self.device).multi_processor_count
+        made = [
+            # Half of each rank's share: the next kernel of a stream is resident, too, while it waits for the one before.
+            make_native(rank, bases, slot_bytes, timeout_seconds, self.device, multiprocessors // (2 * world))
+            for rank in range(world)
+        ]
+        self.native, self._owned = [m[0] for m in made], [m[1] for m in made]
+        self.streams = [torch.cuda.Stream() for _ in range(world)]
+        for native in self.native:
+            native.reset(torch.cuda.current_stream().cuda_stream)
+        torch.cuda.synchronize()
+
+    def start(self) -> None:
+        """Let all streams wait for what the current stream has done."""
+        for stream in self.streams:
+            stream.wait_stream(torch.cuda.current_stream())
+
+    def finish(self) -> None:
+        """Let the current stream wait for all streams."""
+        for stream in self.streams:
+            torch.cuda.current_stream().wait_stream(stream)
+
+    def launch(self, rank: int, x: torch.Tensor, out: torch.Tensor, two_shot: bool) -> None:
+        self.native[rank].all_reduce(
+            x=x.data_ptr(),
+            out=out.data_ptr(),
+            elements=x.numel(),
+            two_shot=two_shot,
+            dtype=_ext.DTYPE_CODES[x.dtype],
+            stream=self.streams[rank].cuda_stream,
+        )
+
+    def launch_norm(self, rank, x, residual, weight, normed, new_residual, eps: float) -> None:
+        self.native[rank].all_reduce_add_rms_norm(
+            x=x.data_ptr(),
+            residual=residual.data_ptr(),
+            weight=weight.data_ptr(),
+            normed=normed.data_ptr(),
+            new_residual=new_residual.data_ptr(),
+            rows=x.numel() // x.shape[-1],
+            hidden=x.shape[-1],
+            eps=eps,
+            dtype=_ext.DTYPE_CODES[x.dtype],
+            stream=self.streams[rank].cuda_stream,
+        )
+
+    def all_reduce(self, xs: list[torch.Tensor], two_shot: bool = False, in_place: bool = False) -> list[torch.Tensor]:
+        outs = xs if in_place else [torch.full_like(x, float("nan")) for x in xs]
+        self.start()
+        for rank in range(self.world):
+            self.launch(rank, xs[rank], outs[rank], two_shot)
+        self.finish()
+        return outs
+
+    def all_reduce_add_rms_norm(self, xs, residual, weight, eps: float) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        outs = [(torch.full_like(x, float("nan")), torch.full_like(x, float("nan"))) for x in xs]
+        self.start()
+        for rank in range(self.world):
+            self.launch_norm(rank, xs[rank], residual, weight, *outs[rank], eps)
+        self.finish()
+        return outs
+
+    def check(self) -> None:
+        torch.cuda.synchronize()
+        failures = [native.failure() for native in self.native]
+        assert not any(failures), failures
