@@ -6,6 +6,7 @@ Importing needs neither a GPU nor Triton nor the compiled extension; `fused-para
 from . import comm, nn
 from ._version import __version__
 from .comm.groups import finalize, init
+from .comm.workspace import check
 from .errors import NoFusedKernelError, PeerTimeoutError
 from .models.config import LlamaConfig
 from .models.llama import LlamaForCausalLM
@@ -43,6 +44,7 @@ __all__ = [
     "all_gather_matmul",
     "all_reduce",
     "all_reduce_add_rms_norm",
+    "check",
     "comm",
     "finalize",
     "generate",

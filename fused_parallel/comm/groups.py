@@ -140,9 +140,10 @@ def finalize() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
     # Group names are used again afterwards; what was agreed under them is void.
-    from .capabilities import forget
+    from . import capabilities, workspace
 
-    forget()
+    capabilities.forget()
+    workspace.forget()
 
 
 def resolve_group(group) -> dist.ProcessGroup:

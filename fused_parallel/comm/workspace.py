@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import socket
+
 import torch
 import torch.distributed as dist
 
 from .. import _ext
 from ..errors import PeerTimeoutError
+from .capabilities import agree
 
 # Payload of a one-shot all-reduce, and half that of a two-shot one at two ranks. Three generations of one slot for each
 # rank: 96 MiB a GPU at two ranks.
@@ -48,6 +51,66 @@ class AllReduceWorkspace:
                 f"{self.native.failure()} of its group, which is global rank {peer}: it died, stopped, or runs another "
                 "sequence of operations. The group cannot be used any more: end this job on all ranks and start it again"
             )
+
+
+_workspaces: dict[str, AllReduceWorkspace] = {}
+_why_not: dict[str, str | None] = {}
+
+
+def why_no_workspace(pg: dist.ProcessGroup) -> str | None:
+    """Why the ranks of `pg` cannot exchange through each other's memory; None if they can. The same on every rank;
+    collective on its first call for a group."""
+    name = pg.group_name
+    if name not in _why_not:
+        _why_not[name] = _find_reason(pg)
+    return _why_not[name]
+
+
+def _find_reason(pg: dist.ProcessGroup) -> str | None:
+    if not 2 <= pg.size() <= 8:
+        return f"the group has {pg.size()} ranks and the kernels take 2 to 8"
+    if not agree(pg).cuda_kernels:
+        return f"some rank has no CUDA kernels (here: {_ext.why_no_kernels() or 'they are there'})"
+    everyone: list = [None] * pg.size()
+    dist.all_gather_object(everyone, (socket.gethostname(), torch.cuda.current_device()), group=pg)
+    if len({host for host, _ in everyone}) > 1:
+        return "its ranks are on several hosts"
+    devices = [device for _, device in everyone]
+    if len(set(devices)) < len(devices):
+        return "some of its ranks share a GPU"
+    cut = [b for b in devices if b != devices[pg.rank()] and not torch.cuda.can_device_access_peer(devices[pg.rank()], b)]
+    dist.all_gather_object(everyone, bool(cut), group=pg)
+    return "some of its GPUs have no access to each other's memory" if any(everyone) else None
+
+
+def workspace_of(pg: dist.ProcessGroup) -> AllReduceWorkspace:
+    """The workspace of `pg`, made at the first call, which is collective and may not be captured in a graph."""
+    name = pg.group_name
+    if name not in _workspaces:
+        if torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "the first fused operation of a group makes its workspace, which cannot be captured in a CUDA graph: run the "
+                "operation once before the capture"
+            )
+        backend = pg._get_backend(torch.device("cuda"))
+        timeout = getattr(backend.options, "_timeout", None)
+        _workspaces[name] = AllReduceWorkspace(pg, timeout.total_seconds() if timeout else 300.0)
+    return _workspaces[name]
+
+
+def check() -> None:
+    """Raise PeerTimeoutError if a kernel of any group has recorded a failed wait since the process began.
+
+    Reads host memory only: no synchronisation, so call it when the work in question is done. fp.generate does.
+    """
+    for workspace in _workspaces.values():
+        workspace.check()
+
+
+def forget() -> None:
+    """Drop all workspaces, when torch.distributed is shut down: graphs that hold them must not be replayed again."""
+    _workspaces.clear()
+    _why_not.clear()
 
 
 def make_native(

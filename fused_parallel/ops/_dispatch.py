@@ -56,8 +56,10 @@ def use(mode: str):
         _mode.reset(token)
 
 
-def choose_fused(op: str, unsupported: str | None, *, on_gpu: bool) -> bool:
+def choose_fused(op: str, unsupported: str | None, *, on_gpu: bool, untried: str | None = None) -> bool:
     """Whether this call takes the fused implementation.
+
+    `untried` is why "auto" does not take a kernel yet that "fused" does.
 
     `unsupported` is None if it can, else the reason, computed from what all ranks share. The reason is told once per
     operation: as a warning on a GPU, where it costs speed, as a log line on a CPU, where nothing else exists.
@@ -65,8 +67,9 @@ def choose_fused(op: str, unsupported: str | None, *, on_gpu: bool) -> bool:
     mode = current_mode()
     if mode == "reference":
         return False
-    if unsupported is None:
+    if unsupported is None and (untried is None or mode == "fused"):
         return True
+    unsupported = unsupported or untried
     if mode == "fused":
         raise NoFusedKernelError(f'{op}: fp.use("fused") is in force, but {unsupported}')
     if (op, unsupported) not in _told:

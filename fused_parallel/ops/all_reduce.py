@@ -3,27 +3,83 @@
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 
+from .. import _ext
 from ..comm import collectives
 from ..comm.groups import group_from_name, resolve_group
+from ..comm.workspace import SLOT_BYTES, why_no_workspace, workspace_of
 from ..reference import all_reduce as reference
 from ._debug import check_agreement
 from ._dispatch import NO_KERNEL, choose_fused
 from ._library import check_floating, register
 
 
+# Above this payload, at more than two ranks, every byte counts more than every microsecond: two-shot sends 2 (W - 1) / W
+# of the payload, one-shot W - 1 times it. At two ranks they send the same.
+ONE_SHOT_BYTES = 256 << 10
+UNTRIED = 'its kernels have run on virtual ranks of one GPU only; fp.use("fused") takes them'
+
+
+def why_not_fused(x: torch.Tensor, pg: dist.ProcessGroup, most_bytes: int) -> str | None:
+    """Why the kernels over peer memory do not take a payload like x; from what all ranks share."""
+    if not x.is_cuda:
+        return f"there is a kernel for CUDA tensors only, not for {x.device.type}"
+    if (reason := why_no_workspace(pg)) is not None:
+        return reason
+    if x.numel() * x.element_size() > most_bytes:
+        return f"the payload is above {most_bytes} bytes"
+    return None
+
+
+def aligned(x: torch.Tensor) -> torch.Tensor:
+    """`x`, or a copy of it, contiguous and aligned to 16 bytes."""
+    x = x.contiguous()
+    return x if x.data_ptr() % 16 == 0 else x.clone()
+
+
+def _launch(x: torch.Tensor, out: torch.Tensor, pg: dist.ProcessGroup) -> None:
+    """out = sum of x, by the kernel for its size; out contiguous and aligned, perhaps x itself."""
+    workspace = workspace_of(pg)
+    workspace.check()
+    x = aligned(x)
+    bytes = x.numel() * x.element_size()
+    workspace.native.all_reduce(
+        x=x.data_ptr(),
+        out=out.data_ptr(),
+        elements=x.numel(),
+        two_shot=bytes > (SLOT_BYTES if pg.size() == 2 else ONE_SHOT_BYTES),
+        dtype=_ext.DTYPE_CODES[x.dtype],
+        stream=torch.cuda.current_stream(x.device).cuda_stream,
+    )
+
+
+def _takes_kernel(x: torch.Tensor, pg: dist.ProcessGroup) -> bool:
+    reason = why_not_fused(x, pg, SLOT_BYTES * pg.size() // 2)
+    return choose_fused("all_reduce", reason, on_gpu=x.is_cuda, untried=UNTRIED)
+
+
 def _all_reduce(x: torch.Tensor, group_name: str) -> torch.Tensor:
     pg = group_from_name(group_name)
     check_agreement("all_reduce", pg, x)
-    choose_fused("all_reduce", NO_KERNEL, on_gpu=x.is_cuda)
+    if _takes_kernel(x, pg):
+        out = torch.empty_like(x, memory_format=torch.contiguous_format)
+        _launch(x, out, pg)
+        return out
     return reference.all_reduce(x, pg)
 
 
 def _all_reduce_out(x: torch.Tensor, out: torch.Tensor, group_name: str) -> None:
     pg = group_from_name(group_name)
     check_agreement("all_reduce", pg, x)
-    choose_fused("all_reduce", NO_KERNEL, on_gpu=x.is_cuda)
-    reference.all_reduce_out(x, out, pg)
+    if not _takes_kernel(x, pg):
+        reference.all_reduce_out(x, out, pg)
+    elif out.is_contiguous() and out.data_ptr() % 16 == 0:
+        _launch(x, out, pg)
+    else:
+        whole = torch.empty_like(x, memory_format=torch.contiguous_format)
+        _launch(x, whole, pg)
+        out.copy_(whole)
 
 
 def _reduce_scatter(x: torch.Tensor, group_name: str) -> torch.Tensor:

@@ -3,18 +3,54 @@
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 
+from .. import _ext
+from ..comm.capabilities import agree
 from ..comm.groups import group_from_name, resolve_group
+from ..comm.workspace import SLOT_BYTES, workspace_of
 from ..reference import all_reduce_add_rms_norm as reference
 from ._debug import check_agreement
-from ._dispatch import NO_KERNEL, choose_fused
+from ._dispatch import choose_fused
 from ._library import check_floating, register
+from .all_reduce import UNTRIED, aligned, why_not_fused
+
+
+def _why_not_fused(x: torch.Tensor, pg: dist.ProcessGroup) -> str | None:
+    if (reason := why_not_fused(x, pg, SLOT_BYTES)) is not None:
+        return reason
+    if agree(pg).compute_capability < (9, 0):
+        return "its kernel needs Hopper GPUs"
+    row, most = x.shape[-1] * x.element_size(), _ext.extension().all_reduce_max_norm_row_bytes
+    return None if row % 16 == 0 and row <= most else f"a row of {row} bytes is no multiple of 16 up to {most}"
+
+
+def _launch(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float, pg: dist.ProcessGroup):
+    workspace = workspace_of(pg)
+    workspace.check()
+    normed, new_residual = (torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(2))
+    # Kept in names until after the launch: a temporary would give its memory back before the kernel is queued.
+    x, residual, weight = aligned(x), aligned(residual), aligned(weight)
+    workspace.native.all_reduce_add_rms_norm(
+        x=x.data_ptr(),
+        residual=residual.data_ptr(),
+        weight=weight.data_ptr(),
+        normed=normed.data_ptr(),
+        new_residual=new_residual.data_ptr(),
+        rows=x.numel() // x.shape[-1] if x.numel() else 0,
+        hidden=x.shape[-1],
+        eps=eps,
+        dtype=_ext.DTYPE_CODES[x.dtype],
+        stream=torch.cuda.current_stream(x.device).cuda_stream,
+    )
+    return normed, new_residual
 
 
 def _impl(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float, group_name: str):
     pg = group_from_name(group_name)
     check_agreement("all_reduce_add_rms_norm", pg, x, residual, weight)
-    choose_fused("all_reduce_add_rms_norm", NO_KERNEL, on_gpu=x.is_cuda)
+    if choose_fused("all_reduce_add_rms_norm", _why_not_fused(x, pg), on_gpu=x.is_cuda, untried=UNTRIED):
+        return _launch(x, residual, weight, eps, pg)
     return reference.all_reduce_add_rms_norm(x, residual, weight, eps, pg)
 
 

@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from .. import ops
 from ..comm import collectives
+from ..comm.workspace import check
 from .draft import ModelDraft
 
 
@@ -255,7 +256,8 @@ def generate(
             previous = torch.where(alive, chain.gather(1, at).squeeze(1), previous)
             pending = torch.where(alive, chain.gather(1, at + 1).squeeze(1), pending)
             before = sum(map(len, new))
-            take(tokens.tolist())
+            take(tokens.tolist())  # waits for the round's work
+            check()
             advance(sum(map(len, new)) - before)
         end = time.perf_counter()
 
