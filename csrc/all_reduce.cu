@@ -166,7 +166,7 @@ void run(const AllReduceWorkspace& w, const T* x, T* out, std::int64_t elements,
     launch_dependent(one_shot<T, kWorld, 1>, p, ctas, threads, 1, w.hopper, stream);
   } else {
     // Rounds of vectors cost registers for every peer.
-    launch_dependent(one_shot<T, kWorld, kWorld == 2 ? 4 : 2>, p, ctas, threads, 1, w.hopper, stream);
+    launch_dependent(one_shot < T, kWorld, kWorld == 2 ? 4 : 2 >, p, ctas, threads, 1, w.hopper, stream);
   }
 }
 

@@ -44,8 +44,9 @@ struct Params {
 #endif
 
 #if FP_HAS_CLUSTERS
-// The sum of `value` over the cluster, in a fixed order: lanes by a butterfly, warps, then CTAs, in index order. `parity`
-// alternates between two buffers: a CTA may still read the peers' sums of one row while they write those of the next.
+// The sum of `value` over the cluster, in a fixed order: lanes by a butterfly, warps, then CTAs, in index order.
+// `parity` alternates between two buffers: a CTA may still read the peers' sums of one row while they write those of
+// the next.
 template <int kCluster>
 __device__ __forceinline__ float cluster_sum(float value, int parity) {
   __shared__ float warp_sums[kWarp];
@@ -94,7 +95,8 @@ __global__ void __launch_bounds__(kMaxThreads) one_shot_norm(const __grid_consta
 #pragma unroll
     for (int u = 0; u < kVecs; ++u) {
       const int v = first + u * stride;
-      if (v < p.vectors) out[u] = load_once(tensor + (static_cast<std::int64_t>(of_row) * p.vectors + v) * Vec<T>::kSize);
+      if (v < p.vectors)
+        out[u] = load_once(tensor + (static_cast<std::int64_t>(of_row) * p.vectors + v) * Vec<T>::kSize);
     }
   };
   const auto push_row = [&](unsigned generation, int of_row, Vec<T>(&values)[kVecs]) {
@@ -194,11 +196,12 @@ void all_reduce_add_rms_norm(const AllReduceWorkspace& w, const void* x, const v
     using T = std::remove_pointer_t<decltype(null)>;
     const std::int64_t row_bytes = hidden * static_cast<std::int64_t>(sizeof(T));
     bool aligned = true;
-    for (const void* p : {x, residual, weight, const_cast<const void*>(normed), const_cast<const void*>(new_residual)}) {
+    for (const void* p :
+         {x, residual, weight, const_cast<const void*>(normed), const_cast<const void*>(new_residual)}) {
       aligned = aligned && is_vec_aligned(p);
     }
-    if (rows < 0 || hidden < 1 || row_bytes % 16 != 0 || row_bytes > kMaxNormRowBytes || rows * row_bytes > w.slot_bytes ||
-        !aligned || !w.hopper) {
+    if (rows < 0 || hidden < 1 || row_bytes % 16 != 0 || row_bytes > kMaxNormRowBytes ||
+        rows * row_bytes > w.slot_bytes || !aligned || !w.hopper) {
       throw std::runtime_error("all_reduce_add_rms_norm: [" + std::to_string(rows) + ", " + std::to_string(hidden) +
                                "] does not fit slots of " + std::to_string(w.slot_bytes) +
                                " bytes, a tensor is not aligned to 16 bytes, or the GPU is older than Hopper");
@@ -213,9 +216,8 @@ void all_reduce_add_rms_norm(const AllReduceWorkspace& w, const void* x, const v
                          static_cast<int>(row_bytes / 16),
                          1.0f / static_cast<float>(hidden),
                          eps};
-    dispatch_world(w.world, [&](auto world) {
-      run<T, decltype(world)::value>(w, p, static_cast<cudaStream_t>(stream));
-    });
+    dispatch_world(w.world,
+                   [&](auto world) { run<T, decltype(world)::value>(w, p, static_cast<cudaStream_t>(stream)); });
   });
 }
 

@@ -1,4 +1,5 @@
-"""A transformers model over several ranks, in place: torchrun --nproc-per-node 2 examples/parallelize_transformers.py [DIR]"""
+"""A transformers model over several ranks, in place: torchrun --nproc-per-node 2 examples/parallelize_transformers.py
+[DIR]"""
 
 import os
 import sys
@@ -14,7 +15,8 @@ gpus_for_all = torch.cuda.device_count() >= int(os.environ.get("LOCAL_WORLD_SIZE
 mesh = fp.init(device="cuda" if gpus_for_all else "cpu")
 
 model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).to(mesh.device_type).eval()
-model = fp.parallelize(model, mesh)  # "tp" splits heads, features and vocabulary; fp.init(tp=1, pp=2) would cut the layers
+# "tp" splits heads, features and vocabulary; fp.init(tp=1, pp=2) would cut the layers instead
+model = fp.parallelize(model, mesh)
 
 tokenizer = AutoTokenizer.from_pretrained(path)
 ids = tokenizer("import os\n\ndef ", return_tensors="pt").input_ids.to(mesh.device_type)

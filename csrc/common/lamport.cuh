@@ -2,10 +2,10 @@
 // argument for its correctness, access by access, is in docs/all_reduce.md; the host-side model in
 // tests/cpu/test_all_reduce_protocol.py checks it exhaustively.
 //
-// A rank's symmetric buffer is [3 generations][world sources][slot_bytes]. Call e uses generation e % 3 and clears (fills
-// with the sentinel) generation (e - 1) % 3, which its own call e - 1 has read to the end. A peer writes there again in
-// call e + 2, for which it must have received this rank's push of call e + 1, which this stream issues after the kernel
-// that cleared has completed.
+// A rank's symmetric buffer is [3 generations][world sources][slot_bytes]. Call e uses generation e % 3 and clears
+// (fills with the sentinel) generation (e - 1) % 3, which its own call e - 1 has read to the end. A peer writes there
+// again in call e + 2, for which it must have received this rank's push of call e + 1, which this stream issues after
+// the kernel that cleared has completed.
 #pragma once
 
 #include "common/signal.cuh"
@@ -20,9 +20,9 @@ struct Control {
   unsigned aborted;
 };
 
-// A power of two above any grid. Every CTA adds to `arrivals`, CTA 0 what is left to this number; so whatever order they
-// come in, the quotient of what a CTA finds is the number of completed calls. No CTA waits for another, and no counter
-// has to be advanced at the end of the kernel.
+// A power of two above any grid. Every CTA adds to `arrivals`, CTA 0 what is left to this number; so whatever order
+// they come in, the quotient of what a CTA finds is the number of completed calls. No CTA waits for another, and no
+// counter has to be advanced at the end of the kernel.
 constexpr unsigned long long kArrivalsPerCall = 1ull << 20;
 
 constexpr int kMaxWorld = 8;
@@ -79,14 +79,16 @@ __device__ __forceinline__ unsigned long long begin_call(const Lamport& l, unsig
 }
 
 // Refill with the sentinel what the previous call received; all threads of the grid share the work.
-__device__ __forceinline__ void clear_previous(const Lamport& l, unsigned long long epoch, unsigned thread, unsigned threads) {
+__device__ __forceinline__ void clear_previous(const Lamport& l, unsigned long long epoch, unsigned thread,
+                                               unsigned threads) {
   if (epoch == 0) return;
   const unsigned generation = (epoch - 1) % 3;
   const unsigned vectors = (l.control->used[generation] + 15) / 16;
   for (int source = 0; source < l.world; ++source) {
     if (source == l.rank) continue;
     uint4* slot = l.slot(l.rank, generation, source);
-    for (unsigned v = thread; v < vectors; v += threads) slot[v] = make_uint4(kSentinel, kSentinel, kSentinel, kSentinel);
+    for (unsigned v = thread; v < vectors; v += threads)
+      slot[v] = make_uint4(kSentinel, kSentinel, kSentinel, kSentinel);
   }
 }
 
@@ -103,8 +105,8 @@ __device__ __forceinline__ void push(const Lamport& l, unsigned generation, std:
   }
 }
 
-// Poll this rank's slot of `source` until its vector `v` has come. After a failure (here and below) the value is whatever
-// is there, and the record says so.
+// Poll this rank's slot of `source` until its vector `v` has come. After a failure (here and below) the value is
+// whatever is there, and the record says so.
 __device__ __forceinline__ uint4 poll(const Lamport& l, unsigned long long epoch, int source, std::int64_t v) {
   const uint4* p = l.slot(l.rank, epoch % 3, source) + v;
   unsigned long long start = 0;

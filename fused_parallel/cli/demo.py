@@ -1,4 +1,5 @@
-"""`fused-parallel demo`: the trained tiny model continues a prompt in every arrangement, and the tokens are compared."""
+"""`fused-parallel demo`: the trained tiny model continues a prompt in every arrangement, and the tokens are
+compared."""
 
 from __future__ import annotations
 

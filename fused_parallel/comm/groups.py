@@ -36,8 +36,8 @@ def _choose_device(device: str | torch.device | None, local_rank: int) -> torch.
     count = torch.cuda.device_count()
     if local_rank >= count:
         raise ValueError(
-            f"fp.init: local rank {local_rank} has no GPU, this host shows {count}; start at most {count} ranks a host, "
-            "or run on the CPU with fp.init(device='cpu') (command line: --device cpu)"
+            f"fp.init: local rank {local_rank} has no GPU, this host shows {count}; start at most {count} ranks "
+            "a host, or run on the CPU with fp.init(device='cpu') (command line: --device cpu)"
         )
     return torch.device("cuda", local_rank)
 
@@ -117,7 +117,9 @@ def _start(where: torch.device, rank: int, world: int, timeout: datetime.timedel
             advice = "that port is in use: choose another (torchrun --master-port N, or MASTER_PORT=N)"
         else:
             advice = f"check that all {world} ranks were started and can reach that address"
-        raise RuntimeError(f"fp.init: rank {rank} could not join the group at {address}; {advice}. Cause: {error}") from error
+        raise RuntimeError(
+            f"fp.init: rank {rank} could not join the group at {address}; {advice}. Cause: {error}"
+        ) from error
 
 
 _local_group: dist.ProcessGroup | None = None

@@ -1,4 +1,5 @@
-"""Ranks on this host without torchrun: a pool of processes that run functions as one group (demo, tests, benchmarks)."""
+"""Ranks on this host without torchrun: a pool of processes that run functions as one group (demo, tests,
+benchmarks)."""
 
 from __future__ import annotations
 

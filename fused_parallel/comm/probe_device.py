@@ -86,7 +86,8 @@ def hbm(index: int, quick: bool) -> dict:
         return time_collective(function, device=torch.device("cuda", index), calls=3, rounds=rounds).us_p50
 
     source = torch.empty(size // 2, device=f"cuda:{index}", dtype=torch.bfloat16).normal_()
-    # Not copy_: captured in a graph it becomes a memory copy node, which the copy engine does at two thirds of the rate.
+    # Not copy_: captured in a graph it becomes a memory copy node, which the copy engine does at two thirds of the
+    # rate.
     copy_us = us(functools.partial(torch.neg, source, out=torch.empty_like(source)))
     as_float, matrix = source.view(torch.float32), source.view(-1, 8192)
     vector = torch.randn(8192, device=source.device, dtype=source.dtype)

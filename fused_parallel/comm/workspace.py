@@ -1,4 +1,5 @@
-"""The memory that the fused collectives of a group exchange through: symmetric buffers, counters, the record of failures."""
+"""The memory that the fused collectives of a group exchange through: symmetric buffers, counters, the record of
+failures."""
 
 from __future__ import annotations
 
@@ -49,7 +50,7 @@ class AllReduceWorkspace:
             peer = dist.get_global_rank(self.pg, rank)
             raise PeerTimeoutError(
                 f"{self.native.failure()} of its group, which is global rank {peer}: it died, stopped, or runs another "
-                "sequence of operations. The group cannot be used any more: end this job on all ranks and start it again"
+                "sequence of operations. The group cannot be used any more: end this job on all ranks, start it again"
             )
 
 
@@ -78,8 +79,9 @@ def _find_reason(pg: dist.ProcessGroup) -> str | None:
     devices = [device for _, device in everyone]
     if len(set(devices)) < len(devices):
         return "some of its ranks share a GPU"
-    cut = [b for b in devices if b != devices[pg.rank()] and not torch.cuda.can_device_access_peer(devices[pg.rank()], b)]
-    dist.all_gather_object(everyone, bool(cut), group=pg)
+    mine = devices[pg.rank()]
+    cut_off = any(peer != mine and not torch.cuda.can_device_access_peer(mine, peer) for peer in devices)
+    dist.all_gather_object(everyone, cut_off, group=pg)
     return "some of its GPUs have no access to each other's memory" if any(everyone) else None
 
 
@@ -89,8 +91,8 @@ def workspace_of(pg: dist.ProcessGroup) -> AllReduceWorkspace:
     if name not in _workspaces:
         if torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
-                "the first fused operation of a group makes its workspace, which cannot be captured in a CUDA graph: run the "
-                "operation once before the capture"
+                "the first fused operation of a group makes its workspace, which cannot be captured in a CUDA graph: "
+                "run the operation once before the capture"
             )
         backend = pg._get_backend(torch.device("cuda"))
         timeout = getattr(backend.options, "_timeout", None)
@@ -114,10 +116,15 @@ def forget() -> None:
 
 
 def make_native(
-    rank: int, bases: list[int], slot_bytes: int, timeout_seconds: float, device: torch.device, max_ctas: int | None = None
+    rank: int,
+    bases: list[int],
+    slot_bytes: int,
+    timeout_seconds: float,
+    device: torch.device,
+    max_ctas: int | None = None,
 ):
-    """(extension's workspace over the ranks' buffers at `bases`, the tensors it lives on). `max_ctas`: default one CTA for
-    each multiprocessor, so that all are resident at once."""
+    """(extension's workspace over the ranks' buffers at `bases`, the tensors it lives on). `max_ctas`: default one CTA
+    for each multiprocessor, so that all are resident at once."""
     extension = _ext.extension()
     control = torch.zeros(extension.all_reduce_control_bytes, dtype=torch.uint8, device=device)
     record = torch.zeros(extension.all_reduce_record_bytes, dtype=torch.uint8, pin_memory=True)

@@ -33,7 +33,8 @@ class FusedRowwiseParallel(ParallelStyle):
     """Turn a torch.nn.Linear into a RowParallelLinear, in place, or a torch.nn.Embedding into a VocabParallelEmbedding.
 
     Args:
-        input_is_parallel: forward gets this rank's part of the input, as a column-parallel layer gives it; else the whole.
+        input_is_parallel: forward gets this rank's part of the input, as a column-parallel layer gives it; else the
+            whole.
     """
 
     def __init__(self, *, input_is_parallel: bool = True) -> None:

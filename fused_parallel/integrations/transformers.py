@@ -32,12 +32,13 @@ def parallelize(
     """Spread a model that every rank holds whole over the mesh, in place.
 
     Args:
-        model: a transformers causal language model of the Llama family (Llama, Mistral, Qwen2), or with a plan any module.
-            The same weights on every rank.
+        model: a transformers causal language model of the Llama family (Llama, Mistral, Qwen2), or with a plan any
+            module. The same weights on every rank.
         mesh: of `fp.init`: "tp" splits heads, features and vocabulary; "pp" cuts the layers into stages and drops the
             others' layers.
         parallelize_plan: "auto" for the Llama family; else a mapping from module names (wildcards as in torch's
-            parallelize_module) to "colwise", "colwise_gather_output", "rowwise" or a ParallelStyle. Plans are for tp only.
+            parallelize_module) to "colwise", "colwise_gather_output", "rowwise" or a ParallelStyle. Plans are for tp
+            only.
 
     Returns:
         `model`, which takes the same inputs and gives the same outputs (whole logits) on every rank; its parameters no
@@ -59,7 +60,9 @@ def _parallelize_by_plan(model: nn.Module, mesh: DeviceMesh, plan) -> None:
     if not isinstance(plan, Mapping):
         raise TypeError(f'fp.parallelize: parallelize_plan must be "auto" or a mapping, got {type(plan).__name__}')
     if mesh["pp"].size() > 1:
-        raise ValueError("fp.parallelize: a plan covers tensor parallelism only; pp > 1 needs the Llama family and 'auto'")
+        raise ValueError(
+            "fp.parallelize: a plan covers tensor parallelism only; pp > 1 needs the Llama family and 'auto'"
+        )
     styles = {}
     for name, style in plan.items():
         if isinstance(style, str):

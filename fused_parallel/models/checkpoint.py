@@ -15,8 +15,8 @@ from ..nn._shards import Shard, fill
 class Checkpoint:
     """The tensors of a directory with model.safetensors, or model.safetensors.index.json and its parts.
 
-    Files are memory-mapped and read slice by slice. Raises FileNotFoundError for missing files and ValueError for corrupt
-    ones, naming the file.
+    Files are memory-mapped and read slice by slice. Raises FileNotFoundError for missing files and ValueError for
+    corrupt ones, naming the file.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -35,8 +35,8 @@ class Checkpoint:
             self._file_of = dict.fromkeys(self._open(single.name).keys(), single.name)
         else:
             raise FileNotFoundError(
-                f"{self.path} holds neither model.safetensors nor model.safetensors.index.json; expected a Hugging Face "
-                "model directory"
+                f"{self.path} holds neither model.safetensors nor model.safetensors.index.json; expected a Hugging "
+                "Face model directory"
             )
 
     def _open(self, name: str):
@@ -70,7 +70,8 @@ class Checkpoint:
         shape = tensor.get_shape()
         if dim >= len(shape) or shape[dim] != full:
             raise ValueError(
-                f"{self.path}: tensor {key!r} has shape {list(shape)}, but config.json implies size {full} along dim {dim}"
+                f"{self.path}: tensor {key!r} has shape {list(shape)}, but config.json implies size {full} along "
+                f"dim {dim}"
             )
         return tensor[start:stop] if dim == 0 else tensor[:, start:stop]
 

@@ -62,19 +62,15 @@ class LlamaModel(nn.Module):
     def __init__(self, config: LlamaConfig, layers: range, first: bool, last: bool, *, group, device, dtype) -> None:
         super().__init__()
         kwargs = {"group": group, "device": device, "dtype": dtype}
-        self.embed_tokens = (
-            VocabParallelEmbedding(config.vocab_size, config.hidden_size, **kwargs) if first else None
-        )
+        self.embed_tokens = VocabParallelEmbedding(config.vocab_size, config.hidden_size, **kwargs) if first else None
         # A ModuleDict keyed by the global index keeps transformers' names on every stage.
-        self.layers = nn.ModuleDict(
-            {str(i): LlamaDecoderLayer(config, i - layers.start, **kwargs) for i in layers}
-        )
+        self.layers = nn.ModuleDict({str(i): LlamaDecoderLayer(config, i - layers.start, **kwargs) for i in layers})
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, device=device, dtype=dtype) if last else None
         self.rotary_emb = RotaryEmbedding(config.head_dim, config.rope_theta, config.rope_scaling, device)
 
     def forward(self, x: torch.Tensor, cache: KVCache, positions: torch.Tensor) -> torch.Tensor:
-        """Ids [B, S] on the first stage, else the previous stage's hidden states [B, S, hidden] -> hidden states, normed on
-        the last stage."""
+        """Ids [B, S] on the first stage, else the previous stage's hidden states [B, S, hidden] -> hidden states,
+        normed on the last stage."""
         residual = x if self.embed_tokens is None else self.embed_tokens(x)
         cos, sin = self.rotary_emb(positions, residual.dtype)
         layers = list(self.layers.values())
@@ -171,8 +167,8 @@ class LlamaForCausalLM(nn.Module):
 
         Args:
             input_ids: int64 [B, S], the same on every rank of the model.
-            cache: its first `cache.lens` tokens are the context; the S tokens are written behind them, `lens` stays (the
-                caller counts the tokens that it accepts). None: no context.
+            cache: its first `cache.lens` tokens are the context; the S tokens are written behind them, `lens` stays
+                (the caller counts the tokens that it accepts). None: no context.
             logits_at: int64 [B]: only the logits after that token of each sequence.
 
         Returns:

@@ -17,9 +17,10 @@ from .rotary import apply_rotary
 class QKVParallelLinear(ColumnParallelLinear):
     """The q, k and v projections in one matmul, split by heads over the ranks of `group`.
 
-    Key-value heads fewer than ranks are replicated; heads that do not divide are padded with zero heads (see HeadLayout).
-    Parameters: `weight` [(local_q + 2 * local_kv) * head_dim, hidden], `bias`. forward: x [..., hidden] -> (q, k, v), each
-    [..., local heads, head_dim]. Loads the tensors q_proj, k_proj, v_proj beside it in the state dict.
+    Key-value heads fewer than ranks are replicated; heads that do not divide are padded with zero heads (see
+    HeadLayout).
+    Parameters: `weight` [(local_q + 2 * local_kv) * head_dim, hidden], `bias`. forward: x [..., hidden] -> (q, k, v),
+    each [..., local heads, head_dim]. Loads the tensors q_proj, k_proj, v_proj beside it in the state dict.
     """
 
     def __init__(
@@ -57,8 +58,8 @@ class ParallelAttention(nn.Module):
 
     Loads state dicts with q_proj, k_proj, v_proj and o_proj; q, k and v are held merged in `qkv_proj`. forward: x
     [B, S, hidden], cos and sin [B, S, head_dim], the cache and the tokens' positions [B, S] -> [B, S, hidden]; with
-    `residual` and `norm`, (norm(sum), sum) for sum = residual + output. The S tokens are written to the cache; its `lens`
-    stay as they are.
+    `residual` and `norm`, (norm(sum), sum) for sum = residual + output. The S tokens are written to the cache; its
+    `lens` stay as they are.
     """
 
     def __init__(

@@ -15,7 +15,8 @@ class VocabParallelEmbedding(ShardedModule):
     """`torch.nn.Embedding` with the vocabulary split over the ranks of `group`, padded to a multiple of it.
 
     Parameter: `weight` [local vocabulary, embedding_dim]. forward: ids int64 [...] -> [..., embedding_dim], whole on
-    every rank (one all-reduce; each row comes from one rank, so the sum is exact). Ids outside the vocabulary give zeros.
+    every rank (one all-reduce; each row comes from one rank, so the sum is exact). Ids outside the vocabulary give
+    zeros.
     """
 
     def __init__(self, num_embeddings: int, embedding_dim: int, *, group, device=None, dtype=None) -> None:
@@ -36,9 +37,9 @@ class VocabParallelEmbedding(ShardedModule):
 class ParallelLMHead(ShardedModule):
     """The output head, with the vocabulary split over the ranks of `group`, padded to a multiple of it.
 
-    Parameter: `weight` [local vocabulary, hidden]. forward: hidden states [..., hidden] -> logits [..., local vocabulary],
-    what `fp.verify` takes with `vocab_group` (the last ranks' padding is masked there by `vocab_size`); with
-    `gather_output`, [..., vocabulary] on every rank. `tie(embedding)` shares the embedding's weight.
+    Parameter: `weight` [local vocabulary, hidden]. forward: hidden states [..., hidden] -> logits [..., local
+    vocabulary], what `fp.verify` takes with `vocab_group` (the last ranks' padding is masked there by `vocab_size`);
+    with `gather_output`, [..., vocabulary] on every rank. `tie(embedding)` shares the embedding's weight.
     """
 
     def __init__(

@@ -9,8 +9,8 @@ from ._shards import Piece, Shard
 
 @dataclass(frozen=True)
 class HeadLayout:
-    """This rank's heads: query heads [q_start, q_stop) and key-value heads [kv_start, kv_stop) of the model, padded with
-    zero heads to `local_q` and `local_kv`. Every local key-value head serves local_q / local_kv local query heads.
+    """This rank's heads: query heads [q_start, q_stop) and key-value heads [kv_start, kv_stop) of the model, padded
+    with zero heads to `local_q` and `local_kv`. Every local key-value head serves local_q / local_kv local query heads.
     """
 
     num_heads: int
@@ -24,8 +24,8 @@ class HeadLayout:
 
     @classmethod
     def of(cls, num_heads: int, num_kv_heads: int, rank: int, world: int) -> HeadLayout:
-        """Lay whole groups (a key-value head with its query heads) on the ranks; with more ranks than groups, split each
-        group over several ranks, which then hold copies of its key-value head.
+        """Lay whole groups (a key-value head with its query heads) on the ranks; with more ranks than groups, split
+        each group over several ranks, which then hold copies of its key-value head.
 
         Raises ValueError where a rank would hold nothing but padding.
         """
@@ -49,8 +49,8 @@ class HeadLayout:
                 w for w in range(1, world) if num_kv_heads % w == 0 or (w % num_kv_heads == 0 and num_heads % w == 0)
             ]
             raise ValueError(
-                f"tp={world} does not fit {num_heads} query heads and {num_kv_heads} key-value heads: some rank would hold "
-                f"only padding; smaller sizes that divide: {', '.join(map(str, fitting))}"
+                f"tp={world} does not fit {num_heads} query heads and {num_kv_heads} key-value heads: some rank would "
+                f"hold only padding; smaller sizes that divide: {', '.join(map(str, fitting))}"
             )
         return layout
 

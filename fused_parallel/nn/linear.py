@@ -90,9 +90,9 @@ class RowParallelLinear(ShardedModule):
             which it takes its part.
         shard: instead of an equal share, the Shard of the weight's dim 1 (attention heads).
 
-    Parameters: `weight` [out_features, local in], `bias` [out_features]. forward: x [..., local in] -> [..., out_features];
-    with `residual` [..., out_features] and `norm` (an RMSNorm), (norm(sum), sum) for sum = residual + output, in one
-    operation.
+    Parameters: `weight` [out_features, local in], `bias` [out_features]. forward: x [..., local in] -> [...,
+    out_features]; with `residual` [..., out_features] and `norm` (an RMSNorm), (norm(sum), sum) for sum = residual +
+    output, in one operation.
     """
 
     def __init__(

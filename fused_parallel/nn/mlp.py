@@ -14,9 +14,9 @@ from .rms_norm import RMSNorm
 class ParallelMLP(nn.Module):
     """down(silu(gate(x)) * up(x)), as transformers' LlamaMLP, the intermediate size split over the ranks of `group`.
 
-    Loads state dicts with gate_proj, up_proj and down_proj; gate and up are held merged in `gate_up_proj`. An intermediate
-    size that the group does not divide is padded with zeros. forward: x [..., hidden] -> [..., hidden]; with `residual` and
-    `norm`, (norm(sum), sum) for sum = residual + output.
+    Loads state dicts with gate_proj, up_proj and down_proj; gate and up are held merged in `gate_up_proj`. An
+    intermediate size that the group does not divide is padded with zeros. forward: x [..., hidden] -> [..., hidden];
+    with `residual` and `norm`, (norm(sum), sum) for sum = residual + output.
     """
 
     def __init__(self, hidden_size: int, intermediate_size: int, bias: bool = False, *, group, device=None, dtype=None):
@@ -30,7 +30,8 @@ class ParallelMLP(nn.Module):
             device=device,
             dtype=dtype,
         )
-        self.down_proj = RowParallelLinear(intermediate_size, hidden_size, bias, group=group, device=device, dtype=dtype)
+        kwargs = {"group": group, "device": device, "dtype": dtype}
+        self.down_proj = RowParallelLinear(intermediate_size, hidden_size, bias, **kwargs)
         merge_siblings(self)
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None, norm: RMSNorm | None = None):

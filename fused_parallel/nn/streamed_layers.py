@@ -19,9 +19,10 @@ class StreamedLayers(nn.Module):
         device: where the layers compute.
         slots: device blocks; with 2, one layer is copied while the other computes.
 
-    Iterating yields (name, layer) with the layer's parameters on the device; they are valid until the next step. Copies run
-    on a stream of their own, ordered by events: a copy into a slot waits for the layer that read it last, a layer for its
-    copy. On a CPU device the same happens without streams.
+    Iterating yields (name, layer) with the layer's parameters on the device; they are valid until the next step. Copies
+    run
+    on a stream of their own, ordered by events: a copy into a slot waits for the layer that read it last, a layer for
+    its copy. On a CPU device the same happens without streams.
     """
 
     def __init__(self, layers: Mapping[str, nn.Module], *, device: str | torch.device, slots: int = 2) -> None:

@@ -14,9 +14,8 @@ from ._debug import check_agreement
 from ._dispatch import NO_KERNEL, choose_fused
 from ._library import check_floating, register
 
-
-# Above this payload, at more than two ranks, every byte counts more than every microsecond: two-shot sends 2 (W - 1) / W
-# of the payload, one-shot W - 1 times it. At two ranks they send the same.
+# Above this payload, at more than two ranks, every byte counts more than every microsecond: two-shot sends 2 (W - 1) /
+# W of the payload, one-shot W - 1 times it. At two ranks they send the same.
 ONE_SHOT_BYTES = 256 << 10
 UNTRIED = 'its kernels have run on virtual ranks of one GPU only; fp.use("fused") takes them'
 

@@ -37,11 +37,11 @@ def verify_attention(
     Args:
         q: [B, S, Hq, D], fp16, bf16 or fp32, this rank's heads; token i of sequence b stands at position
             cache_lens[b] - S + i.
-        k_cache, v_cache: [B, C, Hkv, D]; with `block_table`, [pages, page, Hkv, D]. Hq is a multiple of Hkv (grouped-query
-            attention). The S new tokens' keys and values are already written.
+        k_cache, v_cache: [B, C, Hkv, D]; with `block_table`, [pages, page, Hkv, D]. Hq is a multiple of Hkv
+            (grouped-query attention). The S new tokens' keys and values are already written.
         cache_lens: int32 [B], tokens in the cache counting the S new ones: S <= cache_lens[b] <= capacity.
-        block_table: int32 [B, n]: the pages of each sequence in order; entries past a sequence's end must still be valid
-            page numbers.
+        block_table: int32 [B, n]: the pages of each sequence in order; entries past a sequence's end must still be
+            valid page numbers.
         tree_mask: bool [B, S, S]: new token i attends new token j where [b, i, j] is true, instead of j <= i.
         scale: of the scores; default D ** -0.5.
 
@@ -65,8 +65,8 @@ def verify_attention(
     kv_heads = k_cache.shape[2]
     if k_cache.shape[3] != dim or kv_heads == 0 or heads % kv_heads:
         raise ValueError(
-            f"{op}: q has {heads} heads of {dim}, the cache {kv_heads} of {k_cache.shape[3]}; head sizes must be equal and "
-            "q's heads a multiple of the cache's"
+            f"{op}: q has {heads} heads of {dim}, the cache {kv_heads} of {k_cache.shape[3]}; head sizes must be equal "
+            "and q's heads a multiple of the cache's"
         )
     if cache_lens.dtype != torch.int32 or tuple(cache_lens.shape) != (batch,):
         raise TypeError(f"{op}: cache_lens must be int32 [{batch}], got {cache_lens.dtype} {tuple(cache_lens.shape)}")

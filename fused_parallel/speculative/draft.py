@@ -57,8 +57,8 @@ class ModelDraft:
             if greedy:
                 token = ops.sample(logits, seed=seed, step=step, temperature=0.0, position=i)
             else:
-                # Scaled before sampling, so that what verify is given is exactly what was sampled from. A row drafted at
-                # temperature 0 comes from a point mass.
+                # Scaled before sampling, so that what verify is given is exactly what was sampled from. A row drafted
+                # at temperature 0 comes from a point mass.
                 scaled = logits.float() / temperature.clamp_min(1e-30).unsqueeze(1)
                 token = ops.sample(scaled, seed=seed, step=step, temperature=drawn.float(), position=i)
                 point = torch.full_like(scaled, -torch.inf).scatter_(1, token.unsqueeze(1), 0.0)

@@ -18,7 +18,8 @@ from .draft import ModelDraft
 
 @dataclass
 class GenerationStats:
-    """What one `fp.generate` call cost on this rank. Seconds are wall time; communication includes waiting for peers."""
+    """What one `fp.generate` call cost on this rank. Seconds are wall time; communication includes waiting for
+    peers."""
 
     sequences: int
     prompt_tokens: int
@@ -101,8 +102,9 @@ class _Target:
         self.is_last = self.pp.rank() == self.pp.size() - 1
 
     def share(self, x: torch.Tensor) -> torch.Tensor:
-        """Every rank gets the `x` of the last stage's first rank. Ranks that computed it themselves hold the same bits on
-        equal machines; sending it anyway keeps them from drifting apart on unequal ones, where a mismatch would hang."""
+        """Every rank gets the `x` of the last stage's first rank. Ranks that computed it themselves hold the same bits
+        on equal machines; sending it anyway keeps them from drifting apart on unequal ones, where a mismatch would
+        hang."""
         if self.is_last:
             collectives.broadcast_(x, 0, self.tp)
         return collectives.broadcast_(x, self.pp.size() - 1, self.pp)
@@ -160,8 +162,8 @@ def generate(
     Args:
         model: a LlamaForCausalLM; tensor and pipeline parallelism are its own.
         prompts: token ids, one list a sequence, of any lengths.
-        draft: a smaller LlamaForCausalLM of the same vocabulary, made with mesh=None: speculative decoding. Only the last
-            stage's ranks run it.
+        draft: a smaller LlamaForCausalLM of the same vocabulary, made with mesh=None: speculative decoding. Only the
+            last stage's ranks run it.
         num_draft_tokens: tokens drafted a round.
         method: "rejection" or "block": as `fp.verify`; both leave the model's distribution unchanged.
         temperature, top_k, top_p, min_p, seed: one value, or one per prompt; temperature 0 is greedy. With one seed,
@@ -172,8 +174,8 @@ def generate(
     Returns:
         Generation(tokens, stats), the same tokens on every rank.
 
-    Runs eagerly and reads the accepted tokens back once a round. Raises ValueError for bad input and PeerTimeoutError when
-    a rank is lost.
+    Runs eagerly and reads the accepted tokens back once a round. Raises ValueError for bad input and PeerTimeoutError
+    when a rank is lost.
     """
     prompts = _check(model, prompts, max_new_tokens, draft, num_draft_tokens)
     batch, device, k = len(prompts), model.device, num_draft_tokens if draft is not None else 0

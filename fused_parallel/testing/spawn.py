@@ -25,7 +25,15 @@ def _mesh(device: str, **sizes):
 
 
 def run_ranks(
-    function: Callable, world_size: int, *args, device: str = "cpu", timeout: float = 120.0, tp=None, pp=1, dp=1, **kwargs
+    function: Callable,
+    world_size: int,
+    *args,
+    device: str = "cpu",
+    timeout: float = 120.0,
+    tp=None,
+    pp=1,
+    dp=1,
+    **kwargs,
 ) -> list:
     """Run `function(mesh, *args, **kwargs)` on `world_size` ranks; results in rank order.
 

@@ -93,8 +93,8 @@ def read_bytes(mesh, path):
 
 
 def parallelized_logits(mesh, path, ids, steps):
-    """Whole logits of a transformers model after fp.parallelize: of the prompt, then of `steps` greedy tokens with its own
-    cache, one at a time."""
+    """Whole logits of a transformers model after fp.parallelize: of the prompt, then of `steps` greedy tokens with its
+    own cache, one at a time."""
     from transformers import AutoModelForCausalLM
 
     model = fp.parallelize(AutoModelForCausalLM.from_pretrained(path).eval(), mesh)

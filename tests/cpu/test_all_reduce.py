@@ -1,4 +1,5 @@
-"""all_reduce, reduce_scatter, all_gather and all_reduce_add_rms_norm on Gloo ranks: against float64, and their errors."""
+"""all_reduce, reduce_scatter, all_gather and all_reduce_add_rms_norm on Gloo ranks: against float64, and their
+errors."""
 
 import pytest
 import torch
@@ -113,13 +114,13 @@ def test_opcheck_and_compile():
 
 
 def test_world_of_one_returns_new_tensors():
-    (same, shared), = run_ranks(rank_one, 1)
+    ((same, shared),) = run_ranks(rank_one, 1)
     assert same and not shared
 
 
 def rank_one(mesh):
     x = torch.randn(3, 4)
-    results = (fp.all_reduce(x, group=mesh["tp"]), fp.all_gather(x, group=mesh["tp"]), fp.reduce_scatter(x, group=mesh["tp"]))
+    results = [op(x, group=mesh["tp"]) for op in (fp.all_reduce, fp.all_gather, fp.reduce_scatter)]
     return all(torch.equal(x, r) for r in results), any(r.data_ptr() == x.data_ptr() for r in results)
 
 

@@ -36,11 +36,15 @@ def test_readme_program(tmp_path):
     assert len(norms) == 2 and norms[0] == norms[1]
 
 
-@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md", "docs/modules.md", "docs/verify.md", "docs/probe.md"])
+DOCUMENTS = ["README.md", "CONTRIBUTING.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
+FOLDERS = "ops|reference|nn|models|comm|cli|csrc|speculative|integrations|tests|benchmarks|examples"
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
 def test_links_and_paths_exist(document):
     text = (ROOT / document).read_text()
     for target in re.findall(r"\]\(([^)#:]+)\)", text):
         assert (ROOT / document).parent.joinpath(target).exists(), f"{document} links to {target}"
-    for path in re.findall(r"`((?:ops|reference|nn|models|comm|cli|csrc|speculative|integrations|tests|benchmarks|examples)/[\w./]+\.\w+)`", text):
+    for path in re.findall(rf"`((?:{FOLDERS})/[\w./]+\.\w+)`", text):
         inside = (ROOT / path).exists() or (ROOT / "fused_parallel" / path).exists()
         assert inside, f"{document} names {path}"

@@ -1,4 +1,5 @@
-"""fp.generate: greedy tokens equal transformers' in every arrangement, with and without a draft; sampling; bad input."""
+"""fp.generate: greedy tokens equal transformers' in every arrangement, with and without a draft; sampling; bad
+input."""
 
 import collections
 
@@ -15,8 +16,8 @@ NEW = 24
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
-    """(target directory, draft directory, transformers target). The draft is the target with noise on its weights, so that
-    some drafts are accepted and some are not."""
+    """(target directory, draft directory, transformers target). The draft is the target with noise on its weights, so
+    that some drafts are accepted and some are not."""
     from transformers import AutoModelForCausalLM
 
     path, draft = tmp_path_factory.mktemp("target"), tmp_path_factory.mktemp("draft")
@@ -124,7 +125,7 @@ def test_mixed_temperatures(pair):
 
 
 def test_bad_input(pair, tmp_path):
-    path, draft, _ = pair
+    path, _, _ = pair
     mesh = fp.init(device="cpu")
     model = fp.LlamaForCausalLM.from_pretrained(path, mesh=mesh)
     ranks.save_random_model(tmp_path, vocab_size=100)

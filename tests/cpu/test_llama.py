@@ -1,4 +1,5 @@
-"""fp.LlamaForCausalLM equals transformers' at TP 1, 2, 4 and PP 2, reads only its shard, and refuses bad checkpoints."""
+"""fp.LlamaForCausalLM equals transformers' at TP 1, 2, 4 and PP 2, reads only its shard, and refuses bad
+checkpoints."""
 
 import json
 
@@ -140,7 +141,7 @@ def test_bad_checkpoints_name_the_file(models, tmp_path):
         load(tmp_path / "nowhere")
     bad = copy_of(path, tmp_path / "no-weights")
     (bad / "model.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match="holds neither model.safetensors nor"):
+    with pytest.raises(FileNotFoundError, match=r"holds neither model\.safetensors nor"):
         load(bad)
     bad = copy_of(path, tmp_path / "truncated")
     data = (bad / "model.safetensors").read_bytes()

@@ -100,7 +100,7 @@ def rank_errors(mesh):
 
 def test_errors():
     expected = [
-        "ValueError: fp.parallelize: 'auto' knows the causal language models of llama, mistral, qwen2, not 'ModuleDict'",
+        "ValueError: fp.parallelize: 'auto' knows the causal language models of llama, mistral, qwen2, not 'Modu",
         "ValueError: fp.parallelize: unknown style 'diagonal' for 'up'",
         'TypeError: fp.parallelize: parallelize_plan must be "auto" or a mapping, got list',
         "TypeError: fp.parallelize: mesh must be the DeviceMesh of fp.init",

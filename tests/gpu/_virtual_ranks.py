@@ -1,5 +1,5 @@
-"""W ranks of the all-reduce on one GPU: W workspaces whose kernels run on W streams, with grids small enough that all are
-resident at once. The protocol and the bits are those of W GPUs; only the link is missing."""
+"""W ranks of the all-reduce on one GPU: W workspaces whose kernels run on W streams, with grids small enough that all
+are resident at once. The protocol and the bits are those of W GPUs; only the link is missing."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ class VirtualRanks:
         bases = [b.data_ptr() for b in self.buffers]
         multiprocessors = torch.cuda.get_device_properties(self.device).multi_processor_count
         made = [
-            # Half of each rank's share: the next kernel of a stream is resident, too, while it waits for the one before.
+            # Half of each rank's share: the next kernel of a stream is resident, too, while it waits for the one
+            # before.
             make_native(rank, bases, slot_bytes, timeout_seconds, self.device, multiprocessors // (2 * world))
             for rank in range(world)
         ]

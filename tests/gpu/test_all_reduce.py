@@ -1,17 +1,16 @@
-"""The all-reduce kernels on virtual ranks of one GPU: exact sums, equal bits, sentinels, rotation, graphs, bounded waits."""
+"""The all-reduce kernels on virtual ranks of one GPU: exact sums, equal bits, sentinels, rotation, graphs, bounded
+waits."""
 
 import time
 
 import pytest
 import torch
-
 from _virtual_ranks import VirtualRanks
+
 from fused_parallel import _ext
 from fused_parallel.testing.tolerances import assert_close
 
-pytestmark = pytest.mark.skipif(
-    _ext.why_no_kernels() is not None, reason=f"no CUDA kernels: {_ext.why_no_kernels()}"
-)
+pytestmark = pytest.mark.skipif(_ext.why_no_kernels() is not None, reason=f"no CUDA kernels: {_ext.why_no_kernels()}")
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 WORLDS = [2, 3, 4, 8]
@@ -77,7 +76,8 @@ def test_values_that_look_like_the_sentinel(ranks, dtype, two_shot):
     """Signed zeros, the sentinel's own bit pattern, NaN and infinities: results as the sum's, and no wait stalls."""
     begin = time.monotonic()
     pattern = torch.full((4096,), -0x7FFF8000, dtype=torch.int32, device="cuda").view(dtype)  # 0x80008000
-    for values in (torch.zeros(999, device="cuda", dtype=dtype), -torch.zeros(999, device="cuda", dtype=dtype), pattern):
+    zeros = torch.zeros(999, device="cuda", dtype=dtype)
+    for values in (zeros, -zeros, pattern):
         for out in ranks.all_reduce([values.clone() for _ in range(ranks.world)], two_shot):
             assert torch.allclose(out.float(), values.float() * ranks.world, rtol=0, atol=1e-40)
     xs = random(1000, dtype, ranks.world)
@@ -113,7 +113,8 @@ def test_add_rms_norm(ranks, dtype, seed):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_graphs_with_changing_inputs_and_skew(ranks, dtype, seed):
-    """A hundred replays of a graph of calls of different sizes, each rank's stream delayed at random; eager calls between."""
+    """A hundred replays of a graph of calls of different sizes, each rank's stream delayed at random; eager calls
+    between."""
     sizes = (17, 40_000, 2880, 100_000)
     xs = [random(n, dtype, ranks.world) for n in sizes]
     outs = [[torch.empty_like(x) for x in group] for group in xs]
