@@ -3,8 +3,8 @@
 One state holds, for W ranks: the call each rank is in, every slot's words, the stores in flight, the clears not yet
 performed. What the model takes for granted of the hardware, and nothing else:
 
-- A store to a peer arrives at any time after its call began, or never as far as other stores are concerned: arrivals are
-  unordered within a call, between calls, and between peers. (`st.relaxed.sys`: no order between two addresses.)
+- A store to a peer arrives at any time after its call began; arrivals are unordered within a call, between calls, and
+  between peers. (`st.relaxed.sys`: no order between two addresses.)
 - A rank's clears are performed at any time between the beginning and the end of their call, and all by its end; the
   next call of that rank begins after it. (Stream order, or `griddepcontrol.wait` of every CTA before its first access.)
 - A word arrives as a whole and stays until it is cleared or overwritten. (Coherence of one address.)
@@ -20,16 +20,16 @@ Numbers of calls are counted from the slowest rank's (less a multiple of the gen
 finite although the stream of calls has no end, and every sequence of the given kinds of call is covered.
 """
 
-from dataclasses import dataclass
-from itertools import chain
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import NamedTuple
 
 
 class Violation(Exception):
     """Something the protocol promises does not hold in a reachable state."""
 
 
-@dataclass(frozen=True)
-class Kind:
+class Kind(NamedTuple):
     """A call: `vectors` words by one-shot or two-shot."""
 
     vectors: int
@@ -70,6 +70,7 @@ class State:
 class Model:
     def __init__(self, world, kinds, rules=None, reduced=False):
         self.world, self.kinds, self.rules, self.reduced = world, tuple(kinds), rules or Rules(), reduced
+        self.polled = cache(self._polled)
 
     def generation(self, call):
         return call % self.rules.generations if self.rules.advances_epoch else 0
@@ -86,7 +87,7 @@ class Model:
         for peer in self.peers(rank):
             yield (peer, self.generation(call), rank, kind.share(self.world) + word, (call, rank, True))
 
-    def polled(self, rank, call, kind):
+    def _polled(self, rank, call, kind):
         """{(generation, source, word): the value that must come}."""
         generation, share, words = self.generation(call), kind.share(self.world), {}
         for source in self.peers(rank):
@@ -130,13 +131,12 @@ class Model:
                     raise Violation(f"call {call} of rank {rank} finds the value of call {value[0]}")
             calls = list(state.calls)
             calls[rank] = (ended, call + 1)
-            yield State(
-                tuple(calls),
-                state.words,
-                state.flight.union(self.pushed(rank, call, kind)),
-                state.clears.union(clears),
-                state.sent,
-                tuple(sorted(kinds.items(), key=lambda item: item[0])),
+            yield replace(
+                state,
+                calls=tuple(calls),
+                flight=state.flight.union(self.pushed(rank, call, kind)),
+                clears=state.clears.union(clears),
+                kinds=tuple(sorted(kinds.items(), key=lambda item: item[0])),
             )
 
     def arrive(self, state, store):
@@ -152,7 +152,7 @@ class Model:
         for call in range(ended, begun):
             if self.polled(rank, call, known[call]).get((generation, source, word), value) != value:
                 raise Violation(f"call {call} of rank {rank} finds the value of call {value[0]}")
-        return State(state.calls, state.words | {store}, state.flight - {store}, *vars_from(state, "clears"))
+        return replace(state, words=state.words | {store}, flight=state.flight - {store})
 
     def clear(self, state, rank):
         due = {place for place in state.clears if place[0] == rank}
@@ -162,7 +162,7 @@ class Model:
                 kept.add(stored)
             elif stored[4][0] >= state.calls[rank][0]:
                 raise Violation(f"rank {rank} clears {stored} before it has used it")
-        return State(state.calls, frozenset(kept), state.flight, state.clears - due, *vars_from(state, "sent"))
+        return replace(state, words=frozenset(kept), clears=state.clears - due)
 
     def settle(self, state):
         """Send the sums and end the calls that nothing holds back; the states in which all ranks wait."""
@@ -182,15 +182,13 @@ class Model:
                                 raise Violation(f"rank {rank} sums a partial that has not come")
                             flight = state.flight.union(self.sums(rank, call, kind, word))
                             sent = state.sent | {(rank, call, word)}
-                            yield from self.settle(
-                                State(state.calls, state.words, flight, state.clears, sent, state.kinds)
-                            )
+                            yield from self.settle(replace(state, flight=flight, sent=sent))
                             return
             if begun > ended and self.may_end(state, rank, ended, known[ended], here):
                 calls = list(state.calls)
                 calls[rank] = (ended + 1, begun)
                 sent = frozenset(s for s in state.sent if s[:2] != (rank, ended))
-                after = State(tuple(calls), state.words, state.flight, state.clears, sent, state.kinds)
+                after = replace(state, calls=tuple(calls), sent=sent)
                 begins = self.begin(after, rank) if begun == ended + 1 else [after]
                 for new in begins:
                     yield from self.settle(new)
@@ -227,9 +225,9 @@ class Model:
         known = dict(state.kinds)
         for store in state.flight:
             ended, _ = state.calls[store[0]]
-            if store[4][0] == ended and store[:4] not in state.clears:
-                if store[1:4] in self.polled(store[0], ended, known[ended]):
-                    return store
+            waited_for = store[4][0] == ended and store[1:4] in self.polled(store[0], ended, known[ended])
+            if waited_for and store[:4] not in state.clears:
+                return store
         return None
 
     def renumbered(self, state):
@@ -253,7 +251,8 @@ class Model:
         )
 
     def explore(self, limit=2_000_000):
-        """Visit every reachable state; how many there are. Raises Violation, also for a state that nothing leaves."""
+        """All reachable states. Raises Violation, also for a state that nothing leaves. If there is none, every call of
+        every rank ends: a call has finitely many steps, and in a finite graph no rank gets ahead without end."""
         seen = set(self.start())
         todo = list(seen)
         while todo:
@@ -268,10 +267,4 @@ class Model:
                 raise Violation(f"deadlock: {state.calls}")
             if len(seen) > limit:
                 raise RuntimeError(f"more than {limit} states")
-        return len(seen)
-
-
-def vars_from(state, first):
-    """The fields of a state from `first` on."""
-    names = list(State.__dataclass_fields__)
-    return chain(getattr(state, name) for name in names[names.index(first) :])
+        return seen
