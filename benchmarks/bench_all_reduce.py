@@ -2,8 +2,8 @@
 
     torchrun --nproc-per-node 2 benchmarks/bench_all_reduce.py [--tokens 1 64 ...] [--hidden 8192]
 
-Without torchrun it starts one rank a GPU. Rows: `nccl`; `torch_one_shot` and `torch_two_shot` (torch symmetric memory);
-op all_reduce_add_rms_norm: `nccl_add_rms_norm` (NCCL, then this library's add_rms_norm kernel).
+Without torchrun it starts one rank a GPU. Rows: `fused` (this library's kernels over peer memory), `nccl`,
+`torch_one_shot` and `torch_two_shot` (torch symmetric memory); op all_reduce_add_rms_norm: `nccl_add_rms_norm` (NCCL, then this library's add_rms_norm kernel).
 `bytes` is one rank's payload. `floor_us` = launch + the longer of link time, 2 (W - 1) / W * bytes each way, and, with
 the norm, memory time: x and residual read, both results written.
 """
@@ -11,14 +11,18 @@ the norm, memory time: x and residual read, both results written.
 from __future__ import annotations
 
 import argparse
+import functools
 
 import torch
 import torch.distributed as dist
 from _common import Bench, main, parser, relative
 
+import fused_parallel as fp
 from fused_parallel import _ext
 from fused_parallel.comm import collectives
+from fused_parallel.comm.workspace import SLOT_BYTES
 from fused_parallel.ops.add_rms_norm import add_rms_norm
+from fused_parallel.ops.all_reduce import why_not_fused
 
 TOKENS = (1, 8, 32, 64, 128, 256, 512, 1024, 8192)
 EPS = 1e-5
@@ -59,6 +63,8 @@ def _all_reduce(bench: Bench, tokens: int, hidden: int, buffer: torch.Tensor | N
 
     # impl -> (function, whether it works in place, its inputs)
     impls = {bench.backend: (lambda x: collectives.all_reduce_(x, bench.pg), True, plain)}
+    if why_not_fused(bench.random(tokens, hidden, seed=0), bench.pg, SLOT_BYTES * bench.world // 2) is None:
+        impls["fused"] = (functools.partial(fp.all_reduce, group=bench.pg), False, plain)
     if buffer is not None:
         name, ops = bench.pg.group_name, torch.ops.symm_mem
         impls["torch_one_shot"] = (lambda x: ops.one_shot_all_reduce(x, "sum", name), False, symmetric)
@@ -99,28 +105,41 @@ def _all_reduce_add_rms_norm(bench: Bench, tokens: int, hidden: int) -> None:
     def fn(x: torch.Tensor, residual: torch.Tensor):
         return add_rms_norm(collectives.all_reduce_(x, bench.pg), residual, weight, EPS)
 
-    def check(values: tuple[torch.Tensor, torch.Tensor]) -> float:
+    def fused(x: torch.Tensor, residual: torch.Tensor):
+        return fp.all_reduce_add_rms_norm(x, residual, weight, EPS, group=bench.pg)
+
+    impls = {f"{bench.backend}_add_rms_norm": (fn, True)}
+    if why_not_fused(bench.random(tokens, hidden, seed=0), bench.pg, SLOT_BYTES) is None:
+        impls["fused"] = (fused, False)
+
+    def check(values: tuple[torch.Tensor, torch.Tensor], fn) -> float:
         new_residual = _sum(bench, values[0]) + values[1].double()
         scale = (new_residual.square().mean(-1, keepdim=True) + EPS).rsqrt()
         normed, added = fn(*values)
         return max(relative(normed, new_residual * scale * weight.double()), relative(added, new_residual))
 
-    bench.measure(
-        "all_reduce_add_rms_norm",
-        f"{bench.backend}_add_rms_norm",
-        fn,
-        inputs,
-        shape={"tokens": tokens, "hidden": hidden},
-        bytes=bytes,
-        floor_us=floor,
-        check=check,
-        mutates=True,
-        calls=_calls(bytes),
-    )
+    for impl, (call, in_place) in impls.items():
+        bench.measure(
+            "all_reduce_add_rms_norm",
+            impl,
+            call,
+            inputs,
+            shape={"tokens": tokens, "hidden": hidden},
+            bytes=bytes,
+            floor_us=floor,
+            check=functools.partial(check, fn=call),
+            mutates=in_place,
+            calls=_calls(bytes),
+        )
 
 
 def run(arguments: argparse.Namespace) -> int:
     bench = Bench(arguments)
+    with fp.use("fused" if bench.device.type == "cuda" else "auto"):
+        return _run(bench, arguments)
+
+
+def _run(bench: Bench, arguments: argparse.Namespace) -> int:
     hidden = arguments.hidden
     most = max(t * hidden * _calls(t * hidden * bench.dtype.itemsize) for t in arguments.tokens)
     buffer = bench.attempt("torch_one_shot, torch_two_shot", lambda: _symmetric_buffer(bench, most))

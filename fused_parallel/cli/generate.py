@@ -39,6 +39,7 @@ def add_parser(subparsers) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--tp", type=int, help="tensor parallel size (default: the ranks that pp leaves)")
     parser.add_argument("--pp", type=int, default=1, help="pipeline stages (default 1)")
+    parser.add_argument("--cuda-graph", action="store_true", help="capture a round in a CUDA graph (GPUs, pp 1)")
     parser.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda where there is a GPU")
     parser.add_argument("--dtype", choices=sorted(DTYPES), help="default: the checkpoint's")
     parser.add_argument("--timeout", type=float, default=300.0, help="seconds that bound every wait for another rank")
@@ -69,6 +70,7 @@ def run(args: argparse.Namespace) -> int:
         top_p=args.top_p,
         min_p=args.min_p,
         seed=args.seed,
+        cuda_graph=args.cuda_graph,
         progress=sys.stderr.isatty(),
     )
     if dist.get_rank() == 0:
@@ -84,7 +86,6 @@ def run(args: argparse.Namespace) -> int:
 def describe(stats) -> str:
     """One line of statistics."""
     acceptance = "" if stats.acceptance is None else f", acceptance {stats.acceptance:.0%} in {stats.rounds} rounds"
-    return (
-        f"{stats.new_tokens} tokens, {stats.tokens_per_second:.1f} tokens/s{acceptance}, "
-        f"{stats.communication_share:.0%} of the time in communication"
-    )
+    share = stats.communication_share
+    communication = "" if share is None else f", {share:.0%} of the time in communication"
+    return f"{stats.new_tokens} tokens, {stats.tokens_per_second:.1f} tokens/s{acceptance}{communication}"

@@ -10,10 +10,9 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from .. import ops
 from ..comm import collectives
 from ..comm.workspace import check
-from .draft import ModelDraft
+from .round import Round
 
 
 @dataclass
@@ -29,7 +28,7 @@ class GenerationStats:
     rounds: int
     drafted: int
     accepted: int
-    communication_seconds: float
+    communication_seconds: float | None
 
     @property
     def tokens_per_second(self) -> float:
@@ -42,8 +41,10 @@ class GenerationStats:
         return self.accepted / self.drafted if self.drafted else None
 
     @property
-    def communication_share(self) -> float:
-        """Share of prefill and decode time spent in collectives."""
+    def communication_share(self) -> float | None:
+        """Share of prefill and decode time spent in collectives; None where rounds were captured in a graph."""
+        if self.communication_seconds is None:
+            return None
         total = self.prefill_seconds + self.decode_seconds
         return self.communication_seconds / total if total > 0 else 0.0
 
@@ -92,54 +93,6 @@ def _check(model, prompts, max_new_tokens: int, draft, num_draft_tokens: int) ->
     return prompts
 
 
-class _Target:
-    """The model with its cache; `verify` gives every rank of the model the same verdict."""
-
-    def __init__(self, model, batch: int, capacity: int, method: str, sampling: dict) -> None:
-        self.model, self.method, self.sampling = model, method, sampling
-        self.cache = model.make_cache(batch, capacity)
-        self.tp, self.pp = model.tp_group, model.pp_group
-        self.is_last = self.pp.rank() == self.pp.size() - 1
-
-    def share(self, x: torch.Tensor) -> torch.Tensor:
-        """Every rank gets the `x` of the last stage's first rank. Ranks that computed it themselves hold the same bits
-        on equal machines; sending it anyway keeps them from drifting apart on unequal ones, where a mismatch would
-        hang."""
-        if self.is_last:
-            collectives.broadcast_(x, 0, self.tp)
-        return collectives.broadcast_(x, self.pp.size() - 1, self.pp)
-
-    def verify(self, input_ids, drafts, draft_logits, seed, step, logits_at=None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Run the model on `input_ids` and judge `drafts` [B, k]: (tokens int64 [B, k + 1], accepted int32 [B])."""
-        logits = self.model(input_ids, self.cache, logits_at)
-        batch, k = drafts.shape
-        verdict = torch.empty(batch, k + 2, dtype=torch.int64, device=input_ids.device)
-        if logits is not None:
-            group = self.tp if self.tp.size() > 1 else None
-            if draft_logits is not None and group is not None:
-                draft_logits = _shard_of(draft_logits, logits.shape[-1], self.tp.rank())
-            result = ops.verify(
-                logits,
-                drafts,
-                draft_logits,
-                seed=seed,
-                step=step,
-                method=self.method,
-                vocab_size=self.model.config.vocab_size,
-                vocab_group=group,
-                **self.sampling,
-            )
-            verdict[:, :-1], verdict[:, -1] = result.tokens, result.num_accepted
-        self.share(verdict)
-        return verdict[:, :-1], verdict[:, -1].to(torch.int32)
-
-
-def _shard_of(weights: torch.Tensor, local: int, rank: int) -> torch.Tensor:
-    """This rank's vocabulary shard of the draft's full log-weights, padded with -inf."""
-    part = weights[..., rank * local : (rank + 1) * local]
-    return torch.nn.functional.pad(part, (0, local - part.shape[-1]), value=-torch.inf)
-
-
 @torch.inference_mode()
 def generate(
     model,
@@ -155,6 +108,7 @@ def generate(
     min_p=None,
     seed: int | Sequence[int] = 0,
     eos_token_id: int | Sequence[int] | None = None,
+    cuda_graph: bool = False,
     progress: bool = False,
 ) -> Generation:
     """Continue each prompt by up to `max_new_tokens` tokens. Every rank of the model calls it with the same arguments.
@@ -169,15 +123,22 @@ def generate(
         temperature, top_k, top_p, min_p, seed: one value, or one per prompt; temperature 0 is greedy. With one seed,
             prompt i uses seed + i.
         eos_token_id: token(s) that end a sequence; default: the model's configuration.
+        cuda_graph: capture a whole round (draft, model, verification) once and replay it: GPUs only, and no pipeline
+            stages. The tokens are the same; stats then do not know the time spent in communication.
         progress: show a progress bar on the terminal (rank 0 only).
 
     Returns:
         Generation(tokens, stats), the same tokens on every rank.
 
-    Runs eagerly and reads the accepted tokens back once a round. Raises ValueError for bad input and PeerTimeoutError
-    when a rank is lost.
+    The host reads the accepted tokens back once a round, and does nothing else in a captured one. Raises ValueError for
+    bad input and PeerTimeoutError when a rank is lost.
     """
     prompts = _check(model, prompts, max_new_tokens, draft, num_draft_tokens)
+    if cuda_graph and (model.device.type != "cuda" or model.pp_group.size() > 1):
+        raise ValueError(
+            f"generate: cuda_graph=True needs a model on GPUs without pipeline stages; this one is on {model.device} "
+            f"with {model.pp_group.size()} stage(s)"
+        )
     batch, device, k = len(prompts), model.device, num_draft_tokens if draft is not None else 0
     lens = torch.tensor([len(p) for p in prompts], dtype=torch.int32, device=device)
     width = int(lens.max())
@@ -187,9 +148,7 @@ def generate(
     seeds = torch.as_tensor(seed) + torch.arange(batch) if isinstance(seed, int) else seed
     seed_t = _per_request(seeds, batch, "seed", torch.int64, device)
     temperature_t = _per_request(temperature, batch, "temperature", torch.float32, device)
-    greedy = not bool((temperature_t > 0).any())
     sampling = {
-        "temperature": temperature_t,
         "top_k": _per_request(top_k, batch, "top_k", torch.int32, device),
         "top_p": _per_request(top_p, batch, "top_p", torch.float32, device),
         "min_p": _per_request(min_p, batch, "min_p", torch.float32, device),
@@ -197,13 +156,20 @@ def generate(
     ends = model.config.eos_token_id if eos_token_id is None else eos_token_id
     ends = set() if ends is None else {ends} if isinstance(ends, int) else set(ends)
 
-    target = _Target(model, batch, capacity, method, sampling)
-    drafter = ModelDraft(draft, batch, capacity) if draft is not None and target.is_last else None
-    step = torch.zeros(batch, dtype=torch.int64, device=device)
-    none = torch.empty(batch, 0, dtype=torch.int64, device=device)
+    round_ = Round(
+        model,
+        draft,
+        k,
+        batch,
+        capacity,
+        seed=seed_t,
+        temperature=temperature_t,
+        sampling=sampling,
+        method=method,
+    )
     new: list[list[int]] = [[] for _ in prompts]
     done = [False] * batch
-    rounds = drafted = accepted_total = 0
+    rounds = drafted = accepted = 0
 
     def take(rows: list[list[int]]) -> None:
         """Append each unfinished sequence's tokens of this round, up to its end."""
@@ -216,50 +182,23 @@ def generate(
 
     with collectives.CommunicationTimer() as timer, _progress(progress, batch * max_new_tokens) as advance:
         begin = time.perf_counter()
-        tokens, _ = target.verify(ids, none, None, seed_t, step, logits_at=(lens - 1).long())
-        if drafter is not None:
-            drafter.prefill(ids, lens)
-        take(tokens.tolist())
+        first = round_.prefill(ids, lens)
+        take(first.unsqueeze(1).tolist())
         advance(sum(map(len, new)))
-        target.cache.lens.copy_(lens)
-        previous = ids.gather(1, (lens - 1).long().unsqueeze(1)).squeeze(1)
-        pending = tokens[:, 0].clone()
+        if cuda_graph and not all(done):
+            round_.capture()
         middle = time.perf_counter()
 
         while not all(done):
-            step += 1
-            rounds += 1
-            drafts, draft_logits = none, None
-            if k:
-                drafts = torch.empty(batch, k, dtype=torch.int64, device=device)
-                if drafter is not None:
-                    pair = torch.stack((previous, pending), 1)
-                    proposed, draft_logits = drafter.propose(
-                        pair,
-                        target.cache.lens,
-                        k,
-                        seed=seed_t,
-                        step=step,
-                        temperature=temperature_t,
-                        greedy=greedy,
-                    )
-                    drafts.copy_(proposed)
-                target.share(drafts)
-            fed = torch.cat((pending.unsqueeze(1), drafts), 1)
-            tokens, accepted = target.verify(fed, drafts, draft_logits, seed_t, step)
-            alive = torch.tensor([not d for d in done], device=device)
-            counted = accepted * alive
-            drafted += k * int(alive.sum())
-            accepted_total += int(counted.sum())
-            # A finished sequence stands still, so that it never outgrows the cache.
-            target.cache.lens += (accepted + 1) * alive
-            at = accepted.long().unsqueeze(1)
-            chain = torch.cat((pending.unsqueeze(1), tokens), 1)
-            previous = torch.where(alive, chain.gather(1, at).squeeze(1), previous)
-            pending = torch.where(alive, chain.gather(1, at + 1).squeeze(1), pending)
+            alive = [not d for d in done]
+            round_.alive.copy_(torch.tensor(alive))
+            round_.run()
             before = sum(map(len, new))
-            take(tokens.tolist())  # waits for the round's work
+            take(round_.tokens.tolist())  # waits for the round's work
             check()
+            rounds += 1
+            drafted += k * sum(alive)
+            accepted += sum(n for n, lives in zip(round_.accepted.tolist(), alive, strict=True) if lives)
             advance(sum(map(len, new)) - before)
         end = time.perf_counter()
 
@@ -271,8 +210,8 @@ def generate(
         decode_seconds=end - middle,
         rounds=rounds,
         drafted=drafted,
-        accepted=accepted_total,
-        communication_seconds=timer.seconds(),
+        accepted=accepted,
+        communication_seconds=None if cuda_graph else timer.seconds(),
     )
     return Generation(new, stats)
 

@@ -38,6 +38,8 @@ def test_generate_equals_cpu(tmp_path):
             ((on_gpu, _),) = run_ranks(ranks.generated, 1, *args, device="cuda", **options)
             ((on_cpu, _),) = run_ranks(ranks.generated, 1, *args, device="cpu", **options)
             assert on_gpu == on_cpu
+            ((captured, stats),) = run_ranks(ranks.generated, 1, *args, device="cuda", cuda_graph=True, **options)
+            assert captured == on_cpu and stats["communication_seconds"] is None
 
 
 @pytest.mark.parametrize("method", ["rejection", "block", "greedy"])

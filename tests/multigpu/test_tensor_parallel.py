@@ -99,3 +99,6 @@ def test_generate(tp, pp, tmp_path):
         ((expected, _),) = run_ranks(ranks.generated, 1, *args, device="cpu")
         for tokens, _ in run_ranks(ranks.generated, 2, *args, device="cuda", tp=tp, pp=pp):
             assert tokens == expected
+        if pp == 1:
+            for tokens, _ in run_ranks(ranks.generated, 2, *args, device="cuda", tp=tp, cuda_graph=True):
+                assert tokens == expected
