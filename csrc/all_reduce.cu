@@ -1,6 +1,7 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
+#include <atomic>
 #include <stdexcept>
 #include <type_traits>
 #include <utility>
@@ -31,8 +32,8 @@ struct Params {
 
 template <typename T>
 __device__ __forceinline__ Vec<T> load_clipped(const T* p, std::int64_t v, std::int64_t elements) {
-  if ((v + 1) * Vec<T>::kSize <= elements) return load_once(p + v * Vec<T>::kSize);
-  T tail[Vec<T>::kSize];
+  if ((v + 1) * Vec<T>::kSize <= elements) return load_once_written(p + v * Vec<T>::kSize);
+  alignas(16) T tail[Vec<T>::kSize];
   for (int e = 0; e < Vec<T>::kSize; ++e) {
     const std::int64_t i = v * Vec<T>::kSize + e;
     tail[e] = i < elements ? p[i] : from_float<T>(0.0f);
@@ -57,7 +58,6 @@ __device__ __forceinline__ void store_clipped(T* p, std::int64_t v, std::int64_t
 template <typename T, int kWorld, int kVecs>
 __global__ void __launch_bounds__(kThreads) one_shot(const __grid_constant__ Params<T> p) {
   dependency_wait();
-  dependency_trigger();
   const Lamport& l = p.lamport;
   const std::int64_t threads = static_cast<std::int64_t>(gridDim.x) * blockDim.x;
   const std::int64_t thread = static_cast<std::int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
@@ -67,24 +67,27 @@ __global__ void __launch_bounds__(kThreads) one_shot(const __grid_constant__ Par
     const std::int64_t v = thread + u * threads;
     if (v < p.vectors) mine[u] = without_sentinel(load_clipped(p.x, v, p.elements));
   }
-  const unsigned long long epoch = begin_call(l, blockIdx.x, gridDim.x, p.vectors * 16);
+  const Call call = begin_call(l, blockIdx.x, gridDim.x, p.vectors * 16);
+  if (call.failed) return;
+  const unsigned generation = call.epoch % 3;
+  unsigned long long start = 0;
 #pragma unroll
   for (int u = 0; u < kVecs; ++u) {
     const std::int64_t v = thread + u * threads;
-    if (v < p.vectors) push<kWorld>(l, epoch % 3, v, mine[u].raw);
+    if (v < p.vectors) push<kWorld>(l, generation, v, mine[u].raw);
   }
-  clear_previous(l, epoch, thread, threads);
+  clear_previous(l, call, thread, threads);
   for (std::int64_t first = thread; first < p.vectors; first += kVecs * threads) {
 #pragma unroll
     for (int u = 0; u < kVecs; ++u) {
       const std::int64_t v = first + (kVecs + u) * threads;
       if (v < p.vectors) {
         next[u] = without_sentinel(load_clipped(p.x, v, p.elements));
-        push<kWorld>(l, epoch % 3, v, next[u].raw);
+        push<kWorld>(l, generation, v, next[u].raw);
       }
     }
     float sum[kVecs][Vec<T>::kSize];
-    gather_and_sum<T, kWorld, kVecs>(l, epoch, first, threads, p.vectors, mine, sum);
+    gather_and_sum<T, kWorld, kVecs>(l, call, start, first, threads, p.vectors, mine, sum);
 #pragma unroll
     for (int u = 0; u < kVecs; ++u) {
       const std::int64_t v = first + u * threads;
@@ -92,6 +95,7 @@ __global__ void __launch_bounds__(kThreads) one_shot(const __grid_constant__ Par
       mine[u] = next[u];
     }
   }
+  dependency_trigger();
 }
 
 // Rank r owns vectors [r * share, (r + 1) * share). In each slot, the first `share` vectors take the partials of this
@@ -99,14 +103,15 @@ __global__ void __launch_bounds__(kThreads) one_shot(const __grid_constant__ Par
 template <typename T, int kWorld>
 __global__ void __launch_bounds__(kThreads) two_shot(const __grid_constant__ Params<T> p) {
   dependency_wait();
-  dependency_trigger();
   const Lamport& l = p.lamport;
   const int world = kWorld ? kWorld : l.world;
   const std::int64_t threads = static_cast<std::int64_t>(gridDim.x) * blockDim.x;
   const std::int64_t thread = static_cast<std::int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
   const std::int64_t share = (p.vectors + world - 1) / world;
-  const unsigned long long epoch = begin_call(l, blockIdx.x, gridDim.x, 2 * share * 16);
-  const unsigned generation = epoch % 3;
+  const Call call = begin_call(l, blockIdx.x, gridDim.x, 2 * share * 16);
+  if (call.failed) return;
+  const unsigned generation = call.epoch % 3;
+  unsigned long long start = 0;
 
   // All partials leave first: the owners of other shares wait for them.
   for (std::int64_t i = thread; i < share; i += threads) {
@@ -121,13 +126,14 @@ __global__ void __launch_bounds__(kThreads) two_shot(const __grid_constant__ Par
       }
     }
   }
-  clear_previous(l, epoch, thread, threads);
+  clear_previous(l, call, thread, threads);
   const std::int64_t own = min(share, p.vectors - l.rank * share);  // may be negative: nothing is owned
   for (std::int64_t i = thread; i < own; i += threads) {
     const std::int64_t v = l.rank * share + i;
     const Vec<T> mine[1] = {without_sentinel(load_clipped(p.x, v, p.elements))};
     float sum[1][Vec<T>::kSize];
-    gather_and_sum<T, kWorld, 1>(l, epoch, i, threads, own, mine, sum);
+    // After a failed wait there is no total: a peer must not take what is there for one.
+    if (!gather_and_sum<T, kWorld, 1>(l, call, start, i, threads, own, mine, sum)) break;
     const Vec<T> total = without_sentinel(from_floats<T>(sum[0]));
     push<kWorld>(l, generation, share + i, total.raw);
     store_clipped(p.out, v, p.elements, total);
@@ -139,10 +145,13 @@ __global__ void __launch_bounds__(kThreads) two_shot(const __grid_constant__ Par
       owner = owner >= world ? owner - world : owner;
       const std::int64_t v = owner * share + i;
       if (v < p.vectors) {
-        store_clipped(p.out, v, p.elements, Vec<T>{poll(l, epoch, owner, share + i)});
+        Vec<T> total;
+        poll(l, call, start, owner, share + i, total.raw);
+        store_clipped(p.out, v, p.elements, total);
       }
     }
   }
+  dependency_trigger();
 }
 
 __global__ void fill_with_sentinel(uint4* p, std::int64_t vectors) {
@@ -156,7 +165,7 @@ template <typename T, int kWorld>
 void run(const AllReduceWorkspace& w, const T* x, T* out, std::int64_t elements, bool two, cudaStream_t stream) {
   const std::int64_t vectors = (elements + Vec<T>::kSize - 1) / Vec<T>::kSize;
   Params<T> p = {lamport_of(w, two ? kTwoShot : kOneShot), x, out, elements, vectors};
-  // From the shape alone, so that it is the same on all ranks: a thread polls what the same thread of a peer pushes.
+  // A vector's place in the slots does not depend on the grid, so ranks with other grids understand each other.
   const std::int64_t work = two ? (vectors + w.world - 1) / w.world : vectors;
   const int threads = work <= static_cast<std::int64_t>(kSmallThreads) * w.max_ctas ? kSmallThreads : kThreads;
   const int ctas = static_cast<int>(std::min<std::int64_t>((work + threads - 1) / threads, w.max_ctas));
@@ -165,8 +174,8 @@ void run(const AllReduceWorkspace& w, const T* x, T* out, std::int64_t elements,
   } else if (work <= static_cast<std::int64_t>(ctas) * threads) {
     launch_dependent(one_shot<T, kWorld, 1>, p, ctas, threads, 1, w.hopper, stream);
   } else {
-    // Rounds of vectors cost registers for every peer.
-    launch_dependent(one_shot < T, kWorld, kWorld == 2 ? 4 : 2 >, p, ctas, threads, 1, w.hopper, stream);
+    constexpr int kRound = kWorld == 0 ? 1 : 8 / (kWorld + !kWorld);  // vectors cost registers for every peer
+    launch_dependent(one_shot<T, kWorld, kRound>, p, ctas, threads, 1, w.hopper, stream);
   }
 }
 
@@ -182,6 +191,34 @@ Lamport lamport_of(const AllReduceWorkspace& w, unsigned operation) {
   l.world = w.world;
   l.operation = operation;
   return l;
+}
+
+void AllReduceWorkspace::order(void* stream) {
+  const cudaStream_t now = static_cast<cudaStream_t>(stream), last = static_cast<cudaStream_t>(last_stream_);
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  unsigned long long capture = 0;
+  FP_CUDA_CHECK(cudaStreamGetCaptureInfo(now, &status, &capture));
+  if (status != cudaStreamCaptureStatusActive) capture = 0;
+  if (used_ && now != last) {
+    if (capture != 0 && capture == last_capture_) {
+      throw std::runtime_error(
+          "two operations of one group are captured in one CUDA graph on different streams; they share counters and "
+          "must "
+          "follow each other: put them on one stream");
+    }
+    if (capture == 0 && last_capture_ == 0) {
+      // The operations before run to their end first.
+      cudaEvent_t event;
+      FP_CUDA_CHECK(cudaEventCreateWithFlags(&event, cudaEventDisableTiming));
+      const cudaError_t recorded = cudaEventRecord(event, last);
+      const cudaError_t waited = recorded == cudaSuccess ? cudaStreamWaitEvent(now, event, 0) : recorded;
+      cudaEventDestroy(event);  // kept by the driver until the wait is done
+      FP_CUDA_CHECK(waited);
+    }
+  }
+  used_ = true;
+  last_stream_ = stream;
+  last_capture_ = capture;
 }
 
 AllReduceWorkspace::AllReduceWorkspace(int rank_, std::vector<std::uintptr_t> bases_, std::int64_t slot_bytes_,
@@ -205,21 +242,24 @@ AllReduceWorkspace::AllReduceWorkspace(int rank_, std::vector<std::uintptr_t> ba
   }
   int major = 0;
   FP_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
-  hopper = major >= 9;
-}
-
-std::string AllReduceWorkspace::failure() const {
-  const volatile AbortRecord* r = reinterpret_cast<const AbortRecord*>(record);
-  if (r->status == 0) return "";
-  static const char* const names[] = {"all_reduce (one-shot)", "all_reduce (two-shot)", "all_reduce_add_rms_norm"};
-  const char* name = r->operation < 3 ? names[r->operation] : "an operation";
-  return std::string(name) + " on rank " + std::to_string(rank) + " waited in vain for rank " +
-         std::to_string(r->rank) + " (call " + std::to_string(static_cast<unsigned long long>(r->epoch)) + ")";
+  hopper = major == 9;  // later GPUs run the code for sm_80, which has neither
 }
 
 int AllReduceWorkspace::failed_rank() const {
   const volatile AbortRecord* r = reinterpret_cast<const AbortRecord*>(record);
-  return r->status == 0 ? -1 : static_cast<int>(r->rank);
+  if (r->status == 0) return -1;
+  // Pairs with the kernel's fence: the fields were written before the status.
+  std::atomic_thread_fence(std::memory_order_acquire);
+  return static_cast<int>(r->rank);
+}
+
+std::string AllReduceWorkspace::failure() const {
+  if (failed_rank() < 0) return "";
+  const volatile AbortRecord* r = reinterpret_cast<const AbortRecord*>(record);
+  static const char* const names[] = {"all_reduce (one-shot)", "all_reduce (two-shot)", "all_reduce_add_rms_norm"};
+  const char* name = r->operation < 3 ? names[r->operation] : "an operation";
+  return std::string(name) + " on rank " + std::to_string(rank) + " waited in vain for rank " +
+         std::to_string(r->rank) + " (call " + std::to_string(static_cast<unsigned long long>(r->epoch)) + ")";
 }
 
 std::int64_t workspace_bytes(int world, std::int64_t slot_bytes) {
@@ -234,7 +274,7 @@ void all_reduce_reset(const AllReduceWorkspace& w, void* stream) {
   FP_CUDA_CHECK(cudaGetLastError());
 }
 
-void all_reduce(const AllReduceWorkspace& w, const void* x, void* out, std::int64_t elements, bool two_shot, int dtype,
+void all_reduce(AllReduceWorkspace& w, const void* x, void* out, std::int64_t elements, bool two_shot, int dtype,
                 void* stream) {
   if (elements == 0) return;
   const DeviceGuard guard(w.device);
@@ -246,6 +286,7 @@ void all_reduce(const AllReduceWorkspace& w, const void* x, void* out, std::int6
       throw std::runtime_error("all_reduce: " + std::to_string(elements) + " elements do not fit slots of " +
                                std::to_string(w.slot_bytes) + " bytes, or a tensor is not aligned to 16 bytes");
     }
+    w.order(stream);
     dispatch_world(w.world, [&](auto world) {
       run<T, decltype(world)::value>(w, static_cast<const T*>(x), static_cast<T*>(out), elements, two_shot,
                                      static_cast<cudaStream_t>(stream));

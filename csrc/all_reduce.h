@@ -21,12 +21,21 @@ struct AllReduceWorkspace {
   std::string failure() const;
   int failed_rank() const;  // -1: none
 
+  // Called before each launch. Operations of one group share counters and may not overlap: one on another stream than
+  // the last waits for it; two streams in one capture are refused. What graphs replay is the caller's to order.
+  void order(void* stream);
+
   int rank, world, device, max_ctas;
   bool hopper;  // clusters and programmatic dependent launch
   std::vector<std::uintptr_t> bases;
   std::int64_t slot_bytes;
   std::uintptr_t control, record;
   unsigned long long timeout_ns;
+
+ private:
+  void* last_stream_ = nullptr;
+  unsigned long long last_capture_ = 0;  // 0: the last launch was not captured
+  bool used_ = false;
 };
 
 constexpr std::int64_t kControlBytes = 256;
@@ -43,13 +52,13 @@ void all_reduce_reset(const AllReduceWorkspace& workspace, void* stream);
 // out = sum over ranks of x, `elements` each, 16-byte aligned; out may be x. One-shot takes up to slot_bytes, two-shot
 // world / 2 times that. Every rank launches the
 // same sequence of operations with the same sizes and dtypes.
-void all_reduce(const AllReduceWorkspace& workspace, const void* x, void* out, std::int64_t elements, bool two_shot,
+void all_reduce(AllReduceWorkspace& workspace, const void* x, void* out, std::int64_t elements, bool two_shot,
                 int dtype, void* stream);
 
 // normed = rms_norm(new_residual) * weight, new_residual = residual + sum over ranks of x; [rows, hidden] each,
 // contiguous, 16-byte aligned, hidden a multiple of 16 bytes and at most 64 KiB.
-void all_reduce_add_rms_norm(const AllReduceWorkspace& workspace, const void* x, const void* residual,
-                             const void* weight, void* normed, void* new_residual, std::int64_t rows,
-                             std::int64_t hidden, float eps, int dtype, void* stream);
+void all_reduce_add_rms_norm(AllReduceWorkspace& workspace, const void* x, const void* residual, const void* weight,
+                             void* normed, void* new_residual, std::int64_t rows, std::int64_t hidden, float eps,
+                             int dtype, void* stream);
 
 }  // namespace fp

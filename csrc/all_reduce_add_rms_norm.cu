@@ -80,15 +80,8 @@ __global__ void __launch_bounds__(kMaxThreads) one_shot_norm(const __grid_consta
   const int stride = blockDim.x * kCluster;
   const int first = part * blockDim.x + threadIdx.x;  // of this thread's vectors first, first + stride, ... of a row
 
-  // Weights are written by no kernel in flight, so they may be read before the kernels ahead have finished.
   Vec<T> weight[kVecs], mine[kVecs], next[kVecs], residual[kVecs];
-#pragma unroll
-  for (int u = 0; u < kVecs; ++u) {
-    const int v = first + u * stride;
-    if (v < p.vectors) weight[u] = load_shared_read(p.weight + static_cast<std::int64_t>(v) * Vec<T>::kSize);
-  }
   dependency_wait();
-  dependency_trigger();
 
   int row = blockIdx.x / kCluster;
   const auto load_row = [&](const T* tensor, int of_row, Vec<T>(&out)[kVecs]) {
@@ -96,7 +89,7 @@ __global__ void __launch_bounds__(kMaxThreads) one_shot_norm(const __grid_consta
     for (int u = 0; u < kVecs; ++u) {
       const int v = first + u * stride;
       if (v < p.vectors)
-        out[u] = load_once(tensor + (static_cast<std::int64_t>(of_row) * p.vectors + v) * Vec<T>::kSize);
+        out[u] = load_once_written(tensor + (static_cast<std::int64_t>(of_row) * p.vectors + v) * Vec<T>::kSize);
     }
   };
   const auto push_row = [&](unsigned generation, int of_row, Vec<T>(&values)[kVecs]) {
@@ -109,23 +102,33 @@ __global__ void __launch_bounds__(kMaxThreads) one_shot_norm(const __grid_consta
   };
 
   if (row < p.rows) load_row(p.x, row, mine);
-  const unsigned long long epoch =
-      begin_call(l, blockIdx.x, gridDim.x, static_cast<unsigned long long>(p.rows) * p.vectors * 16);
+  const Call call = begin_call(l, blockIdx.x, gridDim.x, static_cast<unsigned long long>(p.rows) * p.vectors * 16);
+  // An earlier call's failure, so all CTAs of a cluster see it alike and none waits for one that has left.
+  if (call.failed) return;
+  const unsigned generation = call.epoch % 3;
+  unsigned long long start = 0;
   if (row < p.rows) {
-    push_row(epoch % 3, row, mine);
+    push_row(generation, row, mine);
     load_row(p.residual, row, residual);
   }
-  clear_previous(l, epoch, blockIdx.x * blockDim.x + threadIdx.x, gridDim.x * blockDim.x);
+  // Not before dependency_wait: the kernel before this one may have made the weight. Behind the pushes it costs
+  // nothing.
+#pragma unroll
+  for (int u = 0; u < kVecs; ++u) {
+    const int v = first + u * stride;
+    if (v < p.vectors) weight[u] = load_once_written(p.weight + static_cast<std::int64_t>(v) * Vec<T>::kSize);
+  }
+  clear_previous(l, call, blockIdx.x * blockDim.x + threadIdx.x, gridDim.x * blockDim.x);
 
   for (int parity = 0; row < p.rows; row += clusters, parity ^= 1) {
     const int following = row + clusters;
     if (following < p.rows) {
       load_row(p.x, following, next);
-      push_row(epoch % 3, following, next);
+      push_row(generation, following, next);
     }
     float sum[kVecs][Vec<T>::kSize];
     const std::int64_t base = static_cast<std::int64_t>(row) * p.vectors;
-    gather_and_sum<T, kWorld, kVecs>(l, epoch, base + first, stride, base + p.vectors, mine, sum);
+    gather_and_sum<T, kWorld, kVecs>(l, call, start, base + first, stride, base + p.vectors, mine, sum);
 
     Vec<T> added[kVecs];
     float squares = 0.0f;
@@ -160,6 +163,7 @@ __global__ void __launch_bounds__(kMaxThreads) one_shot_norm(const __grid_consta
       mine[u] = next[u];
     }
   }
+  dependency_trigger();
   // No CTA of a cluster may leave while another reads its shared memory.
   if constexpr (kCluster > 1) cg::this_cluster().sync();
 #endif
@@ -187,7 +191,7 @@ void run(const AllReduceWorkspace& w, const Params<T>& p, cudaStream_t stream) {
 
 }  // namespace
 
-void all_reduce_add_rms_norm(const AllReduceWorkspace& w, const void* x, const void* residual, const void* weight,
+void all_reduce_add_rms_norm(AllReduceWorkspace& w, const void* x, const void* residual, const void* weight,
                              void* normed, void* new_residual, std::int64_t rows, std::int64_t hidden, float eps,
                              int dtype, void* stream) {
   if (rows == 0) return;
@@ -206,6 +210,7 @@ void all_reduce_add_rms_norm(const AllReduceWorkspace& w, const void* x, const v
                                "] does not fit slots of " + std::to_string(w.slot_bytes) +
                                " bytes, a tensor is not aligned to 16 bytes, or the GPU is older than Hopper");
     }
+    w.order(stream);
     const Params<T> p = {lamport_of(w, kOneShotNorm),
                          static_cast<const T*>(x),
                          static_cast<const T*>(residual),

@@ -12,6 +12,7 @@
 #ifdef FP_WITH_CUDA
 #include "add_rms_norm.h"
 #include "all_reduce.h"
+#include "verify.h"
 #endif
 
 namespace py = pybind11;
@@ -42,14 +43,14 @@ void bind_all_reduce(py::module_& m) {
           py::arg("stream"))
       .def(
           "all_reduce",
-          [](const AllReduceWorkspace& w, Address x, Address out, std::int64_t elements, bool two_shot, int dtype,
+          [](AllReduceWorkspace& w, Address x, Address out, std::int64_t elements, bool two_shot, int dtype,
              Address stream) {
             fp::all_reduce(w, pointer(x), pointer(out), elements, two_shot, dtype, pointer(stream));
           },
           py::arg("x"), py::arg("out"), py::arg("elements"), py::arg("two_shot"), py::arg("dtype"), py::arg("stream"))
       .def(
           "all_reduce_add_rms_norm",
-          [](const AllReduceWorkspace& w, Address x, Address residual, Address weight, Address normed,
+          [](AllReduceWorkspace& w, Address x, Address residual, Address weight, Address normed,
              Address new_residual, std::int64_t rows, std::int64_t hidden, float eps, int dtype, Address stream) {
             fp::all_reduce_add_rms_norm(w, pointer(x), pointer(residual), pointer(weight), pointer(normed),
                                         pointer(new_residual), rows, hidden, eps, dtype, pointer(stream));
@@ -70,6 +71,52 @@ void bind_operations(py::module_& m) {
       py::arg("hidden"), py::arg("x_row_stride"), py::arg("eps"), py::arg("dtype"), py::arg("device"),
       py::arg("stream"));
 }
+
+void bind_verify(py::module_& m) {
+  m.attr("verify_max_draft_tokens") = fp::kMaxDraftTokens;
+  m.def("verify_scratch_bytes", &fp::verify_scratch_bytes, py::arg("batch"), py::arg("k"), py::arg("width"),
+        py::arg("has_draft"));
+  m.def(
+      "verify",
+      [](Address target, Address draft, Address draft_tokens, Address seed, Address step, Address position,
+         Address temperature, Address num_draft_tokens, Address tokens, Address num_accepted, Address logprobs,
+         Address scratch, std::int64_t target_batch_stride, std::int64_t target_row_stride,
+         std::int64_t draft_batch_stride, std::int64_t draft_row_stride, int num_draft_tokens_bytes, int batch, int k,
+         int width, int method, unsigned noise_stream, int target_dtype, int draft_dtype, int device, Address stream) {
+        fp::VerifyArguments a = {};
+        a.target = pointer(target);
+        a.draft = pointer(draft);
+        a.draft_tokens = static_cast<std::int64_t*>(pointer(draft_tokens));
+        a.seed = static_cast<std::int64_t*>(pointer(seed));
+        a.step = static_cast<std::int64_t*>(pointer(step));
+        a.position = static_cast<std::int64_t*>(pointer(position));
+        a.temperature = static_cast<float*>(pointer(temperature));
+        a.num_draft_tokens = pointer(num_draft_tokens);
+        a.tokens = static_cast<std::int64_t*>(pointer(tokens));
+        a.num_accepted = static_cast<int*>(pointer(num_accepted));
+        a.logprobs = static_cast<float*>(pointer(logprobs));
+        a.scratch = pointer(scratch);
+        a.target_batch_stride = target_batch_stride;
+        a.target_row_stride = target_row_stride;
+        a.draft_batch_stride = draft_batch_stride;
+        a.draft_row_stride = draft_row_stride;
+        a.num_draft_tokens_bytes = num_draft_tokens_bytes;
+        a.batch = batch;
+        a.k = k;
+        a.width = width;
+        a.method = method;
+        a.stream = noise_stream;
+        a.target_dtype = target_dtype;
+        a.draft_dtype = draft_dtype;
+        fp::verify(a, device, pointer(stream));
+      },
+      py::arg("target"), py::arg("draft"), py::arg("draft_tokens"), py::arg("seed"), py::arg("step"),
+      py::arg("position"), py::arg("temperature"), py::arg("num_draft_tokens"), py::arg("tokens"),
+      py::arg("num_accepted"), py::arg("logprobs"), py::arg("scratch"), py::arg("target_batch_stride"),
+      py::arg("target_row_stride"), py::arg("draft_batch_stride"), py::arg("draft_row_stride"),
+      py::arg("num_draft_tokens_bytes"), py::arg("batch"), py::arg("k"), py::arg("width"), py::arg("method"),
+      py::arg("noise_stream"), py::arg("target_dtype"), py::arg("draft_dtype"), py::arg("device"), py::arg("stream"));
+}
 #endif
 
 }  // namespace
@@ -82,6 +129,7 @@ PYBIND11_MODULE(_C, m) {
   m.attr("cuda_built") = true;
   bind_operations(m);
   bind_all_reduce(m);
+  bind_verify(m);
 #else
   m.attr("cuda_built") = false;
 #endif

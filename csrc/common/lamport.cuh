@@ -62,33 +62,45 @@ __device__ __forceinline__ bool has_sentinel(const uint4& v) {
   return v.x == kSentinel || v.y == kSentinel || v.z == kSentinel || v.w == kSentinel;
 }
 
-// Number of this call, the same in all threads of the CTA. `ctas` is the grid's size.
-__device__ __forceinline__ unsigned long long begin_call(const Lamport& l, unsigned cta, unsigned ctas,
-                                                         unsigned long long bytes_per_slot) {
-  __shared__ unsigned long long epoch;
+// What a call knows of itself, the same in all threads of a CTA.
+struct Call {
+  unsigned long long epoch;     // number of this call
+  unsigned long long previous;  // bytes of each slot that the call before filled
+  bool failed;                  // the group has failed before: the call must do nothing
+};
+
+// A rank that has given up a wait must not push any more: its later calls would overwrite generations that a peer, late
+// but alive, has yet to read, and the peer would sum them without noticing. So a failed group's calls do nothing at
+// all.
+__device__ __forceinline__ Call begin_call(const Lamport& l, unsigned cta, unsigned ctas, unsigned long long bytes) {
+  __shared__ Call call;
   if (threadIdx.x == 0) {
-    // Relaxed: only the number matters. Earlier calls' arrivals are visible because their kernels have completed
-    // (stream order, or dependency_wait).
+    // All relaxed and in flight together. Earlier calls' writes are visible because their kernels have completed
+    // (stream order, or dependency_wait); within this call only `arrivals` changes, and used[epoch % 3], which no CTA
+    // of this call reads.
     const unsigned long long mine = cta == 0 ? kArrivalsPerCall - (ctas - 1) : 1;
-    epoch = atomicAdd(&l.control->arrivals, mine) / kArrivalsPerCall;
-    // Read by the next call only, after this kernel has completed.
-    if (cta == 0) l.control->used[epoch % 3] = bytes_per_slot;
+    const unsigned long long used[3] = {load_relaxed_gpu(&l.control->used[0]), load_relaxed_gpu(&l.control->used[1]),
+                                        load_relaxed_gpu(&l.control->used[2])};
+    call.failed = load_relaxed_gpu(&l.control->aborted) != 0;
+    call.epoch = atomicAdd(&l.control->arrivals, mine) / kArrivalsPerCall;
+    const unsigned generation = call.epoch % 3;
+    call.previous = generation == 0 ? used[2] : generation == 1 ? used[0] : used[1];
+    if (cta == 0) l.control->used[generation] = bytes;
   }
   __syncthreads();
-  return epoch;
+  return call;
 }
 
 // Refill with the sentinel what the previous call received; all threads of the grid share the work.
-__device__ __forceinline__ void clear_previous(const Lamport& l, unsigned long long epoch, unsigned thread,
-                                               unsigned threads) {
-  if (epoch == 0) return;
-  const unsigned generation = (epoch - 1) % 3;
-  const unsigned vectors = (l.control->used[generation] + 15) / 16;
+__device__ __forceinline__ void clear_previous(const Lamport& l, const Call& call, unsigned thread, unsigned threads) {
+  const unsigned generation = (call.epoch + 2) % 3;
+  const unsigned vectors = (call.previous + 15) / 16;  // 0 before the first call
   for (int source = 0; source < l.world; ++source) {
     if (source == l.rank) continue;
     uint4* slot = l.slot(l.rank, generation, source);
-    for (unsigned v = thread; v < vectors; v += threads)
+    for (unsigned v = thread; v < vectors; v += threads) {
       slot[v] = make_uint4(kSentinel, kSentinel, kSentinel, kSentinel);
+    }
   }
 }
 
@@ -105,31 +117,32 @@ __device__ __forceinline__ void push(const Lamport& l, unsigned generation, std:
   }
 }
 
-// Poll this rank's slot of `source` until its vector `v` has come. After a failure (here and below) the value is
-// whatever is there, and the record says so.
-__device__ __forceinline__ uint4 poll(const Lamport& l, unsigned long long epoch, int source, std::int64_t v) {
-  const uint4* p = l.slot(l.rank, epoch % 3, source) + v;
-  unsigned long long start = 0;
-  for (int spins = 1;; ++spins) {
-    const uint4 value = load_relaxed_sys(p);
-    if (!has_sentinel(value)) return value;
-    if (spins % kSpinsPerCheck == 0 && wait_is_over(l.bound, &start, l.operation, source, epoch)) return value;
+// Poll this rank's slot of `source` until its vector `v` has come. False after a failed wait: the record says so, and
+// the value must not be used.
+__device__ __forceinline__ bool poll(const Lamport& l, const Call& call, unsigned long long& start, int source,
+                                     std::int64_t v, uint4& value) {
+  const uint4* p = l.slot(l.rank, call.epoch % 3, source) + v;
+  for (unsigned spins = 1;; ++spins) {
+    value = load_relaxed_sys(p);
+    if (!has_sentinel(value)) return true;
+    if (spins % kSpinsPerCheck == 0 && wait_is_over(l.bound, start, l.operation, source, call.epoch)) return false;
   }
 }
 
 // The sum in rank order, in fp32, of this rank's vectors `mine` and what the peers pushed. All peers' slots are read at
-// once, again and again until every word has come: one trip to memory where the values are there.
+// once, again and again until every word has come: one trip to memory where the values are there. False after a failed
+// wait, as `poll`.
 template <typename T, int kWorld, int kVecs>
-__device__ __forceinline__ void gather_and_sum(const Lamport& l, unsigned long long epoch, std::int64_t v,
-                                               std::int64_t stride, std::int64_t vectors, const Vec<T> (&mine)[kVecs],
-                                               float (&sum)[kVecs][Vec<T>::kSize]) {
+__device__ __forceinline__ bool gather_and_sum(const Lamport& l, const Call& call, unsigned long long& start,
+                                               std::int64_t v, std::int64_t stride, std::int64_t vectors,
+                                               const Vec<T> (&mine)[kVecs], float (&sum)[kVecs][Vec<T>::kSize]) {
   constexpr int kMost = kWorld ? kWorld : kMaxWorld;
   const int world = kWorld ? kWorld : l.world;
-  const uint4* first = l.slot(l.rank, epoch % 3, 0);
+  const uint4* first = l.slot(l.rank, call.epoch % 3, 0);
   const std::int64_t next_source = l.slot_bytes / 16;
   uint4 came[kMost][kVecs];
-  unsigned long long start = 0;
-  for (int spins = 1;; ++spins) {
+  bool complete = true;
+  for (unsigned spins = 1;; ++spins) {
     unsigned missing = 0;  // a bit for each source
 #pragma unroll
     for (int source = 0; source < kMost; ++source) {
@@ -148,7 +161,10 @@ __device__ __forceinline__ void gather_and_sum(const Lamport& l, unsigned long l
       }
     }
     if (missing == 0) break;
-    if (spins % kSpinsPerCheck == 0 && wait_is_over(l.bound, &start, l.operation, __ffs(missing) - 1, epoch)) break;
+    if (spins % kSpinsPerCheck == 0 && wait_is_over(l.bound, start, l.operation, __ffs(missing) - 1, call.epoch)) {
+      complete = false;
+      break;
+    }
   }
 #pragma unroll
   for (int source = 0; source < kMost; ++source) {
@@ -162,6 +178,7 @@ __device__ __forceinline__ void gather_and_sum(const Lamport& l, unsigned long l
       for (int e = 0; e < Vec<T>::kSize; ++e) sum[u][e] = source == 0 ? x[e] : sum[u][e] + x[e];
     }
   }
+  return complete;
 }
 
 }  // namespace fp

@@ -47,6 +47,12 @@ __device__ __forceinline__ unsigned load_relaxed_gpu(const unsigned* p) {
   return v;
 }
 
+__device__ __forceinline__ unsigned long long load_relaxed_gpu(const unsigned long long* p) {
+  unsigned long long v;
+  asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];" : "=l"(v) : "l"(p) : "memory");
+  return v;
+}
+
 __device__ __forceinline__ unsigned long long global_time_ns() {
   unsigned long long t;
   asm volatile("mov.u64 %0, %globaltimer;" : "=l"(t));
@@ -67,15 +73,16 @@ __device__ __forceinline__ void dependency_trigger() {
 #endif
 }
 
-// The slow part of a wait, reached every kSpinsPerCheck polls. Returns true when the wait must end.
+// The slow part of a wait, reached every kSpinsPerCheck polls. Returns true when the wait must end. `start` is 0 at the
+// beginning of a kernel and kept by the thread for all its waits: a kernel costs one timeout, not one for each wait.
 // Inlined: a call would make its callers spill.
-__device__ __forceinline__ bool wait_is_over(const WaitBound& bound, unsigned long long* start, unsigned operation,
+__device__ __forceinline__ bool wait_is_over(const WaitBound& bound, unsigned long long& start, unsigned operation,
                                              unsigned rank, unsigned long long epoch) {
   // Relaxed: the flag carries no data with it; a late reader only polls a little longer.
   if (load_relaxed_gpu(bound.aborted) != 0) return true;
   const unsigned long long now = global_time_ns();
-  if (*start == 0) *start = now;
-  if (now - *start < bound.timeout_ns) return false;
+  if (start == 0) start = now;
+  if (now - start < bound.timeout_ns) return false;
   if (atomicCAS(bound.aborted, 0u, 1u) == 0u) {
     // The first failure of the group tells the host. Host memory takes no atomics over PCIe, so the race was settled
     // above in device memory; the fence makes the fields visible to the host before the status that announces them.
@@ -89,6 +96,6 @@ __device__ __forceinline__ bool wait_is_over(const WaitBound& bound, unsigned lo
   return true;
 }
 
-constexpr int kSpinsPerCheck = 64;  // some 40 us of polling between looks at the clock and the abort flag
+constexpr unsigned kSpinsPerCheck = 64;  // some 40 us of polling between looks at the clock and the abort flag
 
 }  // namespace fp

@@ -75,6 +75,18 @@ __device__ __forceinline__ Vec<T> load_once(const T* p) {
   return v;
 }
 
+// The same for what the kernel before this one in the stream may still have been writing when this one was launched, or
+// what this kernel overwrites in place: not through the read-only path, which assumes neither happens.
+template <typename T>
+__device__ __forceinline__ Vec<T> load_once_written(const T* p) {
+  Vec<T> v;
+  asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.raw.x), "=r"(v.raw.y), "=r"(v.raw.z), "=r"(v.raw.w)
+               : "l"(p)
+               : "memory");
+  return v;
+}
+
 // Loads what many CTAs of a multiprocessor read (weights): kept in L1. Same conditions as `load_once`.
 template <typename T>
 __device__ __forceinline__ Vec<T> load_shared_read(const T* p) {

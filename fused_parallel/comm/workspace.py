@@ -123,13 +123,13 @@ def make_native(
     device: torch.device,
     max_ctas: int | None = None,
 ):
-    """(extension's workspace over the ranks' buffers at `bases`, the tensors it lives on). `max_ctas`: default one CTA
-    for each multiprocessor, so that all are resident at once."""
+    """(extension's workspace over the ranks' buffers at `bases`, the tensors it lives on). `max_ctas` CTAs of a
+    kernel must be resident at once; default: one for every second multiprocessor, so that two groups at work fit."""
     extension = _ext.extension()
     control = torch.zeros(extension.all_reduce_control_bytes, dtype=torch.uint8, device=device)
     record = torch.zeros(extension.all_reduce_record_bytes, dtype=torch.uint8, pin_memory=True)
     if max_ctas is None:
-        max_ctas = torch.cuda.get_device_properties(device).multi_processor_count
+        max_ctas = torch.cuda.get_device_properties(device).multi_processor_count // 2
     native = extension.AllReduceWorkspace(
         rank=rank,
         bases=bases,

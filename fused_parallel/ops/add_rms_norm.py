@@ -59,7 +59,8 @@ def _rms_norm_fake(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.T
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-def _add_rms_norm_impl(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float):
+def add_norm(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float):
+    """The operation without checks and without torch's dispatcher; other operations end in it, too."""
     if choose_fused("add_rms_norm", _why_not_fused(x), on_gpu=x.is_cuda):
         return _launch(x, residual, weight, eps)
     return reference.add_rms_norm(x, residual, weight, eps)
@@ -72,19 +73,21 @@ def _add_rms_norm_fake(x: torch.Tensor, residual: torch.Tensor, weight: torch.Te
 _rms_norm = register("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor", _rms_norm_impl, _rms_norm_fake)
 _add_rms_norm = register(
     "add_rms_norm(Tensor x, Tensor residual, Tensor weight, float eps) -> (Tensor, Tensor)",
-    _add_rms_norm_impl,
+    add_norm,
     _add_rms_norm_fake,
 )
 
 
-def check_norm(op: str, x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float) -> None:
-    """Raise ValueError unless x is [..., hidden], residual the same, weight [hidden] and eps positive."""
-    if x.dim() == 0 or x.shape[-1] == 0:
-        raise ValueError(f"{op}: x must be [..., hidden] with hidden >= 1, got shape {tuple(x.shape)}")
-    if residual is not None and residual.shape != x.shape:
-        raise ValueError(f"{op}: residual has shape {tuple(residual.shape)}, but x has {tuple(x.shape)}")
-    if weight.shape != x.shape[-1:]:
-        raise ValueError(f"{op}: the norm's weight has shape {tuple(weight.shape)}, expected {tuple(x.shape[-1:])}")
+def check_norm(op: str, shape, residual: torch.Tensor | None, weight: torch.Tensor, eps: float) -> None:
+    """Raise ValueError unless what is normed has a `shape` [..., hidden], residual the same, weight [hidden] and eps is
+    positive."""
+    shape = tuple(shape)
+    if not shape or shape[-1] == 0:
+        raise ValueError(f"{op}: x must be [..., hidden] with hidden >= 1, got shape {shape}")
+    if residual is not None and tuple(residual.shape) != shape:
+        raise ValueError(f"{op}: residual has shape {tuple(residual.shape)}, expected {shape}")
+    if tuple(weight.shape) != shape[-1:]:
+        raise ValueError(f"{op}: the norm's weight has shape {tuple(weight.shape)}, expected {shape[-1:]}")
     if not eps > 0:
         raise ValueError(f"{op}: eps must be positive, got {eps!r}")
 
@@ -95,7 +98,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     Everything else as in `add_rms_norm`.
     """
     check_floating("rms_norm", x=x, weight=weight)
-    check_norm("rms_norm", x, None, weight, eps)
+    check_norm("rms_norm", x.shape, None, weight, eps)
     return _rms_norm(x, weight, eps)
 
 
@@ -135,5 +138,5 @@ def add_rms_norm(
     Source: Zhang and Sennrich 2019, "Root Mean Square Layer Normalization".
     """
     check_floating("add_rms_norm", x=x, residual=residual, weight=weight)
-    check_norm("add_rms_norm", x, residual, weight, eps)
+    check_norm("add_rms_norm", x.shape, residual, weight, eps)
     return _add_rms_norm(x, residual, weight, eps)

@@ -58,6 +58,16 @@ def _takes_kernel(x: torch.Tensor, pg: dist.ProcessGroup) -> bool:
     return choose_fused("all_reduce", reason, on_gpu=x.is_cuda, untried=UNTRIED)
 
 
+def all_reduce_(x: torch.Tensor, pg: dist.ProcessGroup) -> torch.Tensor:
+    """Sum the contiguous `x` in place; without checks and without torch's dispatcher, for operations that end in it."""
+    if pg.size() > 1:
+        if _takes_kernel(x, pg) and x.data_ptr() % 16 == 0:
+            _launch(x, x, pg)
+        else:
+            collectives.all_reduce_(x, pg)
+    return x
+
+
 def _all_reduce(x: torch.Tensor, group_name: str) -> torch.Tensor:
     pg = group_from_name(group_name)
     check_agreement("all_reduce", pg, x)

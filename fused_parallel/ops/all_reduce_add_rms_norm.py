@@ -9,18 +9,19 @@ from .. import _ext
 from ..comm.capabilities import agree
 from ..comm.groups import group_from_name, resolve_group
 from ..comm.workspace import SLOT_BYTES, workspace_of
-from ..reference import all_reduce_add_rms_norm as reference
+from ..reference import all_reduce as reference
 from ._debug import check_agreement
 from ._dispatch import choose_fused
 from ._library import check_floating, register
+from .add_rms_norm import add_norm, check_norm
 from .all_reduce import UNTRIED, aligned, why_not_fused
 
 
 def _why_not_fused(x: torch.Tensor, pg: dist.ProcessGroup) -> str | None:
     if (reason := why_not_fused(x, pg, SLOT_BYTES)) is not None:
         return reason
-    if agree(pg).compute_capability < (9, 0):
-        return "its kernel needs Hopper GPUs"
+    if agree(pg).compute_capability[0] != 9:
+        return "its kernel is for Hopper GPUs"
     row, most = x.shape[-1] * x.element_size(), _ext.extension().all_reduce_max_norm_row_bytes
     return None if row % 16 == 0 and row <= most else f"a row of {row} bytes is no multiple of 16 up to {most}"
 
@@ -46,12 +47,17 @@ def _launch(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: 
     return normed, new_residual
 
 
+def reduce_add_norm(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float, pg: dist.ProcessGroup):
+    """The operation, by one kernel where there is one for the call, else by an all-reduce and `add_rms_norm`."""
+    if choose_fused("all_reduce_add_rms_norm", _why_not_fused(x, pg), on_gpu=x.is_cuda, untried=UNTRIED):
+        return _launch(x, residual, weight, eps, pg)
+    return add_norm(reference.all_reduce(x, pg), residual, weight, eps)
+
+
 def _impl(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float, group_name: str):
     pg = group_from_name(group_name)
     check_agreement("all_reduce_add_rms_norm", pg, x, residual, weight)
-    if choose_fused("all_reduce_add_rms_norm", _why_not_fused(x, pg), on_gpu=x.is_cuda, untried=UNTRIED):
-        return _launch(x, residual, weight, eps, pg)
-    return reference.all_reduce_add_rms_norm(x, residual, weight, eps, pg)
+    return reduce_add_norm(x, residual, weight, eps, pg)
 
 
 def _fake(x, residual, weight, eps, group_name):
@@ -66,16 +72,6 @@ _op = register(
     _impl,
     _fake,
 )
-
-
-def check_norm(op: str, shape, residual: torch.Tensor, weight: torch.Tensor, eps: float) -> None:
-    """Raise ValueError unless `residual` has `shape`, `weight` its last dimension, and `eps` is positive."""
-    if tuple(residual.shape) != tuple(shape):
-        raise ValueError(f"{op}: residual has shape {tuple(residual.shape)}, expected {tuple(shape)}")
-    if tuple(weight.shape) != tuple(shape[-1:]):
-        raise ValueError(f"{op}: the norm's weight has shape {tuple(weight.shape)}, expected {tuple(shape[-1:])}")
-    if not eps > 0:
-        raise ValueError(f"{op}: eps must be positive, got {eps!r}")
 
 
 def all_reduce_add_rms_norm(
@@ -99,7 +95,5 @@ def all_reduce_add_rms_norm(
     Errors, streams, graphs and torch.compile: as `all_reduce`. Source of the norm: Zhang and Sennrich 2019.
     """
     check_floating("all_reduce_add_rms_norm", x=x, residual=residual, weight=weight)
-    if x.dim() == 0:
-        raise ValueError("all_reduce_add_rms_norm: x must have at least one dimension, got a scalar")
     check_norm("all_reduce_add_rms_norm", x.shape, residual, weight, eps)
     return _op(x, residual, weight, eps, resolve_group(group).group_name)

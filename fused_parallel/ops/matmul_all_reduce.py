@@ -1,29 +1,39 @@
-"""matmul_all_reduce and matmul_all_reduce_add_rms_norm: a row-parallel linear layer with what follows it."""
+"""matmul_all_reduce and matmul_all_reduce_add_rms_norm: a row-parallel linear layer with what follows it.
+
+Without a kernel of their own they are torch's matmul, whose result is rounded to the dtype before it travels, and the
+operations that follow, which choose their implementations themselves.
+"""
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 
 from ..comm.groups import group_from_name, resolve_group
-from ..reference import matmul_all_reduce as reference
 from ._debug import check_agreement
 from ._dispatch import NO_KERNEL, choose_fused
 from ._library import check_floating, register
-from .all_reduce_add_rms_norm import check_norm
+from .add_rms_norm import add_norm, check_norm
+from .all_reduce import all_reduce_
+from .all_reduce_add_rms_norm import reduce_add_norm
 
 
 def _impl(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, group_name: str) -> torch.Tensor:
     pg = group_from_name(group_name)
     check_agreement("matmul_all_reduce", pg, x, weight, bias)
     choose_fused("matmul_all_reduce", NO_KERNEL, on_gpu=x.is_cuda)
-    return reference.matmul_all_reduce(x, weight, bias, pg)
+    out = all_reduce_(F.linear(x, weight), pg)
+    return out if bias is None else out.add_(bias)
 
 
 def _impl_norm(x, weight, residual, norm_weight, eps: float, bias, group_name: str):
     pg = group_from_name(group_name)
     check_agreement("matmul_all_reduce_add_rms_norm", pg, x, weight, residual, norm_weight, bias)
     choose_fused("matmul_all_reduce_add_rms_norm", NO_KERNEL, on_gpu=x.is_cuda)
-    return reference.matmul_all_reduce_add_rms_norm(x, weight, residual, norm_weight, eps, bias, pg)
+    partial = F.linear(x, weight)
+    if bias is None:
+        return reduce_add_norm(partial, residual, norm_weight, eps, pg)
+    return add_norm(all_reduce_(partial, pg).add_(bias), residual, norm_weight, eps)
 
 
 def _fake(x, weight, bias, group_name):

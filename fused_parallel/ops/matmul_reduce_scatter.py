@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 
+from ..comm import collectives
 from ..comm.groups import group_from_name, resolve_group
-from ..reference import matmul_all_reduce as reference
 from ._debug import check_agreement
 from ._dispatch import NO_KERNEL, choose_fused
 from ._library import check_floating, register
@@ -17,14 +18,14 @@ def _reduce_scatter(x: torch.Tensor, weight: torch.Tensor, group_name: str) -> t
     pg = group_from_name(group_name)
     check_agreement("matmul_reduce_scatter", pg, x, weight)
     choose_fused("matmul_reduce_scatter", NO_KERNEL, on_gpu=x.is_cuda)
-    return reference.matmul_reduce_scatter(x, weight, pg)
+    return collectives.reduce_scatter(F.linear(x, weight), pg)
 
 
 def _all_gather(x: torch.Tensor, weight: torch.Tensor, group_name: str) -> torch.Tensor:
     pg = group_from_name(group_name)
     check_agreement("all_gather_matmul", pg, x, weight)
     choose_fused("all_gather_matmul", NO_KERNEL, on_gpu=x.is_cuda)
-    return reference.all_gather_matmul(x, weight, pg)
+    return F.linear(collectives.all_gather(x, pg), weight)
 
 
 _reduce_scatter_op = register(

@@ -170,6 +170,52 @@ def test_missing_rank_is_named_within_the_timeout():
     assert ranks.native[1].failure() == "" and ranks.native[1].failed_rank() == -1
 
 
+def test_a_late_rank_never_sums_what_a_failed_one_sent():
+    """Rank 0 gives up on rank 1 and is called on; when rank 1 comes at last, it must not take later pushes of rank 0
+    for those it waits for."""
+    ranks = VirtualRanks(2, timeout_seconds=0.3)
+    xs = [[torch.full((4000,), float(10 * call + rank + 1), device="cuda") for rank in range(2)] for call in range(8)]
+    outs = [[torch.full_like(x, float("nan")) for x in pair] for pair in xs]
+    torch.cuda.synchronize()
+    for call in range(8):
+        ranks.launch(0, xs[call][0], outs[call][0], two_shot=False)
+    torch.cuda.synchronize()
+    assert ranks.native[0].failed_rank() == 1
+    for call in range(8):
+        ranks.launch(1, xs[call][1], outs[call][1], two_shot=False)
+    torch.cuda.synchronize()
+    assert torch.equal(outs[0][1], xs[0][0] + xs[0][1])  # rank 0 had sent this before it gave up
+    assert ranks.native[1].failed_rank() == 0
+    assert all(pair[1].isnan().all() for pair in outs[2:])  # a failed group's calls do nothing
+
+
+def test_streams_are_ordered_or_refused(seed):
+    ranks = VirtualRanks(2)
+    sides = [torch.cuda.Stream() for _ in range(2)]
+    xs = random(50_000, torch.float32, 2)
+    for turn in range(20):
+        previous = list(ranks.streams)
+        outs = ranks.all_reduce(xs)
+        ranks.streams, sides = sides, previous  # the next call comes on other streams, with no order between them
+        again = [torch.empty_like(x) for x in xs]
+        for rank in range(2):
+            ranks.launch(rank, xs[rank], again[rank], two_shot=turn % 2 == 0)
+        torch.cuda.synchronize()
+        assert all(torch.equal(a, in_rank_order(xs)) for a in (*outs, *again))
+    graph = torch.cuda.CUDAGraph()
+    with pytest.raises(RuntimeError, match="captured in one CUDA graph on different streams"), torch.cuda.graph(graph):
+        ranks.start()
+        for stream in sides:
+            stream.wait_stream(torch.cuda.current_stream())
+        try:
+            for _ in range(2):
+                ranks.launch(0, xs[0], again[0], two_shot=False)
+                ranks.streams, sides = sides, ranks.streams
+        finally:
+            for stream in (*ranks.streams, *sides):
+                torch.cuda.current_stream().wait_stream(stream)
+
+
 def test_errors():
     ranks = VirtualRanks(2, slot_bytes=1024)
     x = torch.randn(1000, device="cuda")
