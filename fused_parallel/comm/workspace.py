@@ -94,8 +94,8 @@ def workspace_of(pg: dist.ProcessGroup) -> AllReduceWorkspace:
                 "the first fused operation of a group makes its workspace, which cannot be captured in a CUDA graph: "
                 "run the operation once before the capture"
             )
-        backend = pg._get_backend(torch.device("cuda"))
-        timeout = getattr(backend.options, "_timeout", None)
+        options = getattr(pg._get_backend(torch.device("cuda")), "options", None)
+        timeout = getattr(options, "_timeout", None)  # what fp.init set
         _workspaces[name] = AllReduceWorkspace(pg, timeout.total_seconds() if timeout else 300.0)
     return _workspaces[name]
 

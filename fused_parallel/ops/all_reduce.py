@@ -31,6 +31,12 @@ def why_not_fused(x: torch.Tensor, pg: dist.ProcessGroup, most_bytes: int) -> st
     return None
 
 
+def say_no_kernel(op: str, x: torch.Tensor, pg: dist.ProcessGroup) -> None:
+    """Of an operation without a kernel: tell so once, or raise under fp.use("fused"); not where there is one rank."""
+    if pg.size() > 1:
+        choose_fused(op, NO_KERNEL, on_gpu=x.is_cuda)
+
+
 def aligned(x: torch.Tensor) -> torch.Tensor:
     """`x`, or a copy of it, contiguous and aligned to 16 bytes."""
     x = x.contiguous()
@@ -54,18 +60,18 @@ def _launch(x: torch.Tensor, out: torch.Tensor, pg: dist.ProcessGroup) -> None:
 
 
 def _takes_kernel(x: torch.Tensor, pg: dist.ProcessGroup) -> bool:
+    if pg.size() == 1:
+        return False  # nothing to communicate, and nothing to say about it
     reason = why_not_fused(x, pg, SLOT_BYTES * pg.size() // 2)
     return choose_fused("all_reduce", reason, on_gpu=x.is_cuda, untried=UNTRIED)
 
 
 def all_reduce_(x: torch.Tensor, pg: dist.ProcessGroup) -> torch.Tensor:
     """Sum the contiguous `x` in place; without checks and without torch's dispatcher, for operations that end in it."""
-    if pg.size() > 1:
-        if _takes_kernel(x, pg) and x.data_ptr() % 16 == 0:
-            _launch(x, x, pg)
-        else:
-            collectives.all_reduce_(x, pg)
-    return x
+    if _takes_kernel(x, pg) and x.data_ptr() % 16 == 0:
+        _launch(x, x, pg)
+        return x
+    return collectives.all_reduce_(x, pg)
 
 
 def _all_reduce(x: torch.Tensor, group_name: str) -> torch.Tensor:
@@ -94,14 +100,14 @@ def _all_reduce_out(x: torch.Tensor, out: torch.Tensor, group_name: str) -> None
 def _reduce_scatter(x: torch.Tensor, group_name: str) -> torch.Tensor:
     pg = group_from_name(group_name)
     check_agreement("reduce_scatter", pg, x)
-    choose_fused("reduce_scatter", NO_KERNEL, on_gpu=x.is_cuda)
+    say_no_kernel("reduce_scatter", x, pg)
     return collectives.reduce_scatter(x, pg)
 
 
 def _all_gather(x: torch.Tensor, group_name: str) -> torch.Tensor:
     pg = group_from_name(group_name)
     check_agreement("all_gather", pg, x)
-    choose_fused("all_gather", NO_KERNEL, on_gpu=x.is_cuda)
+    say_no_kernel("all_gather", x, pg)
     return collectives.all_gather(x, pg)
 
 

@@ -49,6 +49,8 @@ def _launch(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: 
 
 def reduce_add_norm(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float, pg: dist.ProcessGroup):
     """The operation, by one kernel where there is one for the call, else by an all-reduce and `add_rms_norm`."""
+    if pg.size() == 1:
+        return add_norm(x, residual, weight, eps)
     if choose_fused("all_reduce_add_rms_norm", _why_not_fused(x, pg), on_gpu=x.is_cuda, untried=UNTRIED):
         return _launch(x, residual, weight, eps, pg)
     return add_norm(reference.all_reduce(x, pg), residual, weight, eps)

@@ -11,17 +11,16 @@ import torch.nn.functional as F
 
 from ..comm.groups import group_from_name, resolve_group
 from ._debug import check_agreement
-from ._dispatch import NO_KERNEL, choose_fused
 from ._library import check_floating, register
 from .add_rms_norm import add_norm, check_norm
-from .all_reduce import all_reduce_
+from .all_reduce import all_reduce_, say_no_kernel
 from .all_reduce_add_rms_norm import reduce_add_norm
 
 
 def _impl(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, group_name: str) -> torch.Tensor:
     pg = group_from_name(group_name)
     check_agreement("matmul_all_reduce", pg, x, weight, bias)
-    choose_fused("matmul_all_reduce", NO_KERNEL, on_gpu=x.is_cuda)
+    say_no_kernel("matmul_all_reduce", x, pg)
     out = all_reduce_(F.linear(x, weight), pg)
     return out if bias is None else out.add_(bias)
 
@@ -29,7 +28,7 @@ def _impl(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, grou
 def _impl_norm(x, weight, residual, norm_weight, eps: float, bias, group_name: str):
     pg = group_from_name(group_name)
     check_agreement("matmul_all_reduce_add_rms_norm", pg, x, weight, residual, norm_weight, bias)
-    choose_fused("matmul_all_reduce_add_rms_norm", NO_KERNEL, on_gpu=x.is_cuda)
+    say_no_kernel("matmul_all_reduce_add_rms_norm", x, pg)
     partial = F.linear(x, weight)
     if bias is None:
         return reduce_add_norm(partial, residual, norm_weight, eps, pg)

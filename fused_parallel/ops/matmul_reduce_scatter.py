@@ -8,23 +8,22 @@ import torch.nn.functional as F
 from ..comm import collectives
 from ..comm.groups import group_from_name, resolve_group
 from ._debug import check_agreement
-from ._dispatch import NO_KERNEL, choose_fused
 from ._library import check_floating, register
-from .all_reduce import check_divisible
+from .all_reduce import check_divisible, say_no_kernel
 from .matmul_all_reduce import check_matmul
 
 
 def _reduce_scatter(x: torch.Tensor, weight: torch.Tensor, group_name: str) -> torch.Tensor:
     pg = group_from_name(group_name)
     check_agreement("matmul_reduce_scatter", pg, x, weight)
-    choose_fused("matmul_reduce_scatter", NO_KERNEL, on_gpu=x.is_cuda)
+    say_no_kernel("matmul_reduce_scatter", x, pg)
     return collectives.reduce_scatter(F.linear(x, weight), pg)
 
 
 def _all_gather(x: torch.Tensor, weight: torch.Tensor, group_name: str) -> torch.Tensor:
     pg = group_from_name(group_name)
     check_agreement("all_gather_matmul", pg, x, weight)
-    choose_fused("all_gather_matmul", NO_KERNEL, on_gpu=x.is_cuda)
+    say_no_kernel("all_gather_matmul", x, pg)
     return F.linear(collectives.all_gather(x, pg), weight)
 
 

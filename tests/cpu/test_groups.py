@@ -140,25 +140,43 @@ def test_an_error_on_one_rank_reaches_the_caller():
 
 
 def test_use_modes():
-    x = torch.randn(3, 4)
-    mesh = fp.init(device="cpu")
-    with fp.use("fused"), pytest.raises(fp.NoFusedKernelError, match=r"all_reduce: .* CUDA tensors only"):
-        fp.all_reduce(x, group=mesh["tp"])
+    x, weight = torch.randn(3, 4), torch.ones(4)
+    with fp.use("fused"), pytest.raises(fp.NoFusedKernelError, match=r"rms_norm: .* CUDA tensors only"):
+        fp.rms_norm(x, weight, 1e-5)
     with fp.use("fused"):
         with fp.use("reference"):
-            fp.all_reduce(x, group=mesh["tp"])
+            fp.rms_norm(x, weight, 1e-5)
         with pytest.raises(fp.NoFusedKernelError):
-            fp.all_reduce(x, group=mesh["tp"])
-    fp.all_reduce(x, group=mesh["tp"])
+            fp.rms_norm(x, weight, 1e-5)
+    fp.rms_norm(x, weight, 1e-5)
     with pytest.raises(ValueError, match="mode must be one of auto, fused, reference"), fp.use("fast"):
         pass
     done = run_script(
-        "import torch, fused_parallel as fp\nfp.all_reduce(torch.ones(2), group=fp.init(device='cpu')['tp'])",
-        FUSED_PARALLEL="fused",
+        "import torch, fused_parallel as fp; fp.rms_norm(torch.ones(2), torch.ones(2), 1e-5)", FUSED_PARALLEL="fused"
     )
     assert "NoFusedKernelError" in done.stderr
     done = run_script("from fused_parallel.ops._dispatch import current_mode; current_mode()", FUSED_PARALLEL="x")
     assert "FUSED_PARALLEL='x' in the environment: must be one of" in done.stderr
+
+
+def rank_fused_mode(mesh):
+    x = torch.randn(4, 4)
+    messages = []
+    for call in (fp.all_reduce, fp.reduce_scatter, fp.all_gather):
+        try:
+            with fp.use("fused"):
+                call(x, group=mesh["tp"])
+            messages.append("no error")
+        except fp.NoFusedKernelError as error:
+            messages.append(str(error))
+    return messages
+
+
+def test_fused_mode_of_collectives():
+    messages = run_ranks(rank_fused_mode, 2)[0]
+    assert "all_reduce: " in messages[0] and "CUDA tensors only" in messages[0]
+    assert "no fused kernel for it" in messages[1] and "no fused kernel for it" in messages[2]
+    assert run_ranks(rank_fused_mode, 1)[0] == ["no error"] * 3  # one rank: nothing to communicate
 
 
 def test_fallback_is_told_once():
