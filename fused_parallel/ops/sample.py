@@ -6,9 +6,10 @@ import torch
 
 from ..reference import sample as reference
 from ._debug import check_agreement
-from ._dispatch import NO_KERNEL, choose_fused
+from ._dispatch import choose_fused
 from ._library import register
 from ._sampling import check_logits, check_seed, check_tensor, options, shard, vocabulary
+from ._verify_kernel import launch, why_not_fused
 
 STREAMS = ("draft", "residual")
 
@@ -19,7 +20,14 @@ def _sample_impl(
     part = shard(logits, vocab_size, group_name)
     if part.pg:
         check_agreement("sample", part.pg, logits, temperature, top_k, top_p, min_p)
-    choose_fused("sample", NO_KERNEL, on_gpu=logits.is_cuda)
+    rows = logits[:, None]
+    no_drafts = seed.new_empty(seed.shape[0], 0)
+    unsupported = why_not_fused(rows, no_drafts, None, top_k, top_p, min_p, group_name)
+    if choose_fused("sample", unsupported, on_gpu=logits.is_cuda):
+        tokens, _, _ = launch(
+            rows, no_drafts, None, seed, step, temperature, None, "rejection", vocab_size, position, stream
+        )
+        return tokens[:, 0]
     return reference.sample(logits, seed, step, temperature, position, stream, top_k, top_p, min_p, part)
 
 
@@ -75,7 +83,7 @@ def sample(
         Tokens, int64 [B], the same on all ranks. NaN and infinite logits: as in `fp.verify`.
 
     Runs on the current stream without host synchronisation; can be captured in CUDA graphs (seed and step are read at
-    replay) and traced by torch.compile(fullgraph=True). Computes in float64.
+    replay) and traced by torch.compile(fullgraph=True). In float64; the CUDA kernels differ as docs/verify.md says.
 
     Raises:
         TypeError, ValueError: dtypes, shapes, devices, numbers or names that do not fit; logits that want a gradient.

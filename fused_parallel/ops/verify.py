@@ -8,11 +8,10 @@ import torch
 
 from ..reference import verify as reference
 from ._debug import check_agreement
-from ._dispatch import NO_KERNEL, choose_fused
+from ._dispatch import choose_fused
 from ._library import register
 from ._sampling import INTEGERS, check_logits, check_seed, check_tensor, options, shard, vocabulary
-
-METHODS = ("rejection", "block", "greedy")
+from ._verify_kernel import METHODS, launch, why_not_fused
 
 
 class VerifyResult(NamedTuple):
@@ -38,7 +37,12 @@ def _verify_impl(
     part = shard(target_logits, vocab_size, group_name)
     if part.pg:
         check_agreement("verify", part.pg, target_logits, draft_logits, draft_tokens, temperature, top_k, top_p, min_p)
-    choose_fused("verify", NO_KERNEL, on_gpu=target_logits.is_cuda)
+    unsupported = why_not_fused(target_logits, draft_tokens, draft_logits, top_k, top_p, min_p, group_name)
+    if choose_fused("verify", unsupported, on_gpu=target_logits.is_cuda):
+        return launch(
+            target_logits, draft_tokens, draft_logits, seed, step, temperature, num_draft_tokens, method, vocab_size,
+            return_logprobs=return_logprobs,
+        )  # fmt: skip
     tokens, accepted, logprobs = reference.verify(
         target_logits, draft_tokens, draft_logits, seed, step, temperature, num_draft_tokens, top_k, top_p, min_p,
         method, part,
@@ -141,9 +145,10 @@ def verify(
     NaN logits count as -inf, +inf as the largest float32; a row with no finite logit yields token 0, with
     log-probability -inf. The result is always in the vocabulary.
 
-    All arithmetic is in float64, all noise a function of (seed, step, position, stream, token id): a request's result
-    does not depend on the rest of the batch. Runs on the current stream without host synchronisation; can be captured
-    in CUDA graphs and traced by torch.compile(fullgraph=True).
+    The reference computes in float64; the CUDA kernels decide alike but for near ties (docs/verify.md). All noise is a
+    function of (seed, step, position, stream, token id): a request's result does not depend on the rest of the batch.
+    Without filters and vocab_group, at most three kernels. Runs on the current stream without host synchronisation;
+    can be captured in CUDA graphs and traced by torch.compile(fullgraph=True).
 
     Raises:
         TypeError, ValueError: dtypes, shapes, devices, numbers or names that do not fit; logits that want a gradient.

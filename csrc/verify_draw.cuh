@@ -1,0 +1,295 @@
+// Last pass of verification: the Gumbel argmax over one row a request, or over the residual max(s p - q, 0) of two.
+//
+// The token with the greatest log r - log e wins, with r its weight and e its exponential noise: that with the greatest
+// r / e. As e = -log(1 - v) >= v for its uniform v, a token with r < bound * v cannot beat one with r / e = bound. In
+// fp32, with margins for its rounding, this leaves a handful of tokens a row; those are compared in double, by the
+// scores of the reference. So noise costs the random bits, and the result does not depend on how a row is split.
+#pragma once
+
+#include "verify_decide.cuh"
+
+namespace fp {
+namespace verify_detail {
+
+// Relative error allowed to an fp32 weight: exact differences of logits to 2^6 bits times three roundings, the
+// hardware's exponential, and to spare. Of the fp32 exponential noise: its logarithm's 2^-22 over the least v there.
+constexpr float kMargin = 3e-5f;
+constexpr float kNoiseMargin = 2e-5f;
+constexpr float kSeries = 0x1p-5f;      // v below it: -log(1 - v) by its series
+constexpr unsigned kFewBits = 1u << 17;  // high words below it tell too little of v without the low word
+
+template <typename TT, typename TD>
+struct Source {  // in shared memory
+  Row<TT> p;
+  Row<TD> q;
+  Normaliser np, nq;
+  NoiseKey noise;
+  double scale, log2_scale;  // of the temperature; of p in the residual
+  int excluded;              // a token of weight 0, or -1
+  bool rest;                 // draw from max(2^log2_scale p - q, 0), else from p
+};
+
+struct Best {
+  unsigned bound;          // greatest r / e that some token is sure to have, as the bits of a float
+  unsigned long long key;  // of the greatest exact score
+  int token;
+};
+
+// Order-preserving, above 0 for every number but NaN.
+__device__ __forceinline__ unsigned long long ordered(double x) {
+  const unsigned long long bits = static_cast<unsigned long long>(__double_as_longlong(x));
+  return bits >> 63 != 0 ? ~bits : bits | 1ull << 63;
+}
+
+// log2 of r / e, in double; -inf for a token that cannot be drawn.
+template <typename TT, typename TD>
+__device__ __noinline__ double exact_score(const Source<TT, TD>& s, int token) {
+  double weight = log2_probability(s.np, s.scale, s.p.at(token));
+  if (token == s.excluded) return -INFINITY;
+  if (s.rest) {
+    weight += s.log2_scale;
+    const double q = log2_probability(s.nq, kLog2E, s.q.at(token));
+    if (!(q < weight)) return -INFINITY;
+    weight += log1p(-exp2(q - weight)) * kLog2E;
+  }
+  return weight - noise_log2_exponential(s.noise, token);
+}
+
+// The three tokens of a thread with the greatest upper bounds of r / e.
+struct Candidates {
+  float most = 0.0f, next = 0.0f, third = 0.0f;
+  int first = -1, second = -1;  // ids of the first two
+
+  __device__ __forceinline__ void insert(float v, int token) {
+    third = fmaxf(third, fminf(v, next));
+    if (v > most) {
+      next = most;
+      second = first;
+      most = v;
+      first = token;
+    } else if (v > next) {
+      next = v;
+      second = token;
+    }
+  }
+};
+
+// Sets best.key and best.token (key 0: no token can be drawn) from the tiles from `tile` to `end`. By the whole CTA;
+// ends with a barrier.
+template <bool kRest, typename TT, typename TD>
+__device__ void scan(const Source<TT, TD>& s, int tile, const int end, Best& best) {
+  if (threadIdx.x == 0) best = {0, 0, INT_MAX};
+  __syncthreads();
+  const int begin = tile, width = s.p.width, excluded = s.excluded;
+  NoiseKey noise = s.noise;
+  const float scale_f = rounded_scale(s.scale), maximum_p = s.np.maximum, maximum_q = kRest ? s.nq.maximum : 0.0f;
+  // Upper bounds of p, lower bounds of q.
+  const float upper_p =
+      static_cast<float>(exp2((kRest ? s.log2_scale : 0.0) - s.np.log2_sum)) * (1.0f + kMargin);
+  const float lower_q = kRest ? static_cast<float>(exp2(-s.nq.log2_sum)) * (1.0f - kMargin) : 0.0f;
+  const bool infinities = maximum_p == FLT_MAX || maximum_q == FLT_MAX;
+
+  Candidates mine;
+  float bound = 0.0f;
+  for (; tile < end; ++tile) {
+    const int index = tile * kTile + static_cast<int>(threadIdx.x) * kRun;
+    if (index >= width) break;
+    Run<TT> run_p;
+    Run<TD> run_q;
+    run_p.load(s.p, index);
+    if constexpr (kRest) run_q.load(s.q, index);
+    unsigned high[kRun];
+    asm volatile("" : "+r"(noise.key1));  // else the keys of all rounds stay in registers, which spill
+#pragma unroll
+    for (int i = 0; i < kRun / 2; ++i) {
+      const uint4 w = noise_words(noise, index / 2 + i);
+      high[2 * i] = w.y;
+      high[2 * i + 1] = w.w;
+    }
+    float x[kRun], upper[kRun], p[kRun];
+    run_p.floats(x);
+    if (infinities) {
+#pragma unroll
+      for (int e = 0; e < kRun; ++e) x[e] = clean(x[e]);
+    }
+    // A NaN becomes NaN here, which every comparison below drops.
+#pragma unroll
+    for (int e = 0; e < kRun; ++e) p[e] = upper[e] = exp2_fast((x[e] - maximum_p) * scale_f) * upper_p;
+    if constexpr (kRest) {
+      run_q.floats(x);
+#pragma unroll
+      for (int e = 0; e < kRun; ++e) {
+        if (infinities) x[e] = clean(x[e]);
+        const float q = fmaxf(exp2_fast((x[e] - maximum_q) * static_cast<float>(kLog2E)), 0.0f);  // 0 for NaN
+        upper[e] = fmaf(-q, lower_q, p[e]);
+      }
+    }
+    if (static_cast<unsigned>(excluded - index) < kRun) {
+#pragma unroll
+      for (int e = 0; e < kRun; ++e) {
+        if (index + e == excluded) upper[e] = 0.0f;
+      }
+    }
+    // Any value read here is a valid bound, however old.
+    bound = fmaxf(bound, __uint_as_float(*static_cast<volatile unsigned*>(&best.bound)));
+    const float threshold = bound * 0x1p-32f;
+    float most = -1.0f;
+#pragma unroll
+    for (int e = 0; e < kRun; ++e) most = fmaxf(most, fmaf(-threshold, __uint2float_rz(high[e]), upper[e]));
+    if (most < 0.0f) continue;
+    const float before = bound;
+#pragma unroll
+    for (int e = 0; e < kRun; ++e) {
+      const float h = __uint2float_rz(high[e]);
+      if (!(upper[e] > 0.0f && upper[e] >= bound * 0x1p-32f * h)) continue;
+      const float lower = kRest ? upper[e] - 4.1f * kMargin * p[e] : upper[e] * (1.0f - 2.1f * kMargin);
+      if (high[e] < kFewBits) {
+        mine.insert(FLT_MAX, index + e);
+        bound = fmaxf(bound, __fdividef(lower, (h + 1.0f) * 0x1p-32f) * (1.0f - kNoiseMargin));
+      } else {
+        const float v = fmaf(h, 0x1p-32f, 0x1p-33f);
+        const float series = v * fmaf(v, fmaf(v, fmaf(v, 0.25f, 1.0f / 3.0f), 0.5f), 1.0f);
+        const float log = -0.693147181f * __log2f(fmaf(__uint2float_rn(~high[e]), 0x1p-32f, 0x1p-33f));
+        const float inverse = __fdividef(1.0f, v < kSeries ? series : log);
+        mine.insert(upper[e] * inverse * (1.0f + kNoiseMargin), index + e);
+        bound = fmaxf(bound, lower * inverse * (1.0f - kNoiseMargin));
+      }
+    }
+    // Not negative, so that the order of the bits is that of the numbers.
+    if (bound > before) atomicMax(&best.bound, __float_as_uint(bound));
+  }
+  __syncthreads();
+  bound = __uint_as_float(best.bound);
+  double score = -INFINITY;
+  int token = INT_MAX;
+  auto compare = [&](int t) {
+    const double of_t = exact_score(s, t);
+    if (of_t > score) {
+      score = of_t;
+      token = t;
+    }
+  };
+  if (mine.third >= bound && mine.third > 0.0f) {
+    // More candidates in this thread than it remembers: about one call in a million.
+#pragma unroll 1
+    for (int t = begin; t < end; ++t) {
+#pragma unroll 1
+      for (int e = 0; e < kRun; ++e) {
+        const int id = t * kTile + static_cast<int>(threadIdx.x) * kRun + e;
+        if (id < width) compare(id);
+      }
+    }
+  } else {
+    // In the order of ids, so that of equal scores the lowest id is kept.
+    const bool swapped = mine.second < mine.first;
+#pragma unroll 1
+    for (int i = 0; i < 2; ++i) {
+      const bool first = (i == 0) != swapped;
+      const int t = first ? mine.first : mine.second;
+      if (t >= 0 && (first ? mine.most : mine.next) >= bound) compare(t);
+    }
+  }
+  const unsigned long long key = score > -INFINITY ? ordered(score) : 0;
+  if (key != 0) atomicMax(&best.key, key);
+  __syncthreads();
+  if (key != 0 && key == best.key) atomicMin(&best.token, token);
+  __syncthreads();
+}
+
+template <typename TT, typename TD>
+__device__ void scan_any(const Source<TT, TD>& s, int tile, int end, Best& best) {
+  if (s.rest) {
+    scan<true>(s, tile, end, best);
+  } else {
+    scan<false>(s, tile, end, best);
+  }
+}
+
+// The request's results, once its last token is known. By the whole CTA.
+template <typename TT>
+__device__ __forceinline__ void write_results(const Params& p, int b, const Request& request, const Decision& d,
+                                              int last) {
+  const std::int64_t row = static_cast<std::int64_t>(b) * (p.k + 1);
+  const int i = threadIdx.x;
+  if (i == 0 && p.num_accepted != nullptr) p.num_accepted[b] = d.accepted;
+  if (i > p.k) return;
+  p.tokens[row + i] = i < d.accepted ? p.draft_tokens[static_cast<std::int64_t>(b) * p.k + i]
+                                     : static_cast<std::int64_t>(i == d.accepted ? last : -1);
+  if (p.logprobs == nullptr) return;
+  double logprob = 0.0;
+  if (i < d.accepted) logprob = d.log2_tokens[i];
+  if (i == d.accepted) {
+    logprob = log2_probability(d.target[i], request.scale, target_row<TT>(p, b, i).at(last));
+  }
+  p.logprobs[row + i] = static_cast<float>(logprob * 0.6931471805599453);
+}
+
+template <typename TT, typename TD>
+__device__ void draw_cta(const Params& p, int cta, Decision& d) {
+  __shared__ Source<TT, TD> source;
+  __shared__ Best best;
+  __shared__ bool is_last;
+  const int b = p.first_draw + p.draw_requests - 1 - cta / p.splits;  // what was read last is still in the L2
+  const int split = cta % p.splits;
+  const Request request = read_request(p, b);
+  if (request.greedy && split != 0) return;
+  decide<TT, TD>(p, b, request, d);
+  if (request.greedy) {
+    write_results<TT>(p, b, request, d, d.target[d.accepted].argmax);
+    return;
+  }
+  if (threadIdx.x == 0) {
+    const int row = d.accepted;
+    const bool refused = row < d.drafts;
+    source.p = target_row<TT>(p, b, row);
+    source.np = d.target[row];
+    source.rest = refused && p.draft != nullptr;
+    if (source.rest) {
+      source.q = draft_row<TD>(p, b, row);
+      source.nq = d.draft[row];
+    }
+    source.noise = noise_key(p.seed[b], p.step[b], (p.position == nullptr ? 0 : p.position[b]) + row, p.stream);
+    source.scale = request.scale;
+    source.log2_scale = d.log2_scales[row];
+    source.excluded =
+        refused && !source.rest ? static_cast<int>(p.draft_tokens[static_cast<std::int64_t>(b) * p.k + row]) : -1;
+  }
+  __syncthreads();
+  const int tiles = (p.width + kTile - 1) / kTile;
+  const int tile = split * p.tiles_per_split;
+  scan_any(source, tile, min(tile + p.tiles_per_split, tiles), best);
+
+  Drawn* drawn = p.drawn + static_cast<std::int64_t>(b) * p.splits;
+  if (threadIdx.x == 0) {
+    drawn[split] = {best.key, best.token, 0};
+    __threadfence();  // the result before the count, for the CTA that reads all results
+    is_last = atomicAdd(p.arrived + b, 1u) == static_cast<unsigned>(p.splits) - 1;
+  }
+  __syncthreads();
+  if (!is_last) return;
+  if (threadIdx.x == 0) {
+    __threadfence();  // the count before the others' results
+    Drawn winner = {0, INT_MAX, 0};
+    for (int i = 0; i < p.splits; ++i) {  // in the order of ids
+      const unsigned long long key = __ldcg(&drawn[i].key);
+      if (key > winner.key) winner = {key, __ldcg(&drawn[i].token), 0};
+    }
+    best.key = winner.key;
+    best.token = winner.token;
+  }
+  __syncthreads();
+  if (best.key == 0 && (source.rest || source.excluded >= 0)) {
+    // A residual without any weight, which rounding alone can leave: the target itself, by this CTA.
+    __syncthreads();
+    if (threadIdx.x == 0) {
+      source.rest = false;
+      source.excluded = -1;
+    }
+    __syncthreads();
+    scan_any(source, 0, tiles, best);
+  }
+  write_results<TT>(p, b, request, d, best.key == 0 ? 0 : best.token);
+}
+
+}  // namespace verify_detail
+}  // namespace fp
