@@ -58,6 +58,8 @@ class CMakeBuild(build_ext):
             "pybind11_DIR": pybind11.get_cmake_dir(),
             "FP_NO_CUDA": "ON" if os.environ.get("FP_NO_CUDA", "0") not in ("", "0") else "OFF",
         }
+        if os.environ.get("FP_CUDA_ARCHITECTURES"):
+            options["FP_CUDA_ARCHITECTURES"] = os.environ["FP_CUDA_ARCHITECTURES"]
         configure = [find_tool("cmake"), "-S", str(ROOT), "-B", str(build)]
         if find_tool("ninja"):
             options["CMAKE_MAKE_PROGRAM"] = find_tool("ninja")

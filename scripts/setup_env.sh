@@ -6,7 +6,8 @@
 # Installs only what cannot be imported yet, and works without a network when nothing is missing. Settings, all optional:
 #   PYTHON   interpreter to start from                      (python3, else the newest python3.x from 3.10 on in PATH)
 #   TORCH    what to install where torch is missing         (torch==2.13.0; with an NVIDIA GPU torch>=2.8)
-#   pip's own (PIP_NO_INDEX, PIP_FIND_LINKS ...) are honoured. FP_NO_CUDA=1 builds without kernels.
+#   pip's own (PIP_NO_INDEX, PIP_FIND_LINKS ...) are honoured. FP_NO_CUDA=1 builds without kernels,
+#   FP_CUDA_ARCHITECTURES=90a for Hopper alone.
 set -euo pipefail
 shopt -s inherit_errexit
 cd "$(dirname "$0")/.."
@@ -58,17 +59,19 @@ make_venv() {
     die "cannot make a virtual environment with $python; run 'sudo apt-get install python$version-venv', then make again"
 }
 
+in_venv() { "$1" -c 'import sys; sys.exit(sys.prefix == sys.base_prefix)' 2>/dev/null; }
+
 choose_environment() {
-    local python
-    if [ -x .venv/bin/python ] && new_enough .venv/bin/python && .venv/bin/python -m pip --version >/dev/null 2>&1; then
+    local python=${PYTHON:-python3}
+    if in_venv "$python" && new_enough "$python"; then
+        command -v "$python" # the active virtual environment: the user's choice
+        return
+    fi
+    if new_enough .venv/bin/python && .venv/bin/python -m pip --version >/dev/null 2>&1; then
         echo .venv/bin/python
         return
     fi
     python=$(find_python)
-    if "$python" -c 'import sys; sys.exit(sys.prefix == sys.base_prefix)'; then
-        echo "$python" # an active virtual environment: the user's choice
-        return
-    fi
     rm -rf .venv
     if has_torch "$python"; then
         say "making .venv over $python, which has torch"

@@ -1,5 +1,5 @@
-"""The sdist and the wheels built from it, each imported from a clean environment: with kernels, without, and built
-without a C++ compiler. Needs no network: build tools and torch are those of the environment that runs the tests."""
+"""The sdist and the wheels built from it, each imported from a clean environment: built without kernels, with an nvcc
+that does not work, and without a C++ compiler. Needs no network: build tools and torch are this environment's."""
 
 import os
 import shutil
@@ -44,14 +44,19 @@ def run(*command, **kwargs):
 
 
 @pytest.fixture(scope="module")
-def sdist(tmp_path_factory):
-    """The source distribution, made from a copy: setuptools leaves files behind where it builds."""
+def source(tmp_path_factory):
+    """A copy of the sources: setuptools leaves files behind where it builds."""
     source = tmp_path_factory.mktemp("source") / "fused_parallel"
     for name in ("fused_parallel", "csrc"):
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
     for path in ROOT.iterdir():
         if path.is_file() and not path.name.startswith("."):
             shutil.copy(path, source)
+    return source
+
+
+@pytest.fixture(scope="module")
+def sdist(source, tmp_path_factory):
     out = tmp_path_factory.mktemp("sdist")
     run(sys.executable, "-m", "build", "--sdist", "--no-isolation", "--skip-dependency-check", "--outdir", out, source)
     (archive,) = out.iterdir()
@@ -94,42 +99,46 @@ def can_build_extension():
     return shutil.which("c++") is not None and Path(sysconfig.get_path("include"), "Python.h").exists()
 
 
-def test_sdist_holds_what_a_build_needs(sdist):
+def test_sdist_holds_what_a_build_needs(source, sdist):
     with tarfile.open(sdist) as archive:
         names = {name.split("/", 1)[-1] for name in archive.getnames()}
-    sources = {str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*") if path.is_file()}
+    sources = {str(path.relative_to(source)) for path in (source / "csrc").rglob("*") if path.is_file()}
     assert sources | {"CMakeLists.txt", "setup.py", "pyproject.toml", "LICENSE", "fused_parallel/py.typed"} <= names
 
 
-def test_wheel(sdist, tmp_path):
-    wheel = build_wheel(sdist, tmp_path)
+@pytest.fixture(scope="module")
+def wheel(sdist, tmp_path_factory):
+    """Without kernels, which take long to compile; `.ci/run` builds and imports a wheel that has them."""
+    return build_wheel(sdist, tmp_path_factory.mktemp("wheel"), FP_NO_CUDA="1")
+
+
+def test_wheel_holds_the_package_alone(source, wheel):
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
     assert "fused_parallel/py.typed" in names
     assert {name.split("/")[0] for name in names} == {"fused_parallel", f"fused_parallel-{__version__}.dist-info"}
-    missing = [p for p in (ROOT / "fused_parallel").rglob("*.py") if str(p.relative_to(ROOT)) not in names]
+    missing = [p for p in (source / "fused_parallel").rglob("*.py") if str(p.relative_to(source)) not in names]
     assert missing == []
-    extension, kernels, reason = Clean(wheel, tmp_path).imports()
-    assert extension == can_build_extension(), reason
-    if extension and shutil.which("nvcc"):
-        assert kernels, reason
 
 
-@pytest.mark.skipif(not can_build_extension(), reason="no C++ compiler or no Python.h")
-@pytest.mark.parametrize("why", ["FP_NO_CUDA", "a broken nvcc"])
-def test_wheel_without_kernels(why, sdist, tmp_path):
+needs_compiler = pytest.mark.skipif(not can_build_extension(), reason="no C++ compiler or no Python.h")
+
+
+@needs_compiler
+def test_wheel_without_kernels(wheel, tmp_path):
+    environment = Clean(wheel, tmp_path)
+    assert environment.imports() == (True, False, "it was built with FP_NO_CUDA set")
+    assert "it was built with FP_NO_CUDA set" in environment.python("-m", "fused_parallel", "doctor")
+
+
+@needs_compiler
+def test_broken_nvcc_does_not_fail_the_build(sdist, tmp_path):
     nvcc = tmp_path / "nvcc"
     nvcc.write_text('#!/bin/sh\n[ "$*" = --version ] && echo "release 13.0" || exit 1\n')
     nvcc.chmod(0o755)
-    settings, reason = {
-        "FP_NO_CUDA": ({"FP_NO_CUDA": "1"}, "it was built with FP_NO_CUDA set"),
-        "a broken nvcc": ({"CUDACXX": str(nvcc)}, f"{nvcc} cannot compile a test program"),
-    }[why]
-    environment = Clean(build_wheel(sdist, tmp_path, **settings), tmp_path)
-    extension, kernels, said = environment.imports()
+    extension, kernels, reason = Clean(build_wheel(sdist, tmp_path, CUDACXX=str(nvcc)), tmp_path).imports()
     assert (extension, kernels) == (True, False)
-    assert said.startswith(reason)
-    assert "no CUDA kernels" in environment.python("-m", "fused_parallel", "doctor")
+    assert reason.startswith(f"{nvcc} cannot compile a test program")
 
 
 def test_wheel_without_a_compiler(sdist, tmp_path):
