@@ -1,4 +1,5 @@
-// Launchers of all_reduce and all_reduce_add_rms_norm over peer memory. No torch, no NCCL: addresses and sizes.
+// Launchers of the collectives over peer memory: all_reduce, all_reduce_add_rms_norm, reduce_scatter, all_gather. No
+// torch, no NCCL: addresses and sizes.
 #pragma once
 
 #include <cstdint>
@@ -60,5 +61,14 @@ void all_reduce(AllReduceWorkspace& workspace, const void* x, void* out, std::in
 void all_reduce_add_rms_norm(AllReduceWorkspace& workspace, const void* x, const void* residual, const void* weight,
                              void* normed, void* new_residual, std::int64_t rows, std::int64_t hidden, float eps,
                              int dtype, void* stream);
+
+// out[elements] = this rank's part of the sum over ranks of x[world * elements].
+void reduce_scatter(AllReduceWorkspace& workspace, const void* x, void* out, std::int64_t elements, int dtype,
+                    void* stream);
+
+// out[world * elements] = all ranks' x[elements], in rank order. Both take parts of a multiple of 16 bytes, at most
+// slot_bytes.
+void all_gather(AllReduceWorkspace& workspace, const void* x, void* out, std::int64_t elements, int dtype,
+                void* stream);
 
 }  // namespace fp

@@ -49,9 +49,21 @@ void bind_all_reduce(py::module_& m) {
           },
           py::arg("x"), py::arg("out"), py::arg("elements"), py::arg("two_shot"), py::arg("dtype"), py::arg("stream"))
       .def(
+          "reduce_scatter",
+          [](AllReduceWorkspace& w, Address x, Address out, std::int64_t elements, int dtype, Address stream) {
+            fp::reduce_scatter(w, pointer(x), pointer(out), elements, dtype, pointer(stream));
+          },
+          py::arg("x"), py::arg("out"), py::arg("elements"), py::arg("dtype"), py::arg("stream"))
+      .def(
+          "all_gather",
+          [](AllReduceWorkspace& w, Address x, Address out, std::int64_t elements, int dtype, Address stream) {
+            fp::all_gather(w, pointer(x), pointer(out), elements, dtype, pointer(stream));
+          },
+          py::arg("x"), py::arg("out"), py::arg("elements"), py::arg("dtype"), py::arg("stream"))
+      .def(
           "all_reduce_add_rms_norm",
-          [](AllReduceWorkspace& w, Address x, Address residual, Address weight, Address normed,
-             Address new_residual, std::int64_t rows, std::int64_t hidden, float eps, int dtype, Address stream) {
+          [](AllReduceWorkspace& w, Address x, Address residual, Address weight, Address normed, Address new_residual,
+             std::int64_t rows, std::int64_t hidden, float eps, int dtype, Address stream) {
             fp::all_reduce_add_rms_norm(w, pointer(x), pointer(residual), pointer(weight), pointer(normed),
                                         pointer(new_residual), rows, hidden, eps, dtype, pointer(stream));
           },

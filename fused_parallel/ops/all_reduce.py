@@ -97,17 +97,45 @@ def _all_reduce_out(x: torch.Tensor, out: torch.Tensor, group_name: str) -> None
         out.copy_(whole)
 
 
+def _part_by_kernel(op: str, x: torch.Tensor, part: torch.Tensor, pg: dist.ProcessGroup) -> bool:
+    """Whether reduce_scatter or all_gather takes its kernel; `part`: what one rank contributes or gets."""
+    if pg.size() == 1:
+        return False
+    reason = why_not_fused(part, pg, SLOT_BYTES)
+    if reason is None and part.numel() * part.element_size() % 16:
+        reason = "its kernel takes parts of a multiple of 16 bytes"
+    return choose_fused(op, reason, on_gpu=x.is_cuda, untried=UNTRIED)
+
+
+def _launch_part(op: str, x: torch.Tensor, out: torch.Tensor, pg: dist.ProcessGroup) -> torch.Tensor:
+    workspace = workspace_of(pg)
+    workspace.check()
+    x = aligned(x)
+    getattr(workspace.native, op)(
+        x=x.data_ptr(),
+        out=out.data_ptr(),
+        elements=min(x.numel(), out.numel()),
+        dtype=_ext.DTYPE_CODES[x.dtype],
+        stream=torch.cuda.current_stream(x.device).cuda_stream,
+    )
+    return out
+
+
 def _reduce_scatter(x: torch.Tensor, group_name: str) -> torch.Tensor:
     pg = group_from_name(group_name)
     check_agreement("reduce_scatter", pg, x)
-    say_no_kernel("reduce_scatter", x, pg)
+    if pg.size() > 1:
+        out = x.new_empty((x.shape[0] // pg.size(), *x.shape[1:]))
+        if _part_by_kernel("reduce_scatter", x, out, pg):
+            return _launch_part("reduce_scatter", x, out, pg)
     return collectives.reduce_scatter(x, pg)
 
 
 def _all_gather(x: torch.Tensor, group_name: str) -> torch.Tensor:
     pg = group_from_name(group_name)
     check_agreement("all_gather", pg, x)
-    say_no_kernel("all_gather", x, pg)
+    if _part_by_kernel("all_gather", x, x, pg):
+        return _launch_part("all_gather", x, x.new_empty((x.shape[0] * pg.size(), *x.shape[1:])), pg)
     return collectives.all_gather(x, pg)
 
 

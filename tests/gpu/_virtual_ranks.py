@@ -62,6 +62,16 @@ class VirtualRanks:
             stream=self.streams[rank].cuda_stream,
         )
 
+    def launch_part(self, op: str, rank: int, x: torch.Tensor, out: torch.Tensor) -> None:
+        """`op`: "reduce_scatter" or "all_gather"."""
+        getattr(self.native[rank], op)(
+            x=x.data_ptr(),
+            out=out.data_ptr(),
+            elements=min(x.numel(), out.numel()),
+            dtype=_ext.DTYPE_CODES[x.dtype],
+            stream=self.streams[rank].cuda_stream,
+        )
+
     def all_reduce(self, xs: list[torch.Tensor], two_shot: bool = False, in_place: bool = False) -> list[torch.Tensor]:
         outs = xs if in_place else [torch.full_like(x, float("nan")) for x in xs]
         self.start()

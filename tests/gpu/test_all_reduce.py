@@ -90,6 +90,26 @@ def test_values_that_look_like_the_sentinel(ranks, dtype, two_shot):
     assert time.monotonic() - begin < 5
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_reduce_scatter_and_all_gather(ranks, dtype, seed):
+    """In turn with all-reduces, so that generations change hands between kinds of calls."""
+    for n in (8, 16, 1000, 4096, 100_000):
+        xs = random(ranks.world * n, dtype, ranks.world)
+        parts = [torch.full((n,), float("nan"), device="cuda", dtype=dtype) for _ in xs]
+        gathered = [torch.full_like(x, float("nan")) for x in xs]
+        ranks.start()
+        for rank in range(ranks.world):
+            ranks.launch_part("reduce_scatter", rank, xs[rank], parts[rank])
+            ranks.launch_part("all_gather", rank, parts[rank], gathered[rank])
+        ranks.finish()
+        summed = ranks.all_reduce(xs, two_shot=n % 16 == 0)
+        expected = in_rank_order(xs)
+        for rank in range(ranks.world):
+            assert torch.equal(parts[rank], expected[rank * n : (rank + 1) * n])
+            assert torch.equal(gathered[rank], expected) and torch.equal(summed[rank], expected)
+    ranks.check()
+
+
 NORM_SHAPES = [(1, 8192), (3, 2880), (16, 8192), (17, 8192), (70, 4096), (200, 8192), (5, 16384), (2, 64), (33, 512)]
 
 
@@ -225,5 +245,7 @@ def test_errors():
         ranks.launch(0, x[1:9], x[1:9], two_shot=False)
     with pytest.raises(RuntimeError, match=r"\[10, 100\] does not fit slots"):
         ranks.launch_norm(0, x.view(10, 100), x, x, x, x, EPS)
+    with pytest.raises(RuntimeError, match=r"all_gather: parts of 10 elements .* no multiple of 16 bytes"):
+        ranks.launch_part("all_gather", 0, x[:10], x)
     with pytest.raises(RuntimeError, match="AllReduceWorkspace: rank 2 of 2"):
         _ext.extension().AllReduceWorkspace(2, [1, 2], 1024, 1, 1, 1.0, 0, 1)

@@ -1,0 +1,133 @@
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <stdexcept>
+#include <type_traits>
+
+#include "all_reduce.h"
+#include "common/check.h"
+#include "common/device.h"
+#include "common/lamport.cuh"
+#include "common/launch.h"
+
+// The halves of a two-shot all-reduce: partials to their owners, who sum them; and every rank's part to all.
+
+namespace fp {
+namespace {
+
+constexpr int kThreads = 512;
+
+template <typename T>
+struct Params {
+  Lamport lamport;
+  const T* x;
+  T* out;
+  std::int64_t share;  // vectors of one rank's part
+};
+
+template <typename T, int kWorld>
+__global__ void __launch_bounds__(kThreads) reduce_scatter_push(const __grid_constant__ Params<T> p) {
+  dependency_wait();
+  const Lamport& l = p.lamport;
+  const int world = kWorld ? kWorld : l.world;
+  const std::int64_t threads = static_cast<std::int64_t>(gridDim.x) * blockDim.x;
+  const std::int64_t thread = static_cast<std::int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  const Call call = begin_call(l, blockIdx.x, gridDim.x, p.share * 16);
+  if (call.failed) return;
+  unsigned long long start = 0;
+  for (std::int64_t i = thread; i < p.share; i += threads) {
+#pragma unroll
+    for (int k = 1; k < world; ++k) {
+      int owner = l.rank + k;
+      owner = owner >= world ? owner - world : owner;
+      const Vec<T> value = without_sentinel(load_once_written(p.x + (owner * p.share + i) * Vec<T>::kSize));
+      store_relaxed_sys(l.slot(owner, call.epoch % 3, l.rank) + i, value.raw);
+    }
+  }
+  clear_previous(l, call, thread, threads);
+  for (std::int64_t i = thread; i < p.share; i += threads) {
+    const Vec<T> mine[1] = {without_sentinel(load_once_written(p.x + (l.rank * p.share + i) * Vec<T>::kSize))};
+    float sum[1][Vec<T>::kSize];
+    gather_and_sum<T, kWorld, 1>(l, call, start, i, threads, p.share, mine, sum);
+    store(p.out + i * Vec<T>::kSize, from_floats<T>(sum[0]));
+  }
+  dependency_trigger();
+}
+
+template <typename T, int kWorld>
+__global__ void __launch_bounds__(kThreads) all_gather_push(const __grid_constant__ Params<T> p) {
+  dependency_wait();
+  const Lamport& l = p.lamport;
+  const int world = kWorld ? kWorld : l.world;
+  const std::int64_t threads = static_cast<std::int64_t>(gridDim.x) * blockDim.x;
+  const std::int64_t thread = static_cast<std::int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  const Call call = begin_call(l, blockIdx.x, gridDim.x, p.share * 16);
+  if (call.failed) return;
+  unsigned long long start = 0;
+  for (std::int64_t i = thread; i < p.share; i += threads) {
+    // The own part, too, loses the sentinel: all ranks hold the same bits.
+    const Vec<T> value = without_sentinel(load_once_written(p.x + i * Vec<T>::kSize));
+    push<kWorld>(l, call.epoch % 3, i, value.raw);
+    store(p.out + (l.rank * p.share + i) * Vec<T>::kSize, value);
+  }
+  clear_previous(l, call, thread, threads);
+  for (std::int64_t i = thread; i < p.share; i += threads) {
+#pragma unroll
+    for (int k = 1; k < world; ++k) {
+      int source = l.rank + k;
+      source = source >= world ? source - world : source;
+      Vec<T> value;
+      poll(l, call, start, source, i, value.raw);
+      store(p.out + (source * p.share + i) * Vec<T>::kSize, value);
+    }
+  }
+  dependency_trigger();
+}
+
+template <typename Launch>
+void checked(AllReduceWorkspace& w, const char* name, const void* x, const void* out, std::int64_t elements, int dtype,
+             void* stream, Launch&& launch) {
+  if (elements == 0) return;
+  const DeviceGuard guard(w.device);
+  dispatch_dtype(static_cast<DType>(dtype), [&](auto* null) {
+    using T = std::remove_pointer_t<decltype(null)>;
+    const std::int64_t bytes = elements * static_cast<std::int64_t>(sizeof(T));
+    if (elements < 0 || bytes % 16 != 0 || bytes > w.slot_bytes || !is_vec_aligned(x) || !is_vec_aligned(out)) {
+      throw std::runtime_error(std::string(name) + ": parts of " + std::to_string(elements) +
+                               " elements do not fit slots of " + std::to_string(w.slot_bytes) +
+                               " bytes, are no multiple of 16 bytes, or a tensor is not aligned to 16 bytes");
+    }
+    w.order(stream);
+    const std::int64_t share = bytes / 16;
+    const int threads = static_cast<int>(std::min<std::int64_t>(kThreads, (share + 31) / 32 * 32));
+    const int ctas = static_cast<int>(std::min<std::int64_t>((share + threads - 1) / threads, w.max_ctas));
+    launch(null, share, ctas, threads);
+  });
+}
+
+}  // namespace
+
+void reduce_scatter(AllReduceWorkspace& w, const void* x, void* out, std::int64_t elements, int dtype, void* stream) {
+  checked(w, "reduce_scatter", x, out, elements, dtype, stream,
+          [&](auto* null, std::int64_t share, int ctas, int threads) {
+            using T = std::remove_pointer_t<decltype(null)>;
+            const Params<T> p = {lamport_of(w, kReduceScatter), static_cast<const T*>(x), static_cast<T*>(out), share};
+            dispatch_world(w.world, [&](auto world) {
+              launch_dependent(reduce_scatter_push<T, decltype(world)::value>, p, ctas, threads, 1, w.hopper,
+                               static_cast<cudaStream_t>(stream));
+            });
+          });
+}
+
+void all_gather(AllReduceWorkspace& w, const void* x, void* out, std::int64_t elements, int dtype, void* stream) {
+  checked(w, "all_gather", x, out, elements, dtype, stream, [&](auto* null, std::int64_t share, int ctas, int threads) {
+    using T = std::remove_pointer_t<decltype(null)>;
+    const Params<T> p = {lamport_of(w, kAllGather), static_cast<const T*>(x), static_cast<T*>(out), share};
+    dispatch_world(w.world, [&](auto world) {
+      launch_dependent(all_gather_push<T, decltype(world)::value>, p, ctas, threads, 1, w.hopper,
+                       static_cast<cudaStream_t>(stream));
+    });
+  });
+}
+
+}  // namespace fp
