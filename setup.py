@@ -58,12 +58,14 @@ class CMakeBuild(build_ext):
             "pybind11_DIR": pybind11.get_cmake_dir(),
             "FP_NO_CUDA": "ON" if os.environ.get("FP_NO_CUDA", "0") not in ("", "0") else "OFF",
         }
-        if os.environ.get("FP_CUDA_ARCHITECTURES"):
-            options["FP_CUDA_ARCHITECTURES"] = os.environ["FP_CUDA_ARCHITECTURES"]
         configure = [find_tool("cmake"), "-S", str(ROOT), "-B", str(build)]
         if find_tool("ninja"):
             options["CMAKE_MAKE_PROGRAM"] = find_tool("ninja")
             configure += ["-G", "Ninja"]
+        if os.environ.get("FP_CUDA_ARCHITECTURES"):
+            options["FP_CUDA_ARCHITECTURES"] = os.environ["FP_CUDA_ARCHITECTURES"]
+        else:
+            configure.append("-UFP_CUDA_ARCHITECTURES")  # not those of the last build
         configure += [f"-D{name}={value}" for name, value in options.items()]
         if subprocess.run(configure).returncode:
             # A build directory of another place or generator is refused: begin anew.
