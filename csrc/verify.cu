@@ -1,9 +1,6 @@
-#include "verify.h"
-
 #include <cuda_runtime.h>
 
 #include <algorithm>
-#include <cstdlib>
 #include <limits>
 #include <string>
 #include <type_traits>
@@ -12,13 +9,14 @@
 #include "common/device.h"
 #include "common/launch.h"
 #include "common/signal.cuh"
+#include "verify.h"
 #include "verify_draw.cuh"
 #include "verify_statistics.cuh"
 
 // Passes over a request's rows, each a kernel: statistics of all rows; for block verification of a draft with logits,
 // sums over rows 1 and up; the draw from one row. Every later kernel starts while the one before ends, and waits for it
-// before it reads what that wrote. Large batches are worked off in two parts, so that the draw of the first, which
-// computes, runs beside the statistics of the second, which wait for memory.
+// before it reads what that wrote. (The draw of half a batch in one launch with the statistics of the other half was
+// slower by half: the draw's registers leave too few warps to wait for memory.)
 
 namespace fp {
 namespace {
@@ -28,13 +26,13 @@ using namespace verify_detail;
 constexpr int kDrawsPerMultiprocessor = 3;  // CTAs that fit, by their registers
 
 template <typename TT, typename TD>
-__global__ void __launch_bounds__(kThreads, sizeof(TT) == 4 ? 4 : 5) statistics_kernel(const Params p) {
+__global__ void __launch_bounds__(kStatisticsThreads, 7) statistics_kernel(const Params p) {
   dependency_trigger();
   statistics_cta<TT, TD>(p, blockIdx.x);
 }
 
 template <typename TT, typename TD>
-__global__ void __launch_bounds__(kThreads, 2) beyond_kernel(const Params p) {
+__global__ void __launch_bounds__(kThreads, 3) beyond_kernel(const Params p) {
   __shared__ Decision decision;
   dependency_trigger();
   beyond_cta<TT, TD>(p, blockIdx.x, decision);
@@ -44,29 +42,8 @@ template <typename TT, typename TD>
 __global__ void __launch_bounds__(kThreads, kDrawsPerMultiprocessor) draw_kernel(const Params p) {
   __shared__ Decision decision;
   dependency_trigger();
-  dependency_wait();
   draw_cta<TT, TD>(p, blockIdx.x, decision);
 }
-
-// CTAs of both kinds, mixed evenly: the draw of requests whose statistics the launch before made.
-template <typename TT, typename TD>
-__global__ void __launch_bounds__(kThreads, kDrawsPerMultiprocessor) statistics_and_draw_kernel(const Params p) {
-  __shared__ Decision decision;
-  dependency_trigger();
-  dependency_wait();
-  const std::uint64_t draws = static_cast<std::uint64_t>(p.draw_requests) * p.splits;
-  const std::uint64_t cta = blockIdx.x;
-  const int before = static_cast<int>(cta * draws / gridDim.x);
-  if (before != static_cast<int>((cta + 1) * draws / gridDim.x)) {
-    draw_cta<TT, TD>(p, before, decision);
-  } else {
-    statistics_cta<TT, TD>(p, static_cast<int>(cta) - before);
-  }
-}
-
-// EXPERIMENT, removed after the first run.
-int first_part_from() { const char* v = std::getenv("FP_X_FROM"); return v ? std::atoi(v) : 16; }
-int first_part_percent() { const char* v = std::getenv("FP_X_PERCENT"); return v ? std::atoi(v) : 70; }
 
 int ceil_div(int a, int b) {
   return (a + b - 1) / b;
@@ -98,7 +75,7 @@ bool rows_aligned(const void* data, std::int64_t batch_stride, std::int64_t row_
 template <typename TT, typename TD>
 void run(const VerifyArguments& a, int device, cudaStream_t stream) {
   const DeviceGuard guard(device);
-  const bool with_draft = a.draft != nullptr && a.k > 0;
+  const bool with_draft = a.draft != nullptr && a.k > 0 && a.method != static_cast<int>(VerifyMethod::kGreedy);
   Params p = {};
   static_cast<VerifyArguments&>(p) = a;
   if (!with_draft) p.draft = nullptr;
@@ -120,8 +97,8 @@ void run(const VerifyArguments& a, int device, cudaStream_t stream) {
   p.tiles_per_split = ceil_div(tiles, std::min(tiles, wanted));
   p.splits = ceil_div(tiles, p.tiles_per_split);
 
-  const std::int64_t per_request =
-      static_cast<std::int64_t>(a.k + 1) * p.target_chunks + static_cast<std::int64_t>(a.k) * p.draft_chunks;
+  const std::int64_t per_request = static_cast<std::int64_t>(a.k + 1) * ceil_div(p.target_chunks, kStatisticsWarps) +
+                                   static_cast<std::int64_t>(a.k) * ceil_div(p.draft_chunks, kStatisticsWarps);
   if ((per_request + p.splits) * a.batch > std::numeric_limits<int>::max()) {
     throw std::runtime_error("verify: batch " + std::to_string(a.batch) + " is too large for one launch");
   }
@@ -129,25 +106,14 @@ void run(const VerifyArguments& a, int device, cudaStream_t stream) {
   FP_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
   const bool hopper = major >= 9;
   const bool beyond = with_draft && a.k > 1 && a.method == static_cast<int>(VerifyMethod::kBlock);
-  const int first = beyond || a.batch < first_part_from() ? a.batch : (a.batch * first_part_percent() + 99) / 100;
 
   // The first launch waits for all that came before, so that no scratch memory is used by two calls at once.
-  p.statistics_requests = first;
-  launch_dependent(statistics_kernel<TT, TD>, p, static_cast<int>(first * per_request), kThreads, 1, false, stream);
+  const int ctas = static_cast<int>(a.batch * per_request);
+  launch_dependent(statistics_kernel<TT, TD>, p, ctas, kStatisticsThreads, 1, false, stream);
   if (beyond) {
-    const int ctas = a.batch * (a.k - 1) * p.beyond_chunks;
-    launch_dependent(beyond_kernel<TT, TD>, p, ctas, kThreads, 1, hopper, stream);
+    launch_dependent(beyond_kernel<TT, TD>, p, a.batch * (a.k - 1) * p.beyond_chunks, kThreads, 1, hopper, stream);
   }
-  p.draw_requests = first;
-  if (first < a.batch) {
-    p.first_statistics = first;
-    p.statistics_requests = a.batch - first;
-    const std::int64_t ctas = static_cast<std::int64_t>(first) * p.splits + p.statistics_requests * per_request;
-    launch_dependent(statistics_and_draw_kernel<TT, TD>, p, static_cast<int>(ctas), kThreads, 1, hopper, stream);
-    p.first_draw = first;
-    p.draw_requests = a.batch - first;
-  }
-  launch_dependent(draw_kernel<TT, TD>, p, p.draw_requests * p.splits, kThreads, 1, hopper, stream);
+  launch_dependent(draw_kernel<TT, TD>, p, a.batch * p.splits, kThreads, 1, hopper, stream);
 }
 
 }  // namespace
@@ -171,8 +137,8 @@ void verify(const VerifyArguments& a, int device, void* stream) {
     } else if (a.draft_dtype == static_cast<int>(DType::kFloat32)) {
       run<T, float>(a, device, static_cast<cudaStream_t>(stream));
     } else {
-      throw std::runtime_error("verify: draft of dtype code " + std::to_string(a.draft_dtype) +
-                               " beside a target of " + std::to_string(a.target_dtype));
+      throw std::runtime_error("verify: draft of dtype code " + std::to_string(a.draft_dtype) + " beside a target of " +
+                               std::to_string(a.target_dtype));
     }
   });
 }

@@ -22,17 +22,19 @@ constexpr int kWarps = kThreads / 32;
 constexpr unsigned kAllLanes = 0xffffffffu;
 constexpr double kLog2E = 1.4426950408889634;
 
-constexpr int kVecs = 4;  // of 16 bytes a thread in a chunk of the statistics
+constexpr int kStatisticsThreads = 128;
+constexpr int kStatisticsWarps = kStatisticsThreads / 32;
+constexpr int kVecs = 8;  // of 16 bytes a thread in a chunk of the statistics, all in flight at once
 template <typename T>
-constexpr int kChunk = kThreads * kVecs * Vec<T>::kSize;
+constexpr int kChunk = 32 * kVecs * Vec<T>::kSize;  // of one warp
 
-constexpr int kRun = 8;                   // tokens a thread takes at once where it draws
-constexpr int kTile = kThreads * kRun;    // tokens a CTA takes at once there
-constexpr int kBeyondTiles = 3;           // tiles a CTA sums for block verification: fixed, so that sums do not
-                                          // depend on the batch
+constexpr int kRun = 8;                 // tokens a thread takes at once where it draws
+constexpr int kTile = kThreads * kRun;  // tokens a CTA takes at once there
+constexpr int kBeyondTiles = 6;         // tiles a CTA sums for block verification: fixed, so that sums do not depend
+                                        // on the batch
 
 struct Statistic {  // of one chunk of one row
-  double sum;       // of 2^weight, weights relative to `maximum`
+  double sum;       // of 2^weight, weights relative to `maximum`: fp32 would need more care where chunks are added
   float maximum;    // raw logit, cleaned; -inf if none is finite
   int argmax;       // lowest id, of greedy requests only
 };
@@ -51,14 +53,13 @@ struct Params : VerifyArguments {
   int target_chunks, draft_chunks, beyond_chunks;
   int splits, tiles_per_split;
   int target_aligned, draft_aligned;
-  int first_statistics, statistics_requests, first_draw, draw_requests;  // of one launch
 };
 
 // What one pass of a warp over the lanes' drafts settles without looking at logits.
 struct Request {
   bool greedy;
-  int limit;      // drafts in the vocabulary before the first that is not: rows 0 .. limit of the target matter
-  double scale;   // log2(e) / temperature
+  int limit;     // drafts in the vocabulary before the first that is not: rows 0 .. limit of the target matter
+  double scale;  // log2(e) / temperature
   float scale_f;
 };
 
@@ -111,6 +112,12 @@ struct Row {
     for (int e = 0; e < kSize; ++e) x[e] = index + e < width ? to_float(data[index + e]) : -INFINITY;
     return from_floats<T>(x);
   }
+  // For threads at kRun elements from each other: one of those that share a line of 128 bytes fetches it.
+  __device__ __forceinline__ void prefetch(int index) const {
+    if (threadIdx.x % (128 / sizeof(T) / kRun) == 0 && index < width) {
+      asm volatile("prefetch.global.L2 [%0];" ::"l"(data + index));
+    }
+  }
   __device__ __forceinline__ float at(int index) const { return clean(to_float(data[index])); }
 };
 
@@ -145,6 +152,11 @@ template <typename T>
 __device__ __forceinline__ Row<T> draft_row(const Params& p, int b, int row) {
   return {static_cast<const T*>(p.draft) + b * p.draft_batch_stride + row * p.draft_row_stride, p.width,
           p.draft_aligned != 0};
+}
+
+__device__ __forceinline__ Statistic* request_statistics(const Params& p, int b) {
+  return p.statistics +
+         b * (static_cast<std::int64_t>(p.k + 1) * p.target_chunks + static_cast<std::int64_t>(p.k) * p.draft_chunks);
 }
 
 // The normaliser of one row: log2 of a token's probability is (x - maximum) * scale - log2_sum.

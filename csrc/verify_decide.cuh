@@ -1,5 +1,6 @@
 // Between the passes: normalisers of a request's rows from their chunks, and how many drafts are accepted. Every CTA
-// that needs a request's decision computes it again, in the same order and so with the same bits: cheaper than a launch.
+// that needs a request's decision computes it again, in the same order and so with the same bits: cheaper than a
+// launch.
 #pragma once
 
 #include "common/signal.cuh"
@@ -42,17 +43,39 @@ __device__ __forceinline__ Normaliser combine(const Statistic* chunks, int count
   return {log2(warp_sum(sum)), best, argmax, false};
 }
 
+// What a lane of warp 0 knows of its draft before the statistics are there, so that it is loaded while they are made.
+struct Draft {
+  int token;
+  float target_logit, draft_logit;
+  double uniform;
+};
+
+template <typename TT, typename TD>
+__device__ __forceinline__ Draft read_draft(const Params& p, int b, const Request& request) {
+  const int lane = threadIdx.x;
+  Draft d = {-1, -INFINITY, -INFINITY, 0.5};
+  if (lane < request.limit) {
+    d.token = static_cast<int>(p.draft_tokens[static_cast<std::int64_t>(b) * p.k + lane]);
+    d.target_logit = target_row<TT>(p, b, lane).at(d.token);
+    if (!request.greedy) {
+      if (p.draft != nullptr) d.draft_logit = draft_row<TD>(p, b, lane).at(d.token);
+      const std::int64_t base = p.position == nullptr ? 0 : p.position[b];
+      const uint4 w = noise_words(noise_key(p.seed[b], p.step[b], base + lane, kAcceptStream), 0);
+      d.uniform = noise_uniform(w.x, w.y);
+    }
+  }
+  return d;
+}
+
 // Fills what block verification needs before its second pass: normalisers, the drafts' ratios and scales. Called by
 // the whole CTA; ends with a barrier. Lane i of warp 0 keeps draft i's ratio (log2 p / q) in the return value.
-template <typename TT, typename TD>
-__device__ double weigh_drafts(const Params& p, int b, const Request& request, Decision& d) {
+__device__ __forceinline__ double weigh_drafts(const Params& p, int b, const Request& request, const Draft& draft,
+                                               Decision& d) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const bool with_draft = p.draft != nullptr && !request.greedy;
   const int target_rows = request.limit + 1, rows = target_rows + (with_draft ? request.limit : 0);
   const int of_target = (p.k + 1) * p.target_chunks;
-  const Statistic* mine =
-      p.statistics +
-      static_cast<std::int64_t>(b) * (of_target + (p.draft != nullptr ? p.k * p.draft_chunks : 0));
+  const Statistic* mine = request_statistics(p, b);
   for (int r = warp; r < rows; r += kWarps) {
     const bool is_target = r < target_rows;
     const int row = is_target ? r : r - target_rows;
@@ -66,17 +89,14 @@ __device__ double weigh_drafts(const Params& p, int b, const Request& request, D
   if (warp == 0) {
     bool valid = lane < request.limit;
     if (valid) {
-      const int token = static_cast<int>(p.draft_tokens[static_cast<std::int64_t>(b) * p.k + lane]);
-      const double logp =
-          log2_probability(d.target[lane], request.scale, target_row<TT>(p, b, lane).at(token));
+      const double logp = log2_probability(d.target[lane], request.scale, draft.target_logit);
       d.log2_tokens[lane] = logp;
       ratio = logp;
       if (request.greedy) {
-        ratio = token == d.target[lane].argmax ? 0.0 : -INFINITY;
+        ratio = draft.token == d.target[lane].argmax ? 0.0 : -INFINITY;
       } else if (with_draft) {
-        const float x = draft_row<TD>(p, b, lane).at(token);
-        valid = x > -INFINITY;
-        ratio = logp - log2_probability(d.draft[lane], kLog2E, x);
+        valid = draft.draft_logit > -INFINITY;
+        ratio = logp - log2_probability(d.draft[lane], kLog2E, draft.draft_logit);
       }
     }
     const unsigned drawn = __ballot_sync(kAllLanes, valid);
@@ -97,10 +117,10 @@ __device__ double weigh_drafts(const Params& p, int b, const Request& request, D
 }
 
 // Fills `d` altogether. Called by the whole CTA; ends with a barrier.
-template <typename TT, typename TD>
-__device__ void decide(const Params& p, int b, const Request& request, Decision& d) {
+__device__ __forceinline__ void decide(const Params& p, int b, const Request& request, const Draft& draft,
+                                       Decision& d) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const double ratio = weigh_drafts<TT, TD>(p, b, request, d);
+  const double ratio = weigh_drafts(p, b, request, draft, d);
   const bool block = p.method == static_cast<int>(VerifyMethod::kBlock) && !request.greedy;
   if (block) {
     for (int row = 1 + warp; row < d.drafts; row += kWarps) {
@@ -117,12 +137,7 @@ __device__ void decide(const Params& p, int b, const Request& request, Decision&
     __syncthreads();
   }
   if (warp == 0) {
-    double u = 0.5;
-    if (lane < d.drafts && !request.greedy) {
-      const std::int64_t base = p.position == nullptr ? 0 : p.position[b];
-      const uint4 w = noise_words(noise_key(p.seed[b], p.step[b], base + lane, kAcceptStream), 0);
-      u = noise_uniform(w.x, w.y);
-    }
+    const double u = draft.uniform;
     int accepted;
     if (block) {
       bool kept = false;
@@ -148,37 +163,47 @@ template <typename TT, typename TD>
 __device__ void beyond_cta(const Params& p, int cta, Decision& d) {
   __shared__ float warp_value[kWarps];
   const int per_request = (p.k - 1) * p.beyond_chunks;  // row 0 has no use for it
-  const int b = p.batch - 1 - cta / per_request;        // what was read last is still in the L2
-  const int row = 1 + cta % per_request / p.beyond_chunks, chunk = cta % p.beyond_chunks;
+  int b = p.batch - 1 - cta / per_request;              // what was read last is still in the L2
+  int row = 1 + cta % per_request / p.beyond_chunks;
+  const int chunk = cta % p.beyond_chunks;
   const Request request = read_request(p, b);
   if (request.greedy || row >= request.limit) {
     dependency_wait();  // every CTA must, or the draw could overtake the statistics
     return;
   }
+  // Into the L2 while the statistics end and are combined: it takes no registers.
   const int first = chunk * kBeyondTiles * kTile + static_cast<int>(threadIdx.x) * kRun;
-  Run<TT> target[kBeyondTiles];
-  Run<TD> draft[kBeyondTiles];
 #pragma unroll
   for (int t = 0; t < kBeyondTiles; ++t) {
-    target[t].load(target_row<TT>(p, b, row), first + t * kTile);
-    draft[t].load(draft_row<TD>(p, b, row), first + t * kTile);
+    target_row<TT>(p, b, row).prefetch(first + t * kTile);
+    draft_row<TD>(p, b, row).prefetch(first + t * kTile);
   }
-  dependency_wait();  // the logits above are older than the statistics
-  weigh_drafts<TT, TD>(p, b, request, d);
+  Draft drafted = {};
+  if (threadIdx.x < 32) drafted = read_draft<TT, TD>(p, b, request);
+  dependency_wait();  // only now: what came before are the caller's inputs
+  weigh_drafts(p, b, request, drafted, d);
+  asm volatile("" : "+r"(b), "+r"(row));  // else the rows' addresses stay in registers from above, which spill
+  const Row<TT> p_row = target_row<TT>(p, b, row);
+  const Row<TD> q_row = draft_row<TD>(p, b, row);
   const Normaliser &np = d.target[row], &nq = d.draft[row];
+  const float maximum_p = np.maximum, maximum_q = nq.maximum, scale_f = request.scale_f;
   // Products of exponentials and not exponentials of sums: the sums' rounding would count in p - q.
   const float p_scale = np.empty ? 0.0f : static_cast<float>(exp2(d.log2_scales[row] - np.log2_sum));
   const float q_scale = nq.empty ? 0.0f : static_cast<float>(exp2(-nq.log2_sum));
   float sum = 0.0f;
-#pragma unroll
+#pragma unroll 1
   for (int t = 0; t < kBeyondTiles; ++t) {
+    Run<TT> target;
+    Run<TD> draft;
+    target.load(p_row, first + t * kTile);
+    draft.load(q_row, first + t * kTile);
     float x[kRun], y[kRun];
-    target[t].floats(x);
-    draft[t].floats(y);
+    target.floats(x);
+    draft.floats(y);
 #pragma unroll
     for (int e = 0; e < kRun; ++e) {
-      const float pe = exp2_fast((clean(x[e]) - np.maximum) * request.scale_f);
-      const float qe = exp2_fast((clean(y[e]) - nq.maximum) * static_cast<float>(kLog2E));
+      const float pe = exp2_fast((clean(x[e]) - maximum_p) * scale_f);
+      const float qe = exp2_fast((clean(y[e]) - maximum_q) * static_cast<float>(kLog2E));
       sum += fmaxf(fmaf(-qe, q_scale, pe * p_scale), 0.0f);
     }
   }

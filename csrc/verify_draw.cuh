@@ -15,7 +15,7 @@ namespace verify_detail {
 // hardware's exponential, and to spare. Of the fp32 exponential noise: its logarithm's 2^-22 over the least v there.
 constexpr float kMargin = 3e-5f;
 constexpr float kNoiseMargin = 2e-5f;
-constexpr float kSeries = 0x1p-5f;      // v below it: -log(1 - v) by its series
+constexpr float kSeries = 0x1p-5f;       // v below it: -log(1 - v) by its series
 constexpr unsigned kFewBits = 1u << 17;  // high words below it tell too little of v without the low word
 
 template <typename TT, typename TD>
@@ -84,8 +84,7 @@ __device__ void scan(const Source<TT, TD>& s, int tile, const int end, Best& bes
   NoiseKey noise = s.noise;
   const float scale_f = rounded_scale(s.scale), maximum_p = s.np.maximum, maximum_q = kRest ? s.nq.maximum : 0.0f;
   // Upper bounds of p, lower bounds of q.
-  const float upper_p =
-      static_cast<float>(exp2((kRest ? s.log2_scale : 0.0) - s.np.log2_sum)) * (1.0f + kMargin);
+  const float upper_p = static_cast<float>(exp2((kRest ? s.log2_scale : 0.0) - s.np.log2_sum)) * (1.0f + kMargin);
   const float lower_q = kRest ? static_cast<float>(exp2(-s.nq.log2_sum)) * (1.0f - kMargin) : 0.0f;
   const bool infinities = maximum_p == FLT_MAX || maximum_q == FLT_MAX;
 
@@ -229,11 +228,14 @@ __device__ void draw_cta(const Params& p, int cta, Decision& d) {
   __shared__ Source<TT, TD> source;
   __shared__ Best best;
   __shared__ bool is_last;
-  const int b = p.first_draw + p.draw_requests - 1 - cta / p.splits;  // what was read last is still in the L2
+  const int b = p.batch - 1 - cta / p.splits;  // what was read last is still in the L2
   const int split = cta % p.splits;
   const Request request = read_request(p, b);
+  Draft draft = {};
+  if (threadIdx.x < 32) draft = read_draft<TT, TD>(p, b, request);
+  dependency_wait();
   if (request.greedy && split != 0) return;
-  decide<TT, TD>(p, b, request, d);
+  decide(p, b, request, draft, d);
   if (request.greedy) {
     write_results<TT>(p, b, request, d, d.target[d.accepted].argmax);
     return;
@@ -267,15 +269,31 @@ __device__ void draw_cta(const Params& p, int cta, Decision& d) {
   }
   __syncthreads();
   if (!is_last) return;
-  if (threadIdx.x == 0) {
+  if (threadIdx.x < 32) {
     __threadfence();  // the count before the others' results
-    Drawn winner = {0, INT_MAX, 0};
-    for (int i = 0; i < p.splits; ++i) {  // in the order of ids
-      const unsigned long long key = __ldcg(&drawn[i].key);
-      if (key > winner.key) winner = {key, __ldcg(&drawn[i].token), 0};
+    unsigned long long key = 0;
+    int token = INT_MAX;
+    for (int i = threadIdx.x; i < p.splits; i += 32) {
+      const unsigned long long other = __ldcg(&drawn[i].key);
+      const int of_other = __ldcg(&drawn[i].token);
+      if (other > key) {  // splits are in the order of ids
+        key = other;
+        token = of_other;
+      }
     }
-    best.key = winner.key;
-    best.token = winner.token;
+#pragma unroll
+    for (int offset = 16; offset > 0; offset /= 2) {
+      const unsigned long long other = __shfl_xor_sync(kAllLanes, key, offset);
+      const int of_other = __shfl_xor_sync(kAllLanes, token, offset);
+      if (other > key || (other == key && of_other < token)) {
+        key = other;
+        token = of_other;
+      }
+    }
+    if (threadIdx.x == 0) {
+      best.key = key;
+      best.token = token;
+    }
   }
   __syncthreads();
   if (best.key == 0 && (source.rest || source.excluded >= 0)) {

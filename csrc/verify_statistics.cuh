@@ -21,108 +21,127 @@ __device__ __forceinline__ float vec_max(const Vec<T>& v) {
   }
 }
 
-// One CTA, one chunk: maximum first, from registers, then the sum against it.
+// One warp, one chunk: maximum first, from registers, then the sum against it. No barriers: warps run independently.
 template <typename T>
-__device__ void chunk_statistics(const Row<T>& row, int chunk, const Request& request, double scale, Statistic* out) {
-  constexpr int kSize = Vec<T>::kSize;
-  __shared__ float warp_value[kWarps];
-  __shared__ int lowest;
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int first = chunk * kChunk<T> + static_cast<int>(threadIdx.x) * kSize;
-
+struct Chunk {
+  static constexpr int kSize = Vec<T>::kSize;
+  static constexpr int kStride = 32 * kSize;
   Vec<T> v[kVecs];
-#pragma unroll
-  for (int i = 0; i < kVecs; ++i) v[i] = row.load(first + i * kThreads * kSize);
+  int first;
 
-  float maximum = -INFINITY;
+  __device__ __forceinline__ void load(const Row<T>& row, int chunk) {
+    first = chunk * kChunk<T> + static_cast<int>(threadIdx.x % 32) * kSize;
 #pragma unroll
-  for (int i = 0; i < kVecs; ++i) maximum = fmaxf(maximum, vec_max(v[i]));
-  maximum = warp_max(maximum);
-  if (lane == 0) warp_value[warp] = maximum;
-  if (threadIdx.x == 0) lowest = INT_MAX;
-  __syncthreads();
-  maximum = warp_value[0];
-#pragma unroll
-  for (int w = 1; w < kWarps; ++w) maximum = fmaxf(maximum, warp_value[w]);
-  maximum = fminf(maximum, FLT_MAX);
+    for (int i = 0; i < kVecs; ++i) v[i] = row.load(first + i * kStride);
+  }
 
-  const float scale_f = rounded_scale(scale);
-  const float reference = maximum * scale_f;
-  // Else the products below would overflow: temperatures and logits near the ends of fp32.
-  const bool regular = scale < 1e30 && fabsf(reference) < 1e30f;
-  float sum = 0.0f;
-  if (maximum > -INFINITY) {  // the same in all threads
-    if (regular) {
+  __device__ __forceinline__ void reduce(const Row<T>& row, bool greedy, double scale, Statistic* out) const {
+    float maximum = -INFINITY;
+    int vec = 0;
 #pragma unroll
-      for (int i = 0; i < kVecs; ++i) {
-        float x[kSize];
-        to_floats(v[i], x);
-#pragma unroll
-        for (int e = 0; e < kSize; ++e) sum += exp2_fast(fmaf(x[e], scale_f, -reference));
+    for (int i = 0; i < kVecs; ++i) {
+      const float m = fminf(vec_max(v[i]), FLT_MAX);
+      if (m > maximum) {
+        maximum = m;
+        vec = i;
       }
     }
-    if (!regular || !(sum < INFINITY)) {  // also where a NaN or +inf went into the sum
-      sum = 0.0f;
+    const float own_maximum = maximum;
+    maximum = warp_max(maximum);
+
+    const float scale_f = rounded_scale(scale);
+    const float reference = maximum * scale_f;
+    // Else the products below would overflow: temperatures and logits near the ends of fp32.
+    const bool regular = scale < 1e30 && fabsf(reference) < 1e30f;
+    float sum = 0.0f;
+    if (maximum > -INFINITY) {  // the same in all lanes
+      if (regular) {
 #pragma unroll
-      for (int i = 0; i < kVecs; ++i) {
-        float x[kSize];
-        to_floats(v[i], x);
+        for (int i = 0; i < kVecs; ++i) {
+          float x[kSize];
+          to_floats(v[i], x);
 #pragma unroll
-        for (int e = 0; e < kSize; ++e) {
-          const float c = clean(x[e]);
-          sum += exp2_fast(regular ? fmaf(c, scale_f, -reference)
-                                   : static_cast<float>((static_cast<double>(c) - maximum) * scale));
+          for (int e = 0; e < kSize; ++e) sum += exp2_fast(fmaf(x[e], scale_f, -reference));
+        }
+      }
+      if (!regular || !(sum < INFINITY)) {  // also where a NaN or +inf went into the sum: once more, from memory
+        sum = 0.0f;
+#pragma unroll 1
+        for (int i = 0; i < kVecs; ++i) {
+          float x[kSize];
+          to_floats(row.load(first + i * kStride), x);
+#pragma unroll
+          for (int e = 0; e < kSize; ++e) {
+            const float c = clean(x[e]);
+            sum += exp2_fast(regular ? fmaf(c, scale_f, -reference)
+                                     : static_cast<float>((static_cast<double>(c) - maximum) * scale));
+          }
         }
       }
     }
-  }
-  if (request.greedy) {
-    int mine = INT_MAX;
 #pragma unroll
-    for (int i = kVecs - 1; i >= 0; --i) {
-      float x[kSize];
-      to_floats(v[i], x);
+    for (int offset = 16; offset > 0; offset /= 2) sum += __shfl_xor_sync(kAllLanes, sum, offset);
+    int argmax = INT_MAX;
+    if (greedy) {
+      if (own_maximum == maximum) {
+        const int at = first + vec * kStride;
+        float x[kSize];
+        to_floats(row.load(at), x);
 #pragma unroll
-      for (int e = kSize - 1; e >= 0; --e) {
-        if (clean(x[e]) == maximum) mine = first + i * kThreads * kSize + e;
+        for (int e = kSize - 1; e >= 0; --e) {
+          if (clean(x[e]) == maximum) argmax = at + e;
+        }
       }
+      argmax = __reduce_min_sync(kAllLanes, argmax);
     }
-    mine = __reduce_min_sync(kAllLanes, mine);
-    if (lane == 0 && mine != INT_MAX) atomicMin(&lowest, mine);
+    if (threadIdx.x % 32 == 0) {
+      // From the rounded product back to the maximum itself; the difference is exact.
+      if (regular && maximum > -INFINITY) sum *= exp2f(-fmaf(maximum, scale_f, -reference));
+      *out = {sum, maximum, argmax};
+    }
   }
-#pragma unroll
-  for (int offset = 16; offset > 0; offset /= 2) sum += __shfl_xor_sync(kAllLanes, sum, offset);
-  __syncthreads();  // all have read the maxima
-  if (lane == 0) warp_value[warp] = sum;
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    double total = 0.0;
-    for (int w = 0; w < kWarps; ++w) total += warp_value[w];
-    // From the rounded product back to the maximum itself.
-    if (regular && maximum > -INFINITY) total *= exp2(reference - static_cast<double>(maximum) * scale_f);
-    *out = {total, maximum, lowest};
+};
+
+// One warp of the pass: its chunk of its row, if that row matters.
+template <typename T>
+__device__ __forceinline__ void statistics_warp(const Params& p, int b, const Row<T>& row, int index, bool is_draft,
+                                                int chunk, Statistic* out) {
+  Chunk<T> c;
+  // All rows matter to most calls: then the logits come before what the request says. Ragged ones ask first.
+  const bool ask_first = p.num_draft_tokens != nullptr;
+  Request request;
+  if (ask_first) {
+    request = read_request(p, b);
+    if (index >= request.limit + (is_draft ? 0 : 1) || (is_draft && request.greedy)) return;
   }
+  c.load(row, chunk);
+  if (!ask_first) {
+    request = read_request(p, b);
+    if (index >= request.limit + (is_draft ? 0 : 1) || (is_draft && request.greedy)) return;
+  }
+  c.reduce(row, request.greedy, is_draft ? kLog2E : request.scale, out);
 }
 
-// The `cta`-th CTA of the pass over the requests from p.first_statistics on.
 template <typename TT, typename TD>
 __device__ void statistics_cta(const Params& p, int cta) {
-  const int of_target = (p.k + 1) * p.target_chunks;
-  const int per_request = of_target + (p.draft != nullptr ? p.k * p.draft_chunks : 0);
-  const int b = p.first_statistics + cta / per_request;
+  // CTAs of a request: of each target row, of each draft row; a warp a chunk.
+  const int of_target = (p.target_chunks + kStatisticsWarps - 1) / kStatisticsWarps;
+  const int of_draft = (p.draft_chunks + kStatisticsWarps - 1) / kStatisticsWarps;
+  const int target_ctas = (p.k + 1) * of_target, per_request = target_ctas + p.k * of_draft;
+  const int b = cta / per_request, warp = threadIdx.x / 32;
   int rest = cta % per_request;
-  Statistic* out = p.statistics + static_cast<std::int64_t>(b) * per_request + rest;
-  const Request request = read_request(p, b);
+  Statistic* mine = request_statistics(p, b);
   if (rest == 0 && threadIdx.x == 0) p.arrived[b] = 0;
-  if (rest < of_target) {
-    const int row = rest / p.target_chunks;
-    if (row > request.limit) return;
-    chunk_statistics(target_row<TT>(p, b, row), rest % p.target_chunks, request, request.scale, out);
+  if (rest < target_ctas) {
+    const int row = rest / of_target, chunk = rest % of_target * kStatisticsWarps + warp;
+    if (chunk >= p.target_chunks) return;
+    statistics_warp(p, b, target_row<TT>(p, b, row), row, false, chunk, mine + row * p.target_chunks + chunk);
   } else {
-    rest -= of_target;
-    const int row = rest / p.draft_chunks;
-    if (row >= request.limit || request.greedy) return;
-    chunk_statistics(draft_row<TD>(p, b, row), rest % p.draft_chunks, request, kLog2E, out);
+    rest -= target_ctas;
+    const int row = rest / of_draft, chunk = rest % of_draft * kStatisticsWarps + warp;
+    if (chunk >= p.draft_chunks) return;
+    statistics_warp(p, b, draft_row<TD>(p, b, row), row, true, chunk,
+                    mine + (p.k + 1) * p.target_chunks + row * p.draft_chunks + chunk);
   }
 }
 

@@ -174,7 +174,7 @@ def test_padding_views_and_misaligned_rows(seed, method):
 @pytest.mark.parametrize("full", [True, False], ids=["full", "onehot"])
 @pytest.mark.parametrize("method", METHODS)
 def test_bits_do_not_depend_on_the_batch(seed, method, full):
-    """A large batch goes in two parts and splits rows otherwise than a request alone."""
+    """A large batch splits the drawn rows otherwise than a request alone."""
     inputs = make_round(100, 4, 20000, full=full)
     with fp.use("fused"):
         together = verify(**inputs, method=method, return_logprobs=True)
