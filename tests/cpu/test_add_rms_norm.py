@@ -108,7 +108,7 @@ def test_module_is_a_drop_in(seed):
     [
         (dict(x=torch.zeros(2, 8, dtype=torch.float64)), TypeError, "x has dtype torch.float64"),
         (dict(residual=torch.zeros(2, 8, dtype=torch.float16)), TypeError, "residual has dtype torch.float16"),
-        (dict(residual=torch.zeros(2, 9)), ValueError, r"residual has shape \(2, 9\), but x has \(2, 8\)"),
+        (dict(residual=torch.zeros(2, 9)), ValueError, r"residual has shape \(2, 9\), expected \(2, 8\)"),
         (dict(residual=torch.zeros(8)), ValueError, r"residual has shape \(8,\)"),
         (dict(weight=torch.zeros(9)), ValueError, r"weight has shape \(9,\), expected \(8,\)"),
         (dict(weight=torch.zeros(8, device="meta")), ValueError, "weight is on meta but x is on cpu"),
