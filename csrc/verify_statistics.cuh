@@ -40,7 +40,7 @@ struct Chunk {
     int vec = 0;
 #pragma unroll
     for (int i = 0; i < kVecs; ++i) {
-      const float m = fminf(vec_max(v[i]), FLT_MAX);
+      const float m = fminf(fmaxf(vec_max(v[i]), -INFINITY), FLT_MAX);  // fmaxf: NaN, of all elements, is -inf
       if (m > maximum) {
         maximum = m;
         vec = i;
