@@ -3,7 +3,8 @@
     torchrun --nproc-per-node 2 benchmarks/bench_all_reduce.py [--tokens 1 64 ...] [--hidden 8192]
 
 Without torchrun it starts one rank a GPU. Rows: `fused` (this library's kernels over peer memory), `nccl`,
-`torch_one_shot` and `torch_two_shot` (torch symmetric memory); op all_reduce_add_rms_norm: `nccl_add_rms_norm` (NCCL, then this library's add_rms_norm kernel).
+`torch_one_shot` and `torch_two_shot` (torch symmetric memory); op all_reduce_add_rms_norm: `fused` and
+`nccl_add_rms_norm` (NCCL, then this library's add_rms_norm kernel).
 `bytes` is one rank's payload. `floor_us` = launch + the longer of link time, 2 (W - 1) / W * bytes each way, and, with
 the norm, memory time: x and residual read, both results written.
 """

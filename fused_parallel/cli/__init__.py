@@ -37,6 +37,9 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, TypeError, OSError, RuntimeError, ImportError) as error:
         if os.environ.get("FUSED_PARALLEL_DEBUG", "0") not in ("", "0"):
             traceback.print_exc()
-        rank = f" (rank {os.environ['RANK']})" if "RANK" in os.environ else ""
-        print(f"fused-parallel{rank}: {error}", file=sys.stderr, flush=True)
+        # What all ranks find wrong in the same way, rank 0 tells; a lost peer concerns whoever notices.
+        rank = os.environ.get("RANK", "0")
+        if rank == "0" or isinstance(error, RuntimeError):
+            where = f" (rank {rank})" if "RANK" in os.environ else ""
+            print(f"fused-parallel{where}: {error}", file=sys.stderr, flush=True)
         return 1

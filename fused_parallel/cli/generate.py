@@ -49,6 +49,8 @@ def add_parser(subparsers) -> None:
 def run(args: argparse.Namespace) -> int:
     """Load, generate, print text and statistics on rank 0."""
     LlamaConfig.from_pretrained(args.model)  # a wrong path is told before ranks are joined
+    if args.prompt_file is not None and not args.prompt_file.is_file():
+        raise FileNotFoundError(f"--prompt-file {args.prompt_file}: there is no such file")
     prompt = args.prompt if args.prompt is not None else args.prompt_file.read_text()
     mesh = init(tp=args.tp, pp=args.pp, timeout=args.timeout, device=args.device)
     dtype = DTYPES[args.dtype] if args.dtype else None

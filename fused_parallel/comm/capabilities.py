@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 from .. import _ext
 from .._version import __version__
+from .collectives import all_gather_object
 
 
 @dataclass(frozen=True)
@@ -40,11 +41,7 @@ def agree(pg: dist.ProcessGroup) -> Capabilities:
     """
     name = pg.group_name
     if name not in _agreed:
-        everyone: list[Capabilities | None] = [None] * pg.size()
-        if pg.size() == 1:
-            everyone = [local_capabilities()]
-        else:
-            dist.all_gather_object(everyone, local_capabilities(), group=pg)
+        everyone = all_gather_object(local_capabilities(), pg)
         versions = sorted({c.version for c in everyone})
         if len(versions) > 1:
             raise RuntimeError(

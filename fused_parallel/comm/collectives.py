@@ -70,11 +70,14 @@ def _measured(op: str, tensor: torch.Tensor, pg: dist.ProcessGroup, peer: int | 
             begin = time.perf_counter()
     try:
         yield
+    except torch.OutOfMemoryError:
+        raise  # this rank's own trouble
     except RuntimeError as error:
         others = f"rank {peer}" if peer is not None else f"rank(s) {_ranks(pg)}"
         raise PeerTimeoutError(
-            f"{op} on rank {dist.get_rank()} got no answer from {others} (dead, stopped, or in another operation). "
-            f"The group cannot be used any more: end this job on all ranks and start it again. Cause: {error}"
+            f"{op} on rank {dist.get_rank()} got no answer from {others}: dead, stopped, in another operation, or with "
+            "other shapes (FUSED_PARALLEL_DEBUG=1 compares what ranks do). The group cannot be used any more: end this "
+            f"job on all ranks and start it again. Cause: {str(error).splitlines()[0]}"
         ) from error
     if counted:
         if on_gpu:
@@ -82,6 +85,16 @@ def _measured(op: str, tensor: torch.Tensor, pg: dist.ProcessGroup, peer: int | 
             timer._events.append((start, end))
         else:
             timer.host_seconds += time.perf_counter() - begin
+
+
+def all_gather_object(value, pg: dist.ProcessGroup) -> list:
+    """Every rank's `value` (any picklable object), in rank order: for agreements outside the hot path."""
+    if pg.size() == 1:
+        return [value]
+    values: list = [None] * pg.size()
+    with _measured("all_gather_object", torch.empty(0), pg):
+        dist.all_gather_object(values, value, group=pg)
+    return values
 
 
 def all_reduce_(x: torch.Tensor, pg: dist.ProcessGroup) -> torch.Tensor:
@@ -120,7 +133,7 @@ def broadcast_(x: torch.Tensor, src: int, pg: dist.ProcessGroup) -> torch.Tensor
     """Overwrite the contiguous `x` with that of group rank `src`."""
     if pg.size() > 1 and x.numel():
         source = dist.get_global_rank(pg, src)
-        with _measured("broadcast", x, pg, peer=source):
+        with _measured("broadcast", x, pg, peer=None if source == dist.get_rank() else source):
             dist.broadcast(x, source, group=pg)
     return x
 

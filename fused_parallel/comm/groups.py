@@ -35,9 +35,10 @@ def _choose_device(device: str | torch.device | None, local_rank: int) -> torch.
         raise ValueError(f"fp.init: device must be 'cuda' or 'cpu', got {device!r}")
     count = torch.cuda.device_count()
     if local_rank >= count:
+        fewer = f"start at most {count} rank(s) a host, or " if count else ""
         raise ValueError(
-            f"fp.init: local rank {local_rank} has no GPU, this host shows {count}; start at most {count} ranks "
-            "a host, or run on the CPU with fp.init(device='cpu') (command line: --device cpu)"
+            f"fp.init: local rank {local_rank} has no GPU, this host shows {count}; {fewer}run on the CPU with "
+            "fp.init(device='cpu') (command line: --device cpu)"
         )
     return torch.device("cuda", local_rank)
 
@@ -48,7 +49,10 @@ def _check_sizes(world: int, tp: int | None, pp: int, dp: int) -> int:
             raise ValueError(f"fp.init: {name} must be a positive integer, got {value!r}")
     if tp is None:
         if world % (pp * dp):
-            raise ValueError(f"fp.init: the world of {world} ranks is not divisible by pp * dp = {pp} * {dp}")
+            raise ValueError(
+                f"fp.init: the world of {world} rank(s) is not divisible by pp * dp = {pp} * {dp}; start a multiple of "
+                f"{pp * dp}: torchrun --nproc-per-node {pp * dp} ..."
+            )
         return world // (pp * dp)
     if tp * pp * dp != world:
         raise ValueError(
@@ -94,6 +98,7 @@ def init(
     if where.type == "cuda":
         torch.cuda.set_device(where)
     if not dist.is_initialized():
+        _forget()
         _start(where, rank, world, timeout)
     mesh = init_device_mesh(where.type, (dp, pp, tp), mesh_dim_names=("dp", "pp", "tp"))
     for name in ("dp", "pp", "tp"):
@@ -137,11 +142,15 @@ def local_group() -> dist.ProcessGroup:
 
 def finalize() -> None:
     """Leave torch.distributed; safe to call when it never started. All ranks call it before they exit."""
-    global _local_group
-    _local_group = None
     if dist.is_initialized():
         dist.destroy_process_group()
-    # Group names are used again afterwards; what was agreed under them is void.
+    _forget()
+
+
+def _forget() -> None:
+    """Group names are used again after torch.distributed was shut down; what was agreed under them is void."""
+    global _local_group
+    _local_group = None
     from . import capabilities, workspace
 
     capabilities.forget()
@@ -162,7 +171,10 @@ def resolve_group(group) -> dist.ProcessGroup:
                 f"group= takes a one-dimensional mesh, got one with dimensions {group.mesh_dim_names}; "
                 'pick a dimension, as in group=mesh["tp"]'
             )
-        return group.get_group()
+        try:
+            return group.get_group()
+        except RuntimeError as error:
+            raise _gone(error) from error
     if group is dist.GroupMember.NON_GROUP_MEMBER:
         raise ValueError("group=: this rank is not a member of the group it was given")
     raise TypeError(f'group= must be a ProcessGroup or a 1-D DeviceMesh such as mesh["tp"], got {type(group).__name__}')
@@ -170,4 +182,14 @@ def resolve_group(group) -> dist.ProcessGroup:
 
 def group_from_name(name: str) -> dist.ProcessGroup:
     """The ProcessGroup registered in this process under `name` (operations' schemas carry names)."""
-    return dist.distributed_c10d._resolve_process_group(name)
+    try:
+        return dist.distributed_c10d._resolve_process_group(name)
+    except RuntimeError as error:
+        raise _gone(error) from error
+
+
+def _gone(error: RuntimeError) -> RuntimeError:
+    return RuntimeError(
+        "the process group is gone: fp.finalize() was called, or torch.distributed was shut down; call fp.init() and "
+        f"make modules and meshes again. Cause: {error}"
+    )

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import pickle
 import queue
 import socket
 import time
@@ -26,16 +27,18 @@ def free_port() -> int:
 def _rank_main(rank: int, world: int, environment: dict[str, str], calls, results) -> None:
     os.environ.update(environment)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank))
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // world))
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)  # as torchrun: ranks that all take every core stand in each other's way
     while True:
         call = calls.get()
         if call is None:
             break
-        number, function, args, kwargs = call
+        function, args, kwargs = pickle.loads(call)
         try:
-            results.put((number, rank, True, function(*args, **kwargs)))
+            results.put(pickle.dumps((rank, True, function(*args, **kwargs))))
         except BaseException as error:  # also SystemExit: the parent must hear of every end
-            results.put((number, rank, False, (type(error).__name__, str(error), traceback.format_exc())))
+            told = type(error).__name__, str(error), traceback.format_exc()
+            results.put(pickle.dumps((rank, False, told)))
     from .groups import finalize
 
     finalize()
@@ -48,7 +51,8 @@ class RankPool:
         world_size: number of processes.
         environment: extra environment variables of the ranks.
 
-    The ranks start without a process group; the functions they run call `fp.init`. Processes are started by forkserver,
+    Each rank computes with one CPU thread, as under torchrun, unless OMP_NUM_THREADS says otherwise. The ranks start
+    without a process group; the functions they run call `fp.init`. Processes are started by forkserver,
     so functions must be importable (module level) and arguments picklable; results too (CPU tensors are fine).
     """
 
@@ -64,7 +68,6 @@ class RankPool:
         }
         self._results = context.Queue()
         self._calls = [context.Queue() for _ in range(world_size)]
-        self._number = 0
         self.processes = [
             context.Process(
                 target=_rank_main,
@@ -82,14 +85,20 @@ class RankPool:
         Raises RuntimeError with the failing rank's traceback, or PeerTimeoutError if a rank died or the time ran out;
         in both cases the pool is ended, because its ranks may be stuck in a collective.
         """
-        self._number += 1
+        # Pickled here and not in the queue's thread, which would lose the error and leave the caller waiting.
+        try:
+            call = pickle.dumps((function, args, kwargs))
+        except Exception as error:
+            raise TypeError(
+                f"{function!r} and its arguments must be picklable, and at module level: {error}"
+            ) from error
         for calls in self._calls:
-            calls.put((self._number, function, args, kwargs))
+            calls.put(call)
         got: dict[int, object] = {}
         deadline = time.monotonic() + timeout
         while len(got) < self.world_size:
             try:
-                number, rank, fine, value = self._results.get(timeout=0.2)
+                rank, fine, value = pickle.loads(self._results.get(timeout=0.2))
             except queue.Empty:
                 dead = [r for r, p in enumerate(self.processes) if not p.is_alive() and r not in got]
                 if dead:
@@ -102,8 +111,6 @@ class RankPool:
                     raise PeerTimeoutError(
                         f"{function.__name__}: rank(s) {missing} did not finish within {timeout:g} s"
                     ) from None
-                continue
-            if number != self._number:
                 continue
             if not fine:
                 self.kill()

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from .. import _ext
 from ..errors import PeerTimeoutError
 from .capabilities import agree
+from .collectives import all_gather_object
 
 # Payload of a one-shot all-reduce, and half that of a two-shot one at two ranks. Three generations of one slot for each
 # rank: 96 MiB a GPU at two ranks.
@@ -72,8 +73,7 @@ def _find_reason(pg: dist.ProcessGroup) -> str | None:
         return f"the group has {pg.size()} ranks and the kernels take 2 to 8"
     if not agree(pg).cuda_kernels:
         return f"some rank has no CUDA kernels (here: {_ext.why_no_kernels() or 'they are there'})"
-    everyone: list = [None] * pg.size()
-    dist.all_gather_object(everyone, (socket.gethostname(), torch.cuda.current_device()), group=pg)
+    everyone = all_gather_object((socket.gethostname(), torch.cuda.current_device()), pg)
     if len({host for host, _ in everyone}) > 1:
         return "its ranks are on several hosts"
     devices = [device for _, device in everyone]
@@ -81,8 +81,8 @@ def _find_reason(pg: dist.ProcessGroup) -> str | None:
         return "some of its ranks share a GPU"
     mine = devices[pg.rank()]
     cut_off = any(peer != mine and not torch.cuda.can_device_access_peer(mine, peer) for peer in devices)
-    dist.all_gather_object(everyone, cut_off, group=pg)
-    return "some of its GPUs have no access to each other's memory" if any(everyone) else None
+    cut_off = any(all_gather_object(cut_off, pg))
+    return "some of its GPUs have no access to each other's memory" if cut_off else None
 
 
 def workspace_of(pg: dist.ProcessGroup) -> AllReduceWorkspace:

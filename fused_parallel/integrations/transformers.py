@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 from collections.abc import Mapping
 
 import torch
@@ -41,10 +42,15 @@ def parallelize(
             only.
 
     Returns:
-        `model`, which takes the same inputs and gives the same outputs (whole logits) on every rank; its parameters no
-        longer require gradients. With pp, every rank calls the model at the same time with the same inputs.
+        `model`, which takes the same inputs and gives the same logits, whole, on every rank; its parameters no longer
+        require gradients. Every rank calls the model at the same time with the same inputs: where tokens are sampled
+        (`model.generate(do_sample=True)`), all ranks must have the same random state (`torch.manual_seed`), or they
+        drift apart and wait for each other. With pp, models take input_ids only, and hidden states and caches are this
+        stage's.
 
-    Raises ValueError for an unknown architecture or sizes that do not fit the mesh; TypeError for a bad plan.
+    Raises ValueError for an unknown architecture, a module the plan names in vain, sizes that do not fit the mesh, or a
+    model that has been parallelized or has no weights; TypeError for a bad plan or a layer that is a subclass of
+    torch.nn.Linear or torch.nn.Embedding (it would lose what it adds).
     """
     if not isinstance(mesh, DeviceMesh) or not {"tp", "pp"} <= set(mesh.mesh_dim_names or ()):
         raise TypeError('fp.parallelize: mesh must be the DeviceMesh of fp.init, with dimensions "pp" and "tp"')
@@ -57,8 +63,8 @@ def parallelize(
 
 
 def _parallelize_by_plan(model: nn.Module, mesh: DeviceMesh, plan) -> None:
-    if not isinstance(plan, Mapping):
-        raise TypeError(f'fp.parallelize: parallelize_plan must be "auto" or a mapping, got {type(plan).__name__}')
+    if not isinstance(plan, Mapping) or not plan:
+        raise TypeError(f'fp.parallelize: parallelize_plan must be "auto" or a mapping with entries, got {plan!r}')
     if mesh["pp"].size() > 1:
         raise ValueError(
             "fp.parallelize: a plan covers tensor parallelism only; pp > 1 needs the Llama family and 'auto'"
@@ -71,17 +77,23 @@ def _parallelize_by_plan(model: nn.Module, mesh: DeviceMesh, plan) -> None:
                     f"fp.parallelize: unknown style {style!r} for {name!r}; expected one of {', '.join(_STYLES)}"
                 )
             style = _STYLES[style]()
+        if not any(fnmatch.fnmatch(module, name) for module, _ in model.named_modules()):
+            raise ValueError(f"fp.parallelize: the plan names {name!r}, but the model has no such module")
         styles[name] = style
     parallelize_module(model, mesh["tp"], styles)
 
 
 def _parallelize_llama(model: nn.Module, mesh: DeviceMesh) -> None:
-    kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
+    kind = getattr(getattr(model, "config", None), "model_type", None)
     if kind not in LLAMA_FAMILY or not hasattr(model, "lm_head"):
         raise ValueError(
-            f"fp.parallelize: 'auto' knows the causal language models of {', '.join(LLAMA_FAMILY)}, not {kind!r}; pass "
-            'parallelize_plan={"path.to.linear": "colwise" | "rowwise", ...}'
+            f"fp.parallelize: 'auto' knows the causal language models of {', '.join(LLAMA_FAMILY)}, not "
+            f'{type(model).__name__!r}; pass parallelize_plan={{"path.to.linear": "colwise" | "rowwise", ...}}'
         )
+    if any(isinstance(module, (ColumnParallelLinear, RowParallelLinear)) for module in model.modules()):
+        raise ValueError("fp.parallelize: this model has been parallelized already")
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise ValueError("fp.parallelize: the model is on the meta device; load its weights first")
     config, base, tp = model.config, model.model, mesh["tp"]
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     layout = HeadLayout.of(heads, kv_heads, tp.get_local_rank(), tp.size())
@@ -110,14 +122,17 @@ def _parallelize_llama(model: nn.Module, mesh: DeviceMesh) -> None:
 
 
 class _ReceiveHidden(nn.Module):
-    """Stands for the embedding on later stages: gives the previous stage's hidden states."""
+    """Stands for the embedding on later stages: gives the previous stage's hidden states, in the dtype of this stage's
+    `layers` at that time."""
 
-    def __init__(self, hidden_size: int, dtype: torch.dtype, pp) -> None:
+    def __init__(self, hidden_size: int, layers: nn.ModuleList, pp) -> None:
         super().__init__()
-        self.hidden_size, self.dtype, self.pp = hidden_size, dtype, pp
+        self.hidden_size, self.pp = hidden_size, pp
+        self._layers = [layers]  # in a list: not a sub-module of this one, too
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
-        hidden = torch.empty(*input_ids.shape, self.hidden_size, dtype=self.dtype, device=input_ids.device)
+        dtype = next(self._layers[0].parameters()).dtype
+        hidden = torch.empty(*input_ids.shape, self.hidden_size, dtype=dtype, device=input_ids.device)
         return collectives.recv_(hidden, self.pp.rank() - 1, self.pp)
 
 
@@ -156,6 +171,12 @@ class _ReceiveLogits(nn.Module):
         return collectives.broadcast_(logits, self.pp.size() - 1, self.pp)
 
 
+def _refuse_embeddings(module: nn.Module, args, kwargs) -> None:
+    # A later stage would take them for its own input and leave the stage before it waiting.
+    if kwargs.get("inputs_embeds") is not None:
+        raise ValueError("a model cut into pipeline stages takes input_ids, not inputs_embeds")
+
+
 def _cut_stages(model: nn.Module, mesh: DeviceMesh) -> None:
     """Keep this stage's layers; receive and send where the model had its embedding, norm and head."""
     pp = mesh.get_group("pp")
@@ -167,12 +188,12 @@ def _cut_stages(model: nn.Module, mesh: DeviceMesh) -> None:
         raise ValueError(f"fp.parallelize: pp needs layers of one kind of attention, this model mixes {sorted(kinds)}")
     stage, last = pp.rank(), pp.size() - 1
     mine = split_layers(len(base.layers), pp.size())[stage]
-    dtype = base.embed_tokens.weight.dtype
     base.layers = nn.ModuleList(base.layers[i] for i in mine)
     for index, layer in enumerate(base.layers):
         layer.self_attn.layer_idx = index  # transformers' cache counts from the first layer it sees
+    base.register_forward_pre_hook(_refuse_embeddings, with_kwargs=True)
     if stage > 0:
-        base.embed_tokens = _ReceiveHidden(config.hidden_size, dtype, pp)
+        base.embed_tokens = _ReceiveHidden(config.hidden_size, base.layers, pp)
     if stage < last:
         base.norm = _SendHidden(pp)
         model.lm_head = _ReceiveLogits(config.vocab_size, pp)

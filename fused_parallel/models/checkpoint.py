@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from ..nn._shards import Shard, fill
+from ..nn._shards import Piece, Shard, fill, full_shape
 
 
 class Checkpoint:
@@ -64,44 +65,40 @@ class Checkpoint:
         except SafetensorError as error:
             raise ValueError(f"{self.path / self._file_of[key]}: tensor {key!r} cannot be read ({error})") from error
 
-    def read(self, key: str, dim: int, start: int, stop: int, full: int) -> torch.Tensor:
-        """Indices [start, stop) of `key` along dim 0 or 1, whose size along it must be `full`."""
+    def read(self, key: str, shape: list[int], dim: int, start: int, stop: int) -> torch.Tensor:
+        """Indices [start, stop) along dim 0 or 1 of `key`, whose whole shape must be `shape`."""
         tensor = self._slice(key)
-        shape = tensor.get_shape()
-        if dim >= len(shape) or shape[dim] != full:
-            raise ValueError(
-                f"{self.path}: tensor {key!r} has shape {list(shape)}, but config.json implies size {full} along "
-                f"dim {dim}"
-            )
-        return tensor[start:stop] if dim == 0 else tensor[:, start:stop]
-
-    def read_all(self, key: str, shape: torch.Size) -> torch.Tensor:
-        """The whole of `key`, whose shape must be `shape`."""
-        tensor = self._slice(key)
-        if tuple(tensor.get_shape()) != tuple(shape):
+        if list(tensor.get_shape()) != list(shape):
             raise ValueError(
                 f"{self.path}: tensor {key!r} has shape {tensor.get_shape()}, but config.json implies {list(shape)}"
             )
-        return tensor[:]
+        return tensor[start:stop] if dim == 0 else tensor[:, start:stop]
 
 
 @torch.no_grad()
-def load_weights(model: nn.Module, checkpoint: Checkpoint, *, skip: tuple[str, ...] = ()) -> None:
-    """Fill every parameter of `model` except those named in `skip`, reading only what this rank holds."""
+def load_weights(model: nn.Module, checkpoint: Checkpoint, *, renamed: Mapping[str, str] | None = None) -> set[str]:
+    """Fill every parameter of `model`, reading only what this rank holds; the names of the tensors that were read.
+
+    `renamed`: name -> name of the tensor to read in its place (tied weights).
+    """
+    used: set[str] = set()
+    renamed = renamed or {}
     for module_name, module in model.named_modules():
         prefix = f"{module_name}." if module_name else ""
         parent = prefix[: prefix.rstrip(".").rfind(".") + 1]
         for name, parameter in module.named_parameters(recurse=False):
-            if prefix + name in skip:
-                continue
             shard: Shard | None = getattr(module, "shards", {}).get(name)
             if shard is None:
-                parameter.copy_(checkpoint.read_all(prefix + name, parameter.shape))
-                continue
-            full = {p.source: p.full for p in shard.pieces}
+                whole = list(parameter.shape)
+                shard = Shard(0, whole[0], (Piece(name, 0, whole[0], 0, whole[0]),))
+            shapes = {p.source: full_shape(parameter, shard, p) for p in shard.pieces}
 
-            def read(source, dim, start, stop, full=full, prefix=prefix, parent=parent):
-                key = parent + source[3:] if source.startswith("../") else prefix + source
-                return checkpoint.read(key, dim, start, stop, full[source])
+            keys = {s: parent + s[3:] if s.startswith("../") else prefix + s for s in shapes}
+            keys = {source: renamed.get(key, key) for source, key in keys.items()}
+            used |= set(keys.values())
+
+            def read(source, dim, start, stop, shapes=shapes, keys=keys):
+                return checkpoint.read(keys[source], shapes[source], dim, start, stop)
 
             fill(parameter, shard, read)
+    return used

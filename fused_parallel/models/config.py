@@ -8,6 +8,8 @@ from pathlib import Path
 
 import torch
 
+from ..nn.rotary import inverse_frequencies
+
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
@@ -49,10 +51,14 @@ class LlamaConfig:
         ]
         if missing:
             raise ValueError(f"the configuration lacks {', '.join(missing)}")
+        counts = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+        for name in counts:
+            if not isinstance(config[name], int) or config[name] < 1:
+                raise ValueError(f"{name} must be a positive integer, got {config[name]!r}")
         # transformers 5 moved rope_theta and rope_scaling into rope_parameters
         rope = config.get("rope_parameters") or config.get("rope_scaling")
         heads = config["num_attention_heads"]
-        return cls(
+        made = cls(
             vocab_size=config["vocab_size"],
             hidden_size=config["hidden_size"],
             intermediate_size=config["intermediate_size"],
@@ -71,6 +77,10 @@ class LlamaConfig:
             eos_token_id=config.get("eos_token_id"),
             dtype=str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch."),
         )
+        if made.dtype not in DTYPES:
+            raise ValueError(f"dtype {made.dtype!r} is not supported; supported are {', '.join(DTYPES)}")
+        inverse_frequencies(made.head_dim, made.rope_theta, made.rope_scaling)  # refuses what it cannot do
+        return made
 
     @classmethod
     def from_pretrained(cls, path: str | Path) -> LlamaConfig:
@@ -82,5 +92,7 @@ class LlamaConfig:
             )
         try:
             return cls.from_dict(json.loads(file.read_text()))
-        except ValueError as error:
+        except KeyError as error:
+            raise ValueError(f"{file}: an entry lacks {error}") from error
+        except (ValueError, TypeError, AttributeError, ArithmeticError) as error:
             raise ValueError(f"{file}: {error}") from error

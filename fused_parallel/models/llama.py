@@ -1,6 +1,6 @@
 """The Llama family from this library's modules: tensor and pipeline parallel, reading Hugging Face checkpoints.
 
-Parameter names are transformers' (`model.layers.0.self_attn.q_proj.weight`), so that its state dicts load.
+Modules are named as in transformers, so that its state dicts load; q, k, v and gate, up are held merged.
 """
 
 from __future__ import annotations
@@ -97,19 +97,19 @@ class LlamaForCausalLM(nn.Module):
     ) -> None:
         super().__init__()
         self.config, self.mesh = config, mesh
-        self.device = torch.device(device) if device is not None else default_device(mesh)
-        self.dtype = dtype or DTYPES[config.dtype]
         self.tp_group = local_group() if mesh is None else mesh.get_group("tp")
         self.pp_group = pp_group = local_group() if mesh is None else mesh.get_group("pp")
         self.layer_range = split_layers(config.num_hidden_layers, pp_group.size())[pp_group.rank()]
         first, last = pp_group.rank() == 0, pp_group.rank() == pp_group.size() - 1
-        kwargs = {"group": self.tp_group, "device": self.device, "dtype": self.dtype}
+        device = torch.device(device) if device is not None else default_device(mesh)
+        kwargs = {"group": self.tp_group, "device": device, "dtype": dtype or DTYPES[config.dtype]}
         self.model = LlamaModel(config, self.layer_range, first, last, **kwargs)
         self.lm_head = ParallelLMHead(config.hidden_size, config.vocab_size, **kwargs) if last else None
         if last and first and config.tie_word_embeddings:
             self.lm_head.tie(self.model.embed_tokens)
         # Not a sub-module: it would name every parameter a second time.
         object.__setattr__(self, "stage", PipelineStage(self.model, group=pp_group))
+        self.register_load_state_dict_pre_hook(LlamaForCausalLM._drop_other_stages)
         self.requires_grad_(False)
         self.eval()
 
@@ -130,21 +130,44 @@ class LlamaForCausalLM(nn.Module):
         config = LlamaConfig.from_pretrained(path)
         checkpoint = Checkpoint(path)
         model = cls(config, mesh=mesh, device=device, dtype=dtype)
-        tied = config.tie_word_embeddings
-        load_weights(model, checkpoint, skip=("lm_head.weight",) if tied else ())
-        if tied and model.lm_head is not None and model.model.embed_tokens is None:
-            model._load_tied_head(checkpoint)
+        tied = {"lm_head.weight": "model.embed_tokens.weight"} if config.tie_word_embeddings else {}
+        used = load_weights(model, checkpoint, renamed=tied)
+        unknown = sorted(k for k in checkpoint.keys() - used if not model._is_elsewhere(k) and k not in tied)
+        if unknown:
+            raise ValueError(
+                f"{path}: the checkpoint holds tensors for which config.json has no place, such as {unknown[0]!r} "
+                f"({len(unknown)} in all); config.json and weights do not belong together (num_hidden_layers, "
+                "attention_bias, mlp_bias?)"
+            )
         return model
 
-    def _load_tied_head(self, checkpoint: Checkpoint) -> None:
-        """On a last stage without the embedding, the head reads the embedding's tensor."""
-        shard = self.lm_head.shards["weight"]
-        (piece,) = shard.pieces
-        key = "model.embed_tokens.weight"
-        rows = checkpoint.read(key, shard.dim, piece.start, piece.stop, piece.full)
-        with torch.no_grad():
-            self.lm_head.weight.zero_()
-            self.lm_head.weight[: piece.stop - piece.start].copy_(rows)
+    def _is_elsewhere(self, key: str) -> bool:
+        """Whether a tensor of the whole model's checkpoint belongs to another stage, or is computed."""
+        parts = key.split(".")
+        if key.startswith("model.layers.") and parts[2].isdigit():
+            index = int(parts[2])
+            if index < self.config.num_hidden_layers and index not in self.layer_range:
+                return True
+        absent = {
+            "model.embed_tokens.weight": self.model.embed_tokens is None,
+            "model.norm.weight": self.model.norm is None,
+            "lm_head.weight": self.lm_head is None,
+        }
+        return absent.get(key, False) or key.endswith("rotary_emb.inv_freq")
+
+    def _drop_other_stages(self, state_dict, prefix, *_) -> None:
+        for key in [k for k in state_dict if k.startswith(prefix) and self._is_elsewhere(k[len(prefix) :])]:
+            del state_dict[key]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return next(self.model.layers.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the parameters and activations."""
+        return next(self.model.layers.parameters()).dtype
 
     def make_cache(self, batch: int, capacity: int) -> KVCache:
         """An empty KV cache for this rank's layers and heads."""
@@ -179,6 +202,7 @@ class LlamaForCausalLM(nn.Module):
             cache = self.make_cache(batch, new)
         elif cache.batch != batch:
             raise ValueError(f"input_ids has batch {batch}, the cache {cache.batch}")
+        cache.check_room(new)
         positions = cache.positions(new)
         hidden = self.stage(
             input_ids,

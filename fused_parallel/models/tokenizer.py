@@ -17,4 +17,7 @@ def load_tokenizer(path: str | Path):
     file = Path(path) / "tokenizer.json"
     if not file.is_file():
         raise FileNotFoundError(f"{file} not found: prompts need the model's tokenizer.json")
-    return Tokenizer.from_file(str(file))
+    try:
+        return Tokenizer.from_file(str(file))
+    except Exception as error:  # the library raises plain Exception
+        raise ValueError(f"{file} cannot be read as a tokenizer ({error}); copy it again") from error

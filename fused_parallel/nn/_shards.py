@@ -110,14 +110,27 @@ class ShardedModule(nn.Module):
         return f"rank {self.tp_rank} of {self.tp_size}, {sizes}"
 
 
+def full_shape(parameter: torch.Tensor, shard: Shard, piece: Piece) -> list[int]:
+    """Shape of the full tensor that a piece of the parameter comes from."""
+    shape = list(parameter.shape)
+    shape[shard.dim] = piece.full
+    return shape
+
+
 def local_part(parameter: torch.Tensor, shard: Shard, full: dict[str, torch.Tensor], prefix: str) -> torch.Tensor:
-    """The local tensor that `full` (full tensors by source name) gives; ValueError where a size does not fit."""
+    """The local tensor that `full` (full tensors by source name) gives; ValueError where a shape does not fit."""
     for piece in shard.pieces:
-        size = full[piece.source].shape[shard.dim]
-        if size != piece.full:
+        if piece.source not in full:
             raise ValueError(
-                f"{prefix}{piece.source}: dim {shard.dim} has size {size}, expected {piece.full} (the full tensor) or "
-                f"{shard.size} (this rank's shard)"
+                f"{prefix}{', '.join(full)}: a merged parameter loads the separate full tensors "
+                f"({', '.join(dict.fromkeys(p.source[3:] for p in shard.pieces))}) or this rank's shard "
+                f"{list(parameter.shape)}"
+            )
+        shape, expected = list(full[piece.source].shape), full_shape(parameter, shard, piece)
+        if shape != expected:
+            raise ValueError(
+                f"{prefix}{piece.source.removeprefix('../')}: has shape {shape}, expected {expected} (the full tensor) "
+                f"or {list(parameter.shape)} (this rank's shard)"
             )
     local = torch.empty_like(parameter, device="cpu" if parameter.is_meta else parameter.device)
     fill(local, shard, lambda source, dim, start, stop: full[source].narrow(dim, start, stop - start))

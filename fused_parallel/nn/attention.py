@@ -20,7 +20,8 @@ class QKVParallelLinear(ColumnParallelLinear):
     Key-value heads fewer than ranks are replicated; heads that do not divide are padded with zero heads (see
     HeadLayout).
     Parameters: `weight` [(local_q + 2 * local_kv) * head_dim, hidden], `bias`. forward: x [..., hidden] -> (q, k, v),
-    each [..., local heads, head_dim]. Loads the tensors q_proj, k_proj, v_proj beside it in the state dict.
+    each [..., local heads, head_dim]. In a ParallelAttention
+    it loads the tensors q_proj, k_proj, v_proj beside it in the state dict.
     """
 
     def __init__(

@@ -15,8 +15,8 @@ class VocabParallelEmbedding(ShardedModule):
     """`torch.nn.Embedding` with the vocabulary split over the ranks of `group`, padded to a multiple of it.
 
     Parameter: `weight` [local vocabulary, embedding_dim]. forward: ids int64 [...] -> [..., embedding_dim], whole on
-    every rank (one all-reduce; each row comes from one rank, so the sum is exact). Ids outside the vocabulary give
-    zeros.
+    every rank (one all-reduce; each row comes from one rank, so the sum is exact). Ids must be in the vocabulary, as
+    torch's.
     """
 
     def __init__(self, num_embeddings: int, embedding_dim: int, *, group, device=None, dtype=None) -> None:
@@ -31,7 +31,8 @@ class VocabParallelEmbedding(ShardedModule):
         (piece,) = self.shards["weight"].pieces
         mine = (input_ids >= piece.start) & (input_ids < piece.stop)
         rows = F.embedding((input_ids - piece.start).masked_fill(~mine, 0), self.weight)
-        return ops.all_reduce(rows * mine.unsqueeze(-1), group=self.group)
+        # Filled, not multiplied: a row 0 with inf or NaN must not leak into other tokens.
+        return ops.all_reduce(rows.masked_fill(~mine.unsqueeze(-1), 0), group=self.group)
 
 
 class ParallelLMHead(ShardedModule):
@@ -47,7 +48,6 @@ class ParallelLMHead(ShardedModule):
     ) -> None:
         super().__init__(group)
         self.hidden_size, self.vocab_size, self.gather_output = hidden_size, vocab_size, gather_output
-        self.in_features, self.out_features = hidden_size, vocab_size
         shard = even_shard(0, vocab_size, self.tp_rank, self.tp_size, "weight")
         self.add_parameter("weight", (shard.size, hidden_size), shard, device, dtype)
 
@@ -65,8 +65,12 @@ class ParallelLMHead(ShardedModule):
 
 def shard_embedding_(embedding: nn.Embedding, *, group) -> nn.Module:
     """Turn a `torch.nn.Embedding` holding the full weight into a VocabParallelEmbedding, in place."""
-    if not isinstance(embedding, nn.Embedding):
-        raise TypeError(f"cannot shard a {type(embedding).__name__}: expected torch.nn.Embedding")
+    if type(embedding) is not nn.Embedding or embedding.max_norm is not None:
+        raise TypeError(
+            f"cannot shard a {type(embedding).__name__}: expected torch.nn.Embedding itself, without max_norm"
+        )
+    if embedding.weight.is_meta:
+        raise ValueError("cannot shard a layer on the meta device: load the weights first")
     weight = embedding.weight
     new = VocabParallelEmbedding(*weight.shape, group=group, device=weight.device, dtype=weight.dtype)
     fill_from_full(new, embedding)

@@ -44,6 +44,15 @@ class KVCache:
         """int64 [batch, new]: the positions that the next `new` tokens of each sequence take."""
         return self.lens.long().unsqueeze(1) + torch.arange(new, device=self.lens.device)
 
+    def check_room(self, new: int) -> None:
+        """Raise ValueError unless `new` more tokens fit every sequence. On a GPU the lengths are not read back: there
+        only the capacity as a whole is checked, and the caller counts."""
+        most = 0 if self.lens.is_cuda else int(self.lens.max()) if self.batch else 0
+        if most + new > self.capacity:
+            raise ValueError(
+                f"{new} more tokens do not fit a KV cache of {self.capacity} tokens that holds {most}; make it larger"
+            )
+
     def write(self, layer: int, k: torch.Tensor, v: torch.Tensor, positions: torch.Tensor) -> None:
         """Store k and v [batch, new, num_kv_heads, head_dim] of one layer at `positions` [batch, new]; `lens` stays."""
         self.k[layer][self._rows, positions] = k

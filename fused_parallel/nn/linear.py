@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .. import ops
+from ..ops.matmul_all_reduce import check_matmul
 from ._shards import Shard, ShardedModule, become, even_shard, fill_from_full, stacked
 from .rms_norm import RMSNorm
 
@@ -27,8 +28,8 @@ class ColumnParallelLinear(ShardedModule):
         names: for a merged layer, the names of the layers it replaces, beside it in the state dict.
         shards: instead of equal shares, each output's Shard of dim 0 (attention heads).
 
-    Parameters: `weight` [local out, in_features], `bias` [local out]. forward: x [..., in_features] -> [..., local out]
-    (outputs of a merged layer one after the other), or [..., out_features] with `gather_output`.
+    Parameters, not initialised: `weight` [local out, in_features], `bias` [local out]. `load_state_dict` takes the full
+    tensors of the layer it replaces, of which it keeps this rank's part, or this rank's shards.
     """
 
     def __init__(
@@ -45,6 +46,8 @@ class ColumnParallelLinear(ShardedModule):
         dtype=None,
     ) -> None:
         super().__init__(group)
+        if in_features < 1 or min([out_features] if isinstance(out_features, int) else out_features) < 1:
+            raise ValueError(f"ColumnParallelLinear: sizes must be positive, got {in_features} and {out_features}")
         sizes = [out_features] if isinstance(out_features, int) else list(out_features)
         if names is None and len(sizes) > 1:
             raise ValueError("ColumnParallelLinear: several outputs need the names of the layers they replace")
@@ -62,6 +65,9 @@ class ColumnParallelLinear(ShardedModule):
             self.register_parameter("bias", None)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x [..., in_features] -> [..., local out] (outputs of a merged layer one after the other), or [...,
+        out_features] with `gather_output`."""
+        check_matmul("ColumnParallelLinear", x, self.weight, self.bias)
         out = F.linear(x, self.weight, self.bias)
         return gather_last(out, self.out_features, self.group) if self.gather_output else out
 
@@ -90,9 +96,8 @@ class RowParallelLinear(ShardedModule):
             which it takes its part.
         shard: instead of an equal share, the Shard of the weight's dim 1 (attention heads).
 
-    Parameters: `weight` [out_features, local in], `bias` [out_features]. forward: x [..., local in] -> [...,
-    out_features]; with `residual` [..., out_features] and `norm` (an RMSNorm), (norm(sum), sum) for sum = residual +
-    output, in one operation.
+    Parameters, not initialised: `weight` [out_features, local in], `bias` [out_features]. `load_state_dict` takes the
+    full tensors of the layer it replaces, of which it keeps this rank's part, or this rank's shards.
     """
 
     def __init__(
@@ -108,6 +113,8 @@ class RowParallelLinear(ShardedModule):
         dtype=None,
     ) -> None:
         super().__init__(group)
+        if in_features < 1 or out_features < 1:
+            raise ValueError(f"RowParallelLinear: sizes must be positive, got {in_features} and {out_features}")
         self.in_features, self.out_features, self.input_is_parallel = in_features, out_features, input_is_parallel
         shard = shard or even_shard(1, in_features, self.tp_rank, self.tp_size, "weight")
         self.add_parameter("weight", (out_features, shard.size), _named(shard, "weight"), device, dtype)
@@ -117,8 +124,12 @@ class RowParallelLinear(ShardedModule):
             self.register_parameter("bias", None)
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None, norm: RMSNorm | None = None):
+        """x [..., local in] -> out [..., out_features], whole on every rank. With `residual` [..., out_features]:
+        residual + out; with `norm` (an RMSNorm), too: (norm(sum), sum) for sum = residual + out, in one operation."""
         if not self.input_is_parallel:
             x = take_part(x, self.shards["weight"])
+        if norm is not None and residual is None:
+            raise ValueError("RowParallelLinear: norm needs a residual to add to")
         if norm is None:
             out = ops.matmul_all_reduce(x, self.weight, self.bias, group=self.group)
             return out if residual is None else residual + out
@@ -146,8 +157,11 @@ def shard_linear_(
 
     `shard` and `options` are the constructor's. Hooks and the module's place in its parents survive.
     """
-    if not isinstance(linear, nn.Linear):
-        raise TypeError(f"cannot shard a {type(linear).__name__}: expected torch.nn.Linear")
+    # A subclass computes something else, which the parallel layer would drop.
+    if type(linear) is not nn.Linear:
+        raise TypeError(f"cannot shard a {type(linear).__name__}: expected torch.nn.Linear itself, not a subclass")
+    if linear.weight.is_meta:
+        raise ValueError("cannot shard a layer on the meta device: load the weights first")
     with torch.no_grad():
         special = {} if shard is None else ({"shards": [shard]} if kind is ColumnParallelLinear else {"shard": shard})
         new = kind(

@@ -34,11 +34,17 @@ class RotaryEmbedding(nn.Module):
 
     def __init__(self, head_dim: int, theta: float, scaling: dict | None = None, device=None) -> None:
         super().__init__()
-        frequencies = inverse_frequencies(head_dim, theta, scaling)
-        self.register_buffer("inv_freq", frequencies.to(device), persistent=False)
+        self._frequencies = inverse_frequencies(head_dim, theta, scaling)
+        self.register_buffer("inv_freq", self._frequencies.to(device), persistent=False)
+
+    def _apply(self, fn, *args, **kwargs):
+        # .to(dtype) must not round the frequencies: angles of thousands of positions would be off by radians.
+        super()._apply(fn, *args, **kwargs)
+        self.inv_freq = self._frequencies.to(self.inv_freq.device)
+        return self
 
     def forward(self, positions: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        angle = positions.unsqueeze(-1).float() * self.inv_freq.float()
+        angle = positions.unsqueeze(-1).float() * self.inv_freq
         angle = torch.cat((angle, angle), dim=-1)
         return angle.cos().to(dtype), angle.sin().to(dtype)
 

@@ -31,6 +31,8 @@ class StreamedLayers(nn.Module):
             raise ValueError(f"StreamedLayers: needs at least one layer and one slot, got {len(layers)} and {slots}")
         self.device = torch.device(device)
         on_gpu = self.device.type == "cuda"
+        self._layers = list(layers.items())  # a layer may stand under two names
+        self._iterating = False
         self._blocks: list[torch.Tensor] = []
         self._views: list[list[tuple[nn.Parameter, int, torch.Size, torch.dtype]]] = []
         for name, layer in layers.items():
@@ -76,12 +78,21 @@ class StreamedLayers(nn.Module):
             self._copied[slot].record(self._stream)
 
     def __iter__(self) -> Iterator[tuple[str, nn.Module]]:
+        if self._iterating:
+            raise RuntimeError("StreamedLayers: one pass at a time, its slots are in use")
+        self._iterating = True
+        try:
+            yield from self._pass()
+        finally:
+            self._iterating = False
+
+    def _pass(self) -> Iterator[tuple[str, nn.Module]]:
         count, slots = len(self._blocks), len(self._slots)
         for event in self._read:
             event.record()  # what ran before on the current stream may still read the slots
         for index in range(min(slots, count)):
             self._fetch(index)
-        for index, (name, layer) in enumerate(self.named_children()):
+        for index, (name, layer) in enumerate(self._layers):
             slot = index % slots
             if self._stream is not None:
                 torch.cuda.current_stream(self.device).wait_event(self._copied[slot])

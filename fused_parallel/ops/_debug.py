@@ -8,6 +8,8 @@ import os
 import torch
 import torch.distributed as dist
 
+from ..comm.collectives import all_gather_object
+
 
 @functools.cache
 def debugging() -> bool:
@@ -26,8 +28,7 @@ def check_agreement(op: str, pg: dist.ProcessGroup, *tensors: torch.Tensor | Non
     from ._dispatch import current_mode
 
     mine = f"{op}({', '.join(f'{t.dtype}{list(t.shape)}' for t in tensors if t is not None)}) mode={current_mode()}"
-    everyone: list[str | None] = [None] * pg.size()
-    dist.all_gather_object(everyone, mine, group=pg)
+    everyone = all_gather_object(mine, pg)
     if len(set(everyone)) > 1:
         listing = "; ".join(f"rank {dist.get_global_rank(pg, i)}: {call}" for i, call in enumerate(everyone))
         raise ValueError(f"the ranks of one group disagree on the call: {listing}")

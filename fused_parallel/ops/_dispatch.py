@@ -11,6 +11,7 @@ import contextvars
 import logging
 import os
 import warnings
+from collections.abc import Callable
 
 from ..errors import NoFusedKernelError
 
@@ -41,11 +42,14 @@ def use(mode: str):
     """Within the block, choose implementations by `mode`; all ranks of a group must use the same.
 
     Args:
-        mode: "auto" (fused where there is a kernel for the call, else reference, with one warning that says why),
+        mode: "auto" (fused where there is a kernel for the call that has been tried on the hardware it is for, else
+            reference, with one warning that says why),
             "fused" (raise `fp.NoFusedKernelError` instead of falling back) or "reference" (plain torch and
             torch.distributed). The environment variable FUSED_PARALLEL sets the default.
 
-    The mode is read when an operation runs: a captured CUDA graph keeps what was in force at capture.
+    The mode is read when an operation runs, also in code compiled by torch.compile; a captured CUDA graph keeps what
+    was in force at capture. It belongs to this thread: threads started inside the block have the environment's.
+    Not to be entered inside a compiled function.
     """
     if mode not in MODES:
         raise ValueError(f"fp.use({mode!r}): mode must be one of {', '.join(MODES)}")
@@ -56,25 +60,30 @@ def use(mode: str):
         _mode.reset(token)
 
 
-def choose_fused(op: str, unsupported: str | None, *, on_gpu: bool, untried: str | None = None) -> bool:
+def choose_fused(
+    op: str, unsupported: str | Callable[[], str | None] | None, *, on_gpu: bool, untried: str | None = None
+) -> bool:
     """Whether this call takes the fused implementation.
 
-    `untried` is why "auto" does not take a kernel yet that "fused" does.
-
-    `unsupported` is None if it can, else the reason, computed from what all ranks share. The reason is told once per
-    operation: as a warning on a GPU, where it costs speed, as a log line on a CPU, where nothing else exists.
+    `unsupported` is None if it can, else the reason, computed from what all ranks share; a function where finding out
+    may be collective, so that it is asked only where a kernel is wanted. `untried` is why "auto" does not take a
+    kernel yet that "fused" does. A reason is told once per operation: as a warning on a GPU, where it costs
+    speed, as a log line on a CPU, where nothing else exists.
     """
     mode = current_mode()
     if mode == "reference":
         return False
-    if unsupported is None and (untried is None or mode == "fused"):
+    if mode == "auto" and untried is not None:
+        reason = untried if on_gpu else "its kernel is for CUDA tensors"
+    else:
+        reason = unsupported() if callable(unsupported) else unsupported
+    if reason is None:
         return True
-    unsupported = unsupported or untried
     if mode == "fused":
-        raise NoFusedKernelError(f'{op}: fp.use("fused") is in force, but {unsupported}')
-    if (op, unsupported) not in _told:
-        _told.add((op, unsupported))
-        text = f"{op}: using the reference implementation (torch and torch.distributed), because {unsupported}"
+        raise NoFusedKernelError(f'{op}: fused kernels are asked for (fp.use("fused") or FUSED_PARALLEL), but {reason}')
+    if (op, reason) not in _told:
+        _told.add((op, reason))
+        text = f"{op}: using the reference implementation (torch and torch.distributed), because {reason}"
         if on_gpu:
             warnings.warn(text, stacklevel=3)
         else:

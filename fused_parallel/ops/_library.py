@@ -30,11 +30,12 @@ def register(schema: str, impl: Callable, fake: Callable):
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
-def check_floating(op: str, **tensors: torch.Tensor | None) -> None:
-    """All given tensors: floating dtype fp16, bf16 or fp32, the same dtype and device, and no gradient wanted."""
+def check_floating(op: str, optional: tuple[str, ...] = (), **tensors: torch.Tensor | None) -> None:
+    """All given tensors: floating dtype fp16, bf16 or fp32, the same dtype and device, and no gradient wanted. Those
+    named in `optional` may be None."""
     first_name, first = None, None
     for name, t in tensors.items():
-        if t is None:
+        if t is None and name in optional:
             continue
         if not isinstance(t, torch.Tensor):
             raise TypeError(f"{op}: {name} must be a torch.Tensor, got {type(t).__name__}")

@@ -88,7 +88,7 @@ def check_norm(op: str, shape, residual: torch.Tensor | None, weight: torch.Tens
         raise ValueError(f"{op}: residual has shape {tuple(residual.shape)}, expected {shape}")
     if tuple(weight.shape) != shape[-1:]:
         raise ValueError(f"{op}: the norm's weight has shape {tuple(weight.shape)}, expected {shape[-1:]}")
-    if not eps > 0:
+    if not isinstance(eps, (int, float)) or not eps > 0:
         raise ValueError(f"{op}: eps must be positive, got {eps!r}")
 
 

@@ -62,15 +62,20 @@ def _launch(x: torch.Tensor, out: torch.Tensor, pg: dist.ProcessGroup) -> None:
 def _takes_kernel(x: torch.Tensor, pg: dist.ProcessGroup) -> bool:
     if pg.size() == 1:
         return False  # nothing to communicate, and nothing to say about it
-    reason = why_not_fused(x, pg, SLOT_BYTES * pg.size() // 2)
-    return choose_fused("all_reduce", reason, on_gpu=x.is_cuda, untried=UNTRIED)
+    return choose_fused(
+        "all_reduce",
+        lambda: why_not_fused(x, pg, SLOT_BYTES * pg.size() // 2),
+        on_gpu=x.is_cuda,
+        untried=UNTRIED,
+    )
 
 
 def all_reduce_(x: torch.Tensor, pg: dist.ProcessGroup) -> torch.Tensor:
     """Sum the contiguous `x` in place; without checks and without torch's dispatcher, for operations that end in it."""
-    if _takes_kernel(x, pg) and x.data_ptr() % 16 == 0:
-        _launch(x, x, pg)
-        return x
+    if _takes_kernel(x, pg):
+        out = x if x.data_ptr() % 16 == 0 else torch.empty_like(x)
+        _launch(x, out, pg)
+        return x if out is x else x.copy_(out)
     return collectives.all_reduce_(x, pg)
 
 
@@ -101,9 +106,12 @@ def _part_by_kernel(op: str, x: torch.Tensor, part: torch.Tensor, pg: dist.Proce
     """Whether reduce_scatter or all_gather takes its kernel; `part`: what one rank contributes or gets."""
     if pg.size() == 1:
         return False
-    reason = why_not_fused(part, pg, SLOT_BYTES)
-    if reason is None and part.numel() * part.element_size() % 16:
-        reason = "its kernel takes parts of a multiple of 16 bytes"
+
+    def reason() -> str | None:
+        if part.numel() * part.element_size() % 16:
+            return "its kernel takes parts of a multiple of 16 bytes"
+        return why_not_fused(part, pg, SLOT_BYTES)
+
     return choose_fused(op, reason, on_gpu=x.is_cuda, untried=UNTRIED)
 
 
@@ -178,7 +186,7 @@ def all_reduce(x: torch.Tensor, *, group, out: torch.Tensor | None = None) -> to
         TypeError, ValueError: bad dtype, shape or group.
         PeerTimeoutError: a rank died or did not answer within the group's timeout.
     """
-    check_floating("all_reduce", x=x, out=out)
+    check_floating("all_reduce", ("out",), x=x, out=out)
     name = resolve_group(group).group_name
     if out is None:
         return _all_reduce_op(x, name)

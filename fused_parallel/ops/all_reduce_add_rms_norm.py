@@ -51,7 +51,7 @@ def reduce_add_norm(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tenso
     """The operation, by one kernel where there is one for the call, else by an all-reduce and `add_rms_norm`."""
     if pg.size() == 1:
         return add_norm(x, residual, weight, eps)
-    if choose_fused("all_reduce_add_rms_norm", _why_not_fused(x, pg), on_gpu=x.is_cuda, untried=UNTRIED):
+    if choose_fused("all_reduce_add_rms_norm", lambda: _why_not_fused(x, pg), on_gpu=x.is_cuda, untried=UNTRIED):
         return _launch(x, residual, weight, eps, pg)
     return add_norm(reference.all_reduce(x, pg), residual, weight, eps)
 

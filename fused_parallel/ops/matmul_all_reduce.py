@@ -83,7 +83,7 @@ def matmul_all_reduce(
 
     Runs on the current stream; capturable in CUDA graphs; traced by torch.compile as one node.
     """
-    check_floating("matmul_all_reduce", x=x, weight=weight, bias=bias)
+    check_floating("matmul_all_reduce", ("bias",), x=x, weight=weight, bias=bias)
     check_matmul("matmul_all_reduce", x, weight, bias)
     return _op(x, weight, bias, resolve_group(group).group_name)
 
@@ -110,7 +110,7 @@ def matmul_all_reduce_add_rms_norm(
         (normed [..., N], new_residual [..., N]), the same on every rank. Else as `matmul_all_reduce`.
     """
     op = "matmul_all_reduce_add_rms_norm"
-    check_floating(op, x=x, weight=weight, residual=residual, norm_weight=norm_weight, bias=bias)
+    check_floating(op, ("bias",), x=x, weight=weight, residual=residual, norm_weight=norm_weight, bias=bias)
     check_matmul(op, x, weight, bias)
     check_norm(op, (*x.shape[:-1], weight.shape[0]), residual, norm_weight, eps)
     return _op_norm(x, weight, residual, norm_weight, eps, bias, resolve_group(group).group_name)

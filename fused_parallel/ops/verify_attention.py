@@ -68,6 +68,8 @@ def verify_attention(
             f"{op}: q has {heads} heads of {dim}, the cache {kv_heads} of {k_cache.shape[3]}; head sizes must be equal "
             "and q's heads a multiple of the cache's"
         )
+    if not isinstance(cache_lens, torch.Tensor):
+        raise TypeError(f"{op}: cache_lens must be a tensor int32 [{batch}], got {type(cache_lens).__name__}")
     if cache_lens.dtype != torch.int32 or tuple(cache_lens.shape) != (batch,):
         raise TypeError(f"{op}: cache_lens must be int32 [{batch}], got {cache_lens.dtype} {tuple(cache_lens.shape)}")
     if block_table is None:

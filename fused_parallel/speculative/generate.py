@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import operator
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,6 +13,8 @@ import torch.distributed as dist
 
 from ..comm import collectives
 from ..comm.workspace import check
+from ..models.llama import LlamaForCausalLM
+from ..ops.verify import METHODS
 from .round import Round
 
 
@@ -57,39 +60,66 @@ class Generation:
     stats: GenerationStats
 
 
-def _per_request(value, batch: int, name: str, dtype: torch.dtype, device) -> torch.Tensor | None:
+def _per_request(value, batch: int, name: str, dtype: torch.dtype, device, low=None, high=None) -> torch.Tensor | None:
+    """An option of each prompt as a tensor [B] on the device; checked here, where the values are still on the host."""
     if value is None:
         return None
-    tensor = torch.as_tensor(value, dtype=dtype)
+    try:
+        tensor = torch.as_tensor(value, dtype=dtype, device="cpu")
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"generate: {name} must be one number or one per prompt ({batch}), got {value!r}") from error
     if tensor.dim() > 1 or (tensor.dim() == 1 and tensor.numel() != batch):
-        raise ValueError(f"generate: {name} must be one value or one per prompt ({batch}), got {value!r}")
+        raise ValueError(f"generate: {name} must be one number or one per prompt ({batch}), got {value!r}")
+    if low is not None and not bool(((tensor >= low) & (tensor <= (float("inf") if high is None else high))).all()):
+        limits = f"at least {low}" if high is None else f"between {low} and {high}"
+        raise ValueError(f"generate: {name} must be {limits}, got {value!r}")
     return tensor.expand(batch).to(device).contiguous()
 
 
-def _check(model, prompts, max_new_tokens: int, draft, num_draft_tokens: int) -> list[list[int]]:
+def _check(model, prompts, max_new_tokens, draft, num_draft_tokens, method) -> list[list[int]]:
+    """The prompts as lists. Everything is checked on every rank, before any waits for another."""
+    for name, value in (("model", model), ("draft", draft)):
+        if value is not None and not isinstance(value, LlamaForCausalLM):
+            raise TypeError(f"generate: {name} must be an fp.LlamaForCausalLM, got {type(value).__name__}")
+    if isinstance(prompts, str) or any(
+        not isinstance(p, (Sequence, torch.Tensor)) or isinstance(p, str) for p in prompts
+    ):
+        raise TypeError("generate: prompts must be a list of lists of token ids, one for each sequence")
     prompts = [p.tolist() if isinstance(p, torch.Tensor) else list(p) for p in prompts]
-    if not prompts or any(not p for p in prompts):
-        raise ValueError("generate: every prompt needs at least one token")
+    if not prompts:
+        raise ValueError("generate: there are no prompts")
     vocab = model.config.vocab_size
     for i, prompt in enumerate(prompts):
-        bad = [t for t in prompt if not isinstance(t, int) or not 0 <= t < vocab]
-        if bad:
-            raise ValueError(f"generate: prompt {i} holds {bad[0]!r}; token ids are integers in [0, {vocab})")
-    if max_new_tokens < 1:
-        raise ValueError(f"generate: max_new_tokens must be at least 1, got {max_new_tokens}")
-    limit = model.config.max_position_embeddings
+        if not prompt:
+            raise ValueError(f"generate: prompt {i} is empty; every prompt needs at least one token")
+        for j, token in enumerate(prompt):
+            try:
+                prompt[j] = operator.index(token)
+            except TypeError:
+                prompt[j] = -1
+            if not 0 <= prompt[j] < vocab:
+                raise ValueError(f"generate: prompt {i} holds {token!r}; token ids are integers in [0, {vocab})")
+    if not isinstance(max_new_tokens, int) or max_new_tokens < 1:
+        raise ValueError(f"generate: max_new_tokens must be an integer of at least 1, got {max_new_tokens!r}")
+    if method not in METHODS:
+        raise ValueError(f"generate: method must be one of {', '.join(map(repr, METHODS))}, got {method!r}")
     longest = max(map(len, prompts))
-    if longest + max_new_tokens > limit:
-        raise ValueError(
-            f"generate: a prompt of {longest} tokens and {max_new_tokens} new ones exceed the model's {limit} positions"
-        )
+    for name, config in (("model", model.config), ("draft", draft.config if draft is not None else model.config)):
+        limit = config.max_position_embeddings
+        if longest + max_new_tokens > limit:
+            raise ValueError(
+                f"generate: a prompt of {longest} tokens and {max_new_tokens} new ones exceed the {name}'s {limit} "
+                "positions"
+            )
     if draft is not None:
         if draft.config.vocab_size != vocab:
             raise ValueError(f"generate: the draft has vocabulary {draft.config.vocab_size}, the model {vocab}")
         if draft.tp_group.size() * draft.pp_group.size() != 1:
             raise ValueError("generate: make the draft with mesh=None, every rank runs it whole")
-        if num_draft_tokens < 1:
-            raise ValueError(f"generate: num_draft_tokens must be at least 1 with a draft, got {num_draft_tokens}")
+        if not isinstance(num_draft_tokens, int) or num_draft_tokens < 1:
+            raise ValueError(
+                f"generate: num_draft_tokens must be an integer of at least 1 with a draft, got {num_draft_tokens!r}"
+            )
     return prompts
 
 
@@ -115,17 +145,19 @@ def generate(
 
     Args:
         model: a LlamaForCausalLM; tensor and pipeline parallelism are its own.
-        prompts: token ids, one list a sequence, of any lengths.
+        prompts: token ids, one list a sequence, of any lengths; from text by the model's tokenizer
+            (`tokenizers.Tokenizer.from_file(path + "/tokenizer.json").encode(text).ids`).
         draft: a smaller LlamaForCausalLM of the same vocabulary, made with mesh=None: speculative decoding. Only the
             last stage's ranks run it.
         num_draft_tokens: tokens drafted a round.
-        method: "rejection" or "block": as `fp.verify`; both leave the model's distribution unchanged.
+        method: "rejection" or "block", which leave the model's distribution unchanged, or "greedy", which ignores the
+            temperature; as `fp.verify`.
         temperature, top_k, top_p, min_p, seed: one value, or one per prompt; temperature 0 is greedy. With one seed,
             prompt i uses seed + i.
         eos_token_id: token(s) that end a sequence; default: the model's configuration.
         cuda_graph: capture a whole round (draft, model, verification) once and replay it: GPUs only, and no pipeline
             stages. The tokens are the same; stats then do not know the time spent in communication.
-        progress: show a progress bar on the terminal (rank 0 only).
+        progress: show a progress bar on stderr (rank 0 only).
 
     Returns:
         Generation(tokens, stats), the same tokens on every rank.
@@ -133,7 +165,7 @@ def generate(
     The host reads the accepted tokens back once a round, and does nothing else in a captured one. Raises ValueError for
     bad input and PeerTimeoutError when a rank is lost.
     """
-    prompts = _check(model, prompts, max_new_tokens, draft, num_draft_tokens)
+    prompts = _check(model, prompts, max_new_tokens, draft, num_draft_tokens, method)
     if cuda_graph and (model.device.type != "cuda" or model.pp_group.size() > 1):
         raise ValueError(
             f"generate: cuda_graph=True needs a model on GPUs without pipeline stages; this one is on {model.device} "
@@ -145,13 +177,16 @@ def generate(
     ids = torch.tensor([p + [0] * (width - len(p)) for p in prompts], device=device)
     capacity = width + max_new_tokens + k + 1
 
-    seeds = torch.as_tensor(seed) + torch.arange(batch) if isinstance(seed, int) else seed
-    seed_t = _per_request(seeds, batch, "seed", torch.int64, device)
-    temperature_t = _per_request(temperature, batch, "temperature", torch.float32, device)
+    if not isinstance(seed, (Sequence, torch.Tensor)):
+        seed = [operator.index(seed) + i for i in range(batch)]
+    seed_t = _per_request(seed, batch, "seed", torch.int64, device)
+    if temperature is None:
+        raise TypeError("generate: temperature must be a number or one per prompt, got None; 0 is greedy")
+    temperature_t = _per_request(temperature, batch, "temperature", torch.float32, device, 0)
     sampling = {
-        "top_k": _per_request(top_k, batch, "top_k", torch.int32, device),
-        "top_p": _per_request(top_p, batch, "top_p", torch.float32, device),
-        "min_p": _per_request(min_p, batch, "min_p", torch.float32, device),
+        "top_k": _per_request(top_k, batch, "top_k", torch.int32, device, 0),
+        "top_p": _per_request(top_p, batch, "top_p", torch.float32, device, 0, 1),
+        "min_p": _per_request(min_p, batch, "min_p", torch.float32, device, 0, 1),
     }
     ends = model.config.eos_token_id if eos_token_id is None else eos_token_id
     ends = set() if ends is None else {ends} if isinstance(ends, int) else set(ends)
@@ -222,9 +257,10 @@ def _progress(show: bool, total: int):
     if not show or (dist.is_initialized() and dist.get_rank() != 0):
         yield lambda count: None
         return
+    from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = TextColumn("generating"), BarColumn(), MofNCompleteColumn(), TextColumn("tokens"), TimeRemainingColumn()
-    with Progress(*columns, transient=True) as bar:
+    with Progress(*columns, transient=True, console=Console(stderr=True)) as bar:
         task = bar.add_task("generate", total=total)
         yield lambda count: bar.advance(task, count)

@@ -50,7 +50,7 @@ def test_generate_alone_and_on_two_ranks():
         (("--model", "/nowhere", "--prompt", "x"), "config.json not found: expected a Hugging Face model directory"),
         (("--prompt", ""), "the prompt is empty"),
         (("--prompt", "x", "--tp", "3"), "but the world has 1 rank(s); start that many: torchrun --nproc-per-node 3"),
-        (("--prompt", "x", "--max-new-tokens", "0"), "max_new_tokens must be at least 1"),
+        (("--prompt", "x", "--max-new-tokens", "0"), "max_new_tokens must be an integer of at least 1"),
         (("--prompt-file", "/nowhere.txt"), "/nowhere.txt"),
         (("--prompt", "x", "--device", "cuda"), "has no GPU"),
     ],

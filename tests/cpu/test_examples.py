@@ -32,7 +32,7 @@ def test_readme_program(tmp_path):
     program = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S).group(1)
     assert "torchrun" in program.splitlines()[0]
     (tmp_path / "example.py").write_text(program)
-    norms = re.findall(r"tensor\(([\d.]+)\)", torchrun(str(tmp_path / "example.py")))
+    norms = re.findall(r"rank [01]: 6291456 weights, ([\d.]+)", torchrun(str(tmp_path / "example.py")))
     assert len(norms) == 2 and norms[0] == norms[1]
 
 

@@ -124,6 +124,19 @@ def test_mixed_temperatures(pair):
     assert tokens[0] == expected[0] and tokens[2] == expected[2] and tokens[1] != expected[1]
 
 
+def rank_bad_method(mesh, path):
+    model = fp.LlamaForCausalLM.from_pretrained(path, mesh=mesh)
+    try:
+        fp.generate(model, [[1]], 3, method="bogus")
+    except ValueError as error:
+        return str(error)
+
+
+def test_every_stage_finds_bad_input_itself(pair):
+    for text in run_ranks(rank_bad_method, 2, pair[0], pp=2, timeout=30):
+        assert "method must be one of" in text
+
+
 def test_bad_input(pair, tmp_path):
     path, _, _ = pair
     mesh = fp.init(device="cpu")
@@ -131,16 +144,31 @@ def test_bad_input(pair, tmp_path):
     ranks.save_random_model(tmp_path, vocab_size=100)
     other = fp.LlamaForCausalLM.from_pretrained(tmp_path, mesh=None)
     for args, options, message in (
-        (([], 3), {}, "every prompt needs at least one token"),
-        (([[1], []], 3), {}, "every prompt needs at least one token"),
+        (([], 3), {}, "there are no prompts"),
+        (([[1], []], 3), {}, "prompt 1 is empty; every prompt needs at least one token"),
+        (([1, 2], 3), {}, "prompts must be a list of lists"),
+        (("text", 3), {}, "prompts must be a list of lists"),
+        (([[1]], 2.5), {}, "max_new_tokens must be an integer of at least 1, got 2.5"),
+        (([[1]], 3), {"temperature": -1.0}, "temperature must be at least 0, got -1.0"),
+        (([[1]], 3), {"temperature": float("nan")}, "temperature must be at least 0"),
+        (([[1]], 3), {"temperature": None}, "temperature must be a number or one per prompt"),
+        (([[1]], 3), {"top_p": 5.0}, "top_p must be between 0 and 1, got 5.0"),
+        (([[1]], 3), {"min_p": -0.1}, "min_p must be between 0 and 1, got -0.1"),
+        (([[1]], 3), {"top_k": -3}, "top_k must be at least 0, got -3"),
         (([[1, 263]], 3), {}, r"prompt 0 holds 263; token ids are integers in \[0, 263\)"),
         (([["a"]], 3), {}, "prompt 0 holds 'a'"),
-        (([[1]], 0), {}, "max_new_tokens must be at least 1, got 0"),
+        (([[1]], 0), {}, "max_new_tokens must be an integer of at least 1, got 0"),
         (([[1] * 500], 13), {}, "exceed the model's 512 positions"),
         (([[1]], 3), {"draft": other}, "the draft has vocabulary 100, the model 263"),
-        (([[1]], 3), {"temperature": [1.0, 2.0]}, "temperature must be one value or one per prompt"),
+        (([[1]], 3), {"temperature": [1.0, 2.0]}, "temperature must be one number or one per prompt"),
         (([[1]], 3), {"method": "typical"}, "method must be one of"),
         (([[1]], 3), {"cuda_graph": True}, "cuda_graph=True needs a model on GPUs without pipeline stages"),
     ):
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises((TypeError, ValueError), match=message):
             fp.generate(model, *args, **options)
+    with pytest.raises(TypeError, match=r"model must be an fp\.LlamaForCausalLM, got Linear"):
+        fp.generate(torch.nn.Linear(2, 2), [[1]], 3)
+    import numpy as np
+
+    with_numpy = fp.generate(model, [np.array([1, 2]).tolist(), [np.int64(3)]], 4, temperature=1.0, seed=np.int64(5))
+    assert with_numpy.tokens == fp.generate(model, [[1, 2], [3]], 4, temperature=1.0, seed=[5, 6]).tokens

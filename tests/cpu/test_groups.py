@@ -1,6 +1,7 @@
 """fp.init and the mesh, dispatch, debug mode, and what happens when ranks fail: clear messages, no hang."""
 
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -37,7 +38,7 @@ def test_world_of_one():
     "options,message",
     [
         ({"tp": 3}, r"tp \* pp \* dp = 3 \* 1 \* 1 = 3, but the world has 1 rank\(s\); start that many: torchrun"),
-        ({"pp": 2}, r"the world of 1 ranks is not divisible by pp \* dp = 2 \* 1"),
+        ({"pp": 2}, r"the world of 1 rank\(s\) is not divisible by pp \* dp = 2 \* 1; start a multiple of 2: torchrun"),
         ({"tp": 0}, "tp must be a positive integer, got 0"),
         ({"tp": 1.5}, "tp must be a positive integer, got 1.5"),
         ({"timeout": 0}, "timeout must be a positive number of seconds, got 0"),
@@ -117,8 +118,8 @@ def rank_survivor(path: str):
 def test_survivors_of_a_killed_rank_raise(tmp_path):
     """The surviving rank itself, not only its launcher, hears of the death, at once."""
     pool = RankPool(2)
-    pool._calls[0].put((1, rank_survivor, (str(tmp_path / "told"),), {}))
-    pool._calls[1].put((1, rank_lost, ("killed", 20.0), {}))
+    pool._calls[0].put(pickle.dumps((rank_survivor, (str(tmp_path / "told"),), {})))
+    pool._calls[1].put(pickle.dumps((rank_lost, ("killed", 20.0), {})))
     deadline = time.monotonic() + 40
     while not (tmp_path / "told").exists() and time.monotonic() < deadline:
         time.sleep(0.1)
@@ -137,6 +138,46 @@ def test_an_error_on_one_rank_reaches_the_caller():
     with pytest.raises(RuntimeError, match="rank 1 of 2 raised ValueError: on purpose"):
         run_ranks(rank_fails, 2)
     assert run_ranks(rank_mesh, 2)[1][2] == (0, 0, 1)  # the next call has new ranks
+
+
+def rank_unpicklable(mesh):
+    return lambda: None
+
+
+def test_what_cannot_be_pickled_is_said_at_once():
+    with pytest.raises(TypeError, match="must be picklable, and at module level"):
+        run_ranks(lambda mesh: None, 2)
+    begin = time.monotonic()
+    with pytest.raises(RuntimeError, match=r"rank \d of 2 raised"):
+        run_ranks(rank_unpicklable, 2)
+    assert time.monotonic() - begin < 30
+
+
+def rank_after_finalize():
+    mesh = fp.init(device="cpu")
+    group, x = mesh["tp"], torch.ones(2)
+    fp.all_reduce(x, group=group)
+    fp.finalize()
+    try:
+        fp.all_reduce(x, group=group)
+    except RuntimeError as error:
+        return str(error)
+
+
+def test_after_finalize():
+    (text,) = launch(rank_after_finalize, 1)
+    assert "the process group is gone: fp.finalize() was called" in text
+
+
+def test_out_of_memory_is_not_a_lost_peer():
+    from fused_parallel.comm import collectives
+
+    mesh = fp.init(device="cpu")
+    with (
+        pytest.raises(torch.OutOfMemoryError),
+        collectives._measured("all_reduce", torch.ones(1), fp.comm.resolve_group(mesh["tp"])),
+    ):
+        raise torch.OutOfMemoryError("out of memory")
 
 
 def test_use_modes():

@@ -106,6 +106,64 @@ def test_state_dict_of_transformers_loads(models):
         copy.load_state_dict(broken)
 
 
+def copy_of(path, to):
+    to.mkdir()
+    for file in ("config.json", "model.safetensors"):
+        (to / file).write_bytes((path / file).read_bytes())
+    return to
+
+
+def test_shapes_that_would_broadcast_are_refused(models, tmp_path):
+    path, _ = models["plain"]
+    mesh = fp.init(device="cpu")
+    column = fp.nn.ColumnParallelLinear(13, 8, group=mesh["tp"])
+    with pytest.raises(ValueError, match=r"weight: has shape \[8, 1\], expected \[8, 13\]"):
+        column.load_state_dict({"weight": torch.randn(8, 1)})
+    bad = copy_of(path, tmp_path / "narrow")
+    tensors = load_file(bad / "model.safetensors")
+    name = "model.layers.0.self_attn.q_proj.weight"
+    save_file(tensors | {name: tensors[name][:, :1].contiguous()}, bad / "model.safetensors")
+    with pytest.raises(ValueError, match=r"q_proj.weight' has shape \[128, 1\], but config.json implies \[128, 96\]"):
+        fp.LlamaForCausalLM.from_pretrained(bad, mesh=mesh)
+    with pytest.raises(ValueError, match="a merged parameter loads the separate full tensors"):
+        fp.nn.ParallelMLP(8, 10, group=mesh["tp"]).load_state_dict({"gate_up_proj.weight": torch.randn(19, 8)})
+
+
+def rank_state_dict(mesh, path, state):
+    model = fp.LlamaForCausalLM(fp.LlamaConfig.from_pretrained(path), mesh=mesh)
+    model.load_state_dict(state)
+    return model(IDS)
+
+
+def test_whole_state_dict_on_stages(models):
+    path, reference = models["plain"]
+    with torch.no_grad():
+        expected = reference(IDS).logits
+    got = run_ranks(rank_state_dict, 2, path, reference.state_dict(), pp=2)[-1]
+    assert (got - expected).abs().max() < 1e-4
+
+
+def test_change_of_dtype(models):
+    path, _ = models["llama3 rope, tied"]
+    mesh = fp.init(device="cpu")
+    model = fp.LlamaForCausalLM.from_pretrained(path, mesh=mesh)
+    frequencies = model.model.rotary_emb.inv_freq.clone()
+    direct = fp.LlamaForCausalLM.from_pretrained(path, mesh=mesh, dtype=torch.bfloat16)
+    model.to(torch.bfloat16)
+    assert model.dtype == torch.bfloat16 and torch.equal(model.model.rotary_emb.inv_freq, frequencies)
+    assert torch.equal(model(IDS), direct(IDS))
+
+
+def test_cache_overflow(models):
+    path, _ = models["plain"]
+    model = fp.LlamaForCausalLM.from_pretrained(path, mesh=fp.init(device="cpu"))
+    cache = model.make_cache(2, 110)
+    model(IDS, cache)
+    cache.lens += 100
+    with pytest.raises(ValueError, match="11 more tokens do not fit a KV cache of 110 tokens that holds 100"):
+        model(IDS[:, :11], cache)
+
+
 def test_index_of_several_files(models, tmp_path):
     path, _ = models["plain"]
     tensors = load_file(path / "model.safetensors")
@@ -121,13 +179,6 @@ def test_index_of_several_files(models, tmp_path):
     (tmp_path / "b.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match=r"lacks b\.safetensors"):
         Checkpoint(tmp_path)
-
-
-def copy_of(path, to):
-    to.mkdir()
-    for file in ("config.json", "model.safetensors"):
-        (to / file).write_bytes((path / file).read_bytes())
-    return to
 
 
 def test_bad_checkpoints_name_the_file(models, tmp_path):
@@ -156,15 +207,22 @@ def test_bad_checkpoints_name_the_file(models, tmp_path):
     (bad / "config.json").write_text("{")
     with pytest.raises(ValueError, match=r"no-json/config\.json"):
         load(bad)
-    for change, message in (
-        ({"model_type": "gpt2"}, "model_type 'gpt2' is not supported"),
-        ({"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported"),
-        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope_type 'yarn' is not supported"),
-        ({"intermediate_size": 251}, "has shape .* config.json implies"),
-        ({"num_hidden_layers": 4}, "has no tensor 'model.layers.3"),
-        ({"vocab_size": None}, "lacks vocab_size"),
+    for index, (change, message) in enumerate(
+        (
+            ({"model_type": "gpt2"}, "model_type 'gpt2' is not supported"),
+            ({"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported"),
+            ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope_type 'yarn' is not supported"),
+            ({"intermediate_size": 251}, "has shape .* config.json implies"),
+            ({"hidden_size": 48}, "has shape .* config.json implies"),
+            ({"num_hidden_layers": 2}, "holds tensors for which config.json has no place, such as 'model.layers.2"),
+            ({"dtype": "float64"}, r"config\.json: dtype 'float64' is not supported"),
+            ({"num_attention_heads": 0}, r"config\.json: num_attention_heads must be a positive integer, got 0"),
+            ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4}}, r"config\.json: an entry lacks 'factor'"),
+            ({"num_hidden_layers": 4}, "has no tensor 'model.layers.3"),
+            ({"vocab_size": None}, "lacks vocab_size"),
+        )
     ):
-        bad = copy_of(path, tmp_path / str(abs(hash(message))))
+        bad = copy_of(path, tmp_path / str(index))
         config = json.loads((bad / "config.json").read_text()) | change
         (bad / "config.json").write_text(json.dumps(config))
         with pytest.raises(ValueError, match=message):

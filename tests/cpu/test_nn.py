@@ -75,7 +75,7 @@ def rank_mlp(mesh):
 
 @pytest.mark.parametrize("world", [1, 2, 4])
 def test_mlp(world):
-    assert "gate_proj.weight: dim 0 has size 10, expected 11" in run_ranks(rank_mlp, world)[0]
+    assert "gate_proj.weight: has shape [10, 8], expected [11, 8] (the full tensor)" in run_ranks(rank_mlp, world)[0]
 
 
 @pytest.mark.parametrize(

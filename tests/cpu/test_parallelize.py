@@ -81,6 +81,37 @@ def test_styles(how):
         assert calls == ["hook"] and shape == (5, 6) and name == "RowParallelLinear"
 
 
+class Scaled(nn.Linear):
+    """What in-place conversion would lose."""
+
+    def forward(self, x):
+        return 10 * super().forward(x)
+
+
+def rank_stages(mesh, path):
+    """What a model cut into stages refuses, and that it follows a change of dtype."""
+    from transformers import AutoModelForCausalLM
+
+    model = fp.parallelize(AutoModelForCausalLM.from_pretrained(path).eval(), mesh)
+    messages = []
+    for call in (lambda: fp.parallelize(model, mesh), lambda: model(inputs_embeds=torch.zeros(1, 2, 96))):
+        try:
+            call()
+        except ValueError as error:
+            messages.append(str(error))
+    with torch.no_grad():
+        return messages, model.to(torch.bfloat16)(IDS).logits
+
+
+def test_stages_refuse_and_follow(tmp_path):
+    reference = ranks.save_random_model(tmp_path)
+    for messages, logits in run_ranks(rank_stages, 2, tmp_path, pp=2):
+        assert messages[0] == "fp.parallelize: this model has been parallelized already"
+        assert messages[1] == "a model cut into pipeline stages takes input_ids, not inputs_embeds"
+        with torch.no_grad():
+            assert torch.equal(logits, reference.to(torch.bfloat16)(IDS).logits)
+
+
 def rank_errors(mesh):
     messages = []
     for model, plan, where in (
@@ -89,6 +120,11 @@ def rank_errors(mesh):
         (mlp(), ["up"], mesh),
         (mlp(), {"up": "colwise"}, mesh["tp"]),
         (nn.ModuleDict({"norm": nn.LayerNorm(4)}), {"norm": "colwise"}, mesh),
+        (mlp(), {"pu": "colwise"}, mesh),
+        (mlp(), {}, mesh),
+        (nn.ModuleDict({"up": Scaled(4, 4)}), {"up": "colwise"}, mesh),
+        (nn.ModuleDict({"emb": nn.Embedding(4, 4, max_norm=1.0)}), {"emb": "rowwise"}, mesh),
+        (nn.ModuleDict({"up": nn.Linear(4, 4, device="meta")}), {"up": "colwise"}, mesh),
     ):
         try:
             fp.parallelize(model, where, plan)
@@ -102,9 +138,14 @@ def test_errors():
     expected = [
         "ValueError: fp.parallelize: 'auto' knows the causal language models of llama, mistral, qwen2, not 'Modu",
         "ValueError: fp.parallelize: unknown style 'diagonal' for 'up'",
-        'TypeError: fp.parallelize: parallelize_plan must be "auto" or a mapping, got list',
+        "TypeError: fp.parallelize: parallelize_plan must be \"auto\" or a mapping with entries, got ['up']",
         "TypeError: fp.parallelize: mesh must be the DeviceMesh of fp.init",
         "TypeError: cannot shard a LayerNorm: expected torch.nn.Linear",
+        "ValueError: fp.parallelize: the plan names 'pu', but the model has no such module",
+        "TypeError: fp.parallelize: parallelize_plan must be",
+        "TypeError: cannot shard a Scaled: expected torch.nn.Linear itself, not a subclass",
+        "TypeError: cannot shard a Embedding: expected torch.nn.Embedding itself, without max_norm",
+        "ValueError: cannot shard a layer on the meta device: load the weights first",
     ]
     for message, start in zip(run_ranks(rank_errors, 2)[0], expected, strict=True):
         assert message.startswith(start), message

@@ -176,3 +176,10 @@ def test_a_wrong_result_fails_the_benchmark(tmp_path):
     assert done.returncode != 0
     assert "WRONG all_reduce gloo tokens=2;hidden=48: relative error" in done.stderr
     assert not (tmp_path / "csv").exists(), "a wrong result leaves no figure"
+
+
+@pytest.mark.parametrize("script", sorted((ROOT / "benchmarks").glob("bench_*.py")), ids=lambda path: path.stem)
+def test_every_benchmark_starts(script):
+    done = subprocess.run([sys.executable, script, "--help"], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "usage" in done.stdout
