@@ -270,9 +270,11 @@ std::int64_t workspace_bytes(int world, std::int64_t slot_bytes) {
 void all_reduce_reset(const AllReduceWorkspace& w, void* stream) {
   const DeviceGuard guard(w.device);
   const std::int64_t vectors = workspace_bytes(w.world, w.slot_bytes) / 16;
-  fill_with_sentinel<<<256, 512, 0, static_cast<cudaStream_t>(stream)>>>(reinterpret_cast<uint4*>(w.bases[w.rank]),
-                                                                         vectors);
-  FP_CUDA_CHECK(cudaGetLastError());
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(256);
+  config.blockDim = dim3(512);
+  config.stream = static_cast<cudaStream_t>(stream);
+  FP_CUDA_CHECK(cudaLaunchKernelEx(&config, fill_with_sentinel, reinterpret_cast<uint4*>(w.bases[w.rank]), vectors));
 }
 
 void all_reduce(AllReduceWorkspace& w, const void* x, void* out, std::int64_t elements, bool two_shot, int dtype,

@@ -9,6 +9,7 @@
 namespace fp {
 
 [[noreturn]] inline void throw_cuda_error(cudaError_t error, const char* call, const char* file, int line) {
+  cudaGetLastError();  // told here: it must not be found again by whoever asks for the last error next
   throw std::runtime_error(std::string(file) + ":" + std::to_string(line) + ": " + call +
                            " failed: " + cudaGetErrorName(error) + " (" + cudaGetErrorString(error) + ")");
 }
