@@ -58,6 +58,7 @@ __device__ __forceinline__ void store_clipped(T* p, std::int64_t v, std::int64_t
 template <typename T, int kWorld, int kVecs>
 __global__ void __launch_bounds__(kThreads) one_shot(const __grid_constant__ Params<T> p) {
   dependency_wait();
+  dependency_trigger();
   const Lamport& l = p.lamport;
   const std::int64_t threads = static_cast<std::int64_t>(gridDim.x) * blockDim.x;
   const std::int64_t thread = static_cast<std::int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
@@ -95,7 +96,6 @@ __global__ void __launch_bounds__(kThreads) one_shot(const __grid_constant__ Par
       mine[u] = next[u];
     }
   }
-  dependency_trigger();
 }
 
 // Rank r owns vectors [r * share, (r + 1) * share). In each slot, the first `share` vectors take the partials of this
@@ -103,6 +103,7 @@ __global__ void __launch_bounds__(kThreads) one_shot(const __grid_constant__ Par
 template <typename T, int kWorld>
 __global__ void __launch_bounds__(kThreads) two_shot(const __grid_constant__ Params<T> p) {
   dependency_wait();
+  dependency_trigger();
   const Lamport& l = p.lamport;
   const int world = kWorld ? kWorld : l.world;
   const std::int64_t threads = static_cast<std::int64_t>(gridDim.x) * blockDim.x;
@@ -151,7 +152,6 @@ __global__ void __launch_bounds__(kThreads) two_shot(const __grid_constant__ Par
       }
     }
   }
-  dependency_trigger();
 }
 
 __global__ void fill_with_sentinel(uint4* p, std::int64_t vectors) {

@@ -82,6 +82,7 @@ __global__ void __launch_bounds__(kMaxThreads) one_shot_norm(const __grid_consta
 
   Vec<T> weight[kVecs], mine[kVecs], next[kVecs], residual[kVecs];
   dependency_wait();
+  dependency_trigger();
 
   int row = blockIdx.x / kCluster;
   const auto load_row = [&](const T* tensor, int of_row, Vec<T>(&out)[kVecs]) {
@@ -163,7 +164,6 @@ __global__ void __launch_bounds__(kMaxThreads) one_shot_norm(const __grid_consta
       mine[u] = next[u];
     }
   }
-  dependency_trigger();
   // No CTA of a cluster may leave while another reads its shared memory.
   if constexpr (kCluster > 1) cg::this_cluster().sync();
 #endif

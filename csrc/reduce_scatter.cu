@@ -28,6 +28,7 @@ struct Params {
 template <typename T, int kWorld>
 __global__ void __launch_bounds__(kThreads) reduce_scatter_push(const __grid_constant__ Params<T> p) {
   dependency_wait();
+  dependency_trigger();
   const Lamport& l = p.lamport;
   const int world = kWorld ? kWorld : l.world;
   const std::int64_t threads = static_cast<std::int64_t>(gridDim.x) * blockDim.x;
@@ -51,12 +52,12 @@ __global__ void __launch_bounds__(kThreads) reduce_scatter_push(const __grid_con
     gather_and_sum<T, kWorld, 1>(l, call, start, i, threads, p.share, mine, sum);
     store(p.out + i * Vec<T>::kSize, from_floats<T>(sum[0]));
   }
-  dependency_trigger();
 }
 
 template <typename T, int kWorld>
 __global__ void __launch_bounds__(kThreads) all_gather_push(const __grid_constant__ Params<T> p) {
   dependency_wait();
+  dependency_trigger();
   const Lamport& l = p.lamport;
   const int world = kWorld ? kWorld : l.world;
   const std::int64_t threads = static_cast<std::int64_t>(gridDim.x) * blockDim.x;
@@ -81,7 +82,6 @@ __global__ void __launch_bounds__(kThreads) all_gather_push(const __grid_constan
       store(p.out + (source * p.share + i) * Vec<T>::kSize, value);
     }
   }
-  dependency_trigger();
 }
 
 template <typename Launch>

@@ -124,12 +124,13 @@ def make_native(
     max_ctas: int | None = None,
 ):
     """(extension's workspace over the ranks' buffers at `bases`, the tensors it lives on). `max_ctas` CTAs of a
-    kernel must be resident at once; default: one for every second multiprocessor, so that two groups at work fit."""
+    kernel must be resident at once; default: one for every fourth multiprocessor, so that two groups at work fit, each
+    with a kernel that runs and the next one, which is resident while it waits."""
     extension = _ext.extension()
     control = torch.zeros(extension.all_reduce_control_bytes, dtype=torch.uint8, device=device)
     record = torch.zeros(extension.all_reduce_record_bytes, dtype=torch.uint8, pin_memory=True)
     if max_ctas is None:
-        max_ctas = torch.cuda.get_device_properties(device).multi_processor_count // 2
+        max_ctas = torch.cuda.get_device_properties(device).multi_processor_count // 4
     native = extension.AllReduceWorkspace(
         rank=rank,
         bases=bases,
