@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import datetime
 import time
 from dataclasses import dataclass, field
 
@@ -51,8 +52,40 @@ class CommunicationTimer:
         return self.host_seconds
 
 
-def _ranks(pg: dist.ProcessGroup) -> str:
-    return ", ".join(str(r) for r in dist.get_process_group_ranks(pg) if r != dist.get_rank())
+# How long a rank that lost the others waits for them to say that they lost someone, too.
+_GRACE_S = 2.0
+
+
+def _names(ranks: list[int]) -> str:
+    return f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks))}"
+
+
+def _verdict(pg: dist.ProcessGroup) -> str:
+    """Who is to blame. A dead rank takes its neighbours' connections with it, so that living ranks seem lost, too.
+    Those that live say so in the store (which is on rank 0, or with torchrun); who says nothing is dead or stopped."""
+    everyone = [r for r in dist.get_process_group_ranks(pg) if r != dist.get_rank()]
+    try:
+        store = dist.distributed_c10d._get_default_store()
+        patience = store.timeout
+        store.set_timeout(datetime.timedelta(seconds=_GRACE_S))  # the store may be on the lost rank
+        try:
+            key = f"fused_parallel/lost_a_peer/{pg.group_name}/"
+            store.set(key + str(dist.get_rank()), "1")
+            end = time.monotonic() + _GRACE_S
+            silent = everyone
+            while silent and time.monotonic() < end:
+                silent = [r for r in silent if not store.check([key + str(r)])]
+                time.sleep(0.02)
+        finally:
+            store.set_timeout(patience)
+    except RuntimeError:
+        return "it is dead or stopped, or the rank that holds the group's store is (rank 0)"
+    if silent:
+        return f"{_names(silent)} said nothing since: dead, stopped, or in another operation"
+    return (
+        "all ranks report the same, so none is dead: they run different operations or shapes (FUSED_PARALLEL_DEBUG=1 "
+        "compares them)"
+    )
 
 
 @contextlib.contextmanager
@@ -73,11 +106,10 @@ def _measured(op: str, tensor: torch.Tensor, pg: dist.ProcessGroup, peer: int | 
     except torch.OutOfMemoryError:
         raise  # this rank's own trouble
     except RuntimeError as error:
-        others = f"rank {peer}" if peer is not None else f"rank(s) {_ranks(pg)}"
+        waited = [peer] if peer is not None else [r for r in dist.get_process_group_ranks(pg) if r != dist.get_rank()]
         raise PeerTimeoutError(
-            f"{op} on rank {dist.get_rank()} got no answer from {others}: dead, stopped, in another operation, or with "
-            "other shapes (FUSED_PARALLEL_DEBUG=1 compares what ranks do). The group cannot be used any more: end this "
-            f"job on all ranks and start it again. Cause: {str(error).splitlines()[0]}"
+            f"{op} on rank {dist.get_rank()} got no answer from {_names(waited)}; {_verdict(pg)}. The group cannot be "
+            f"used any more: end this job on all ranks and start it again. Cause: {str(error).splitlines()[0]}"
         ) from error
     if counted:
         if on_gpu:

@@ -101,7 +101,8 @@ def rank_lost(how: str, timeout: float):
 def test_silent_rank_is_reported_within_the_timeout():
     seconds, kind, text = launch(rank_lost, 2, "silent", 3.0, timeout=60)[0]
     assert kind == "PeerTimeoutError" and 2 < seconds < 8
-    assert "all_reduce on rank 0 got no answer from rank(s) 1" in text and "end this job on all ranks" in text
+    assert "all_reduce on rank 0 got no answer from rank 1; rank 1 said nothing since" in text
+    assert "end this job on all ranks" in text
 
 
 def test_killed_rank_is_reported():
@@ -126,7 +127,28 @@ def test_survivors_of_a_killed_rank_raise(tmp_path):
     time.sleep(0.2)
     seconds, kind, text = (tmp_path / "told").read_text().split(" ", 2)
     pool.kill()
-    assert kind == "PeerTimeoutError" and float(seconds) < 10 and "rank(s) 1" in text
+    assert kind == "PeerTimeoutError" and float(seconds) < 10 and "rank 1 said nothing since" in text
+
+
+def rank_told(path: str):
+    result = rank_lost("killed", 20.0)
+    with open(f"{path}{os.environ['RANK']}", "w") as file:
+        file.write(result[2])
+
+
+def test_the_dead_rank_of_three_is_named(tmp_path):
+    """Rank 1 dies; connections of the ring break between the living, too, but nobody blames them."""
+    pool = RankPool(3)
+    for calls in pool._calls:
+        calls.put(pickle.dumps((rank_told, (str(tmp_path / "told"),), {})))
+    told = [tmp_path / "told0", tmp_path / "told2"]
+    deadline = time.monotonic() + 60
+    while not all(path.exists() for path in told) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    time.sleep(0.2)
+    pool.kill()
+    for path in told:
+        assert "; rank 1 said nothing since: dead, stopped" in path.read_text()
 
 
 def rank_fails(mesh):
