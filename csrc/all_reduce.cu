@@ -240,9 +240,7 @@ AllReduceWorkspace::AllReduceWorkspace(int rank_, std::vector<std::uintptr_t> ba
     throw std::runtime_error("AllReduceWorkspace: rank " + std::to_string(rank) + " of " + std::to_string(world) +
                              ", slot_bytes=" + std::to_string(slot_bytes) + ", max_ctas=" + std::to_string(max_ctas));
   }
-  int major = 0;
-  FP_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
-  hopper = major == 9;  // later GPUs run the code for sm_80, which has neither
+  hopper = runs_hopper_code(device);
 }
 
 int AllReduceWorkspace::failed_rank() const {

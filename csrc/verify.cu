@@ -102,9 +102,7 @@ void run(const VerifyArguments& a, int device, cudaStream_t stream) {
   if ((per_request + p.splits) * a.batch > std::numeric_limits<int>::max()) {
     throw std::runtime_error("verify: batch " + std::to_string(a.batch) + " is too large for one launch");
   }
-  int major = 0;
-  FP_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
-  const bool hopper = major >= 9;
+  const bool hopper = runs_hopper_code(device);
   const bool beyond = with_draft && a.k > 1 && a.method == static_cast<int>(VerifyMethod::kBlock);
 
   // The first launch waits for all that came before, so that no scratch memory is used by two calls at once.

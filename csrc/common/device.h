@@ -32,4 +32,12 @@ inline int multiprocessor_count(int device) {
   return count;
 }
 
+// Whether `device` runs the code for sm_90a, with clusters and programmatic dependent launch. Later GPUs run what the
+// driver makes of the code for sm_80, where dependency_wait does nothing: a dependent launch there would be a race.
+inline bool runs_hopper_code(int device) {
+  int major = 0;
+  FP_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
+  return major == 9;
+}
+
 }  // namespace fp
