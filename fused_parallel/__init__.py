@@ -65,8 +65,17 @@ __all__ = [
 
 
 def parallelize(model, mesh, parallelize_plan="auto"):
-    """Spread a transformers model, or any module with a plan, over the mesh, in place; see
-    `fused_parallel.integrations.transformers.parallelize` for arguments and errors. Imported on first use."""
+    """Spread a model that every rank holds whole over the mesh, in place, and return it.
+
+    Args:
+        model: a transformers causal language model (Llama, Mistral, Qwen2), or with a plan any module.
+        mesh: of `fp.init`: "tp" splits heads, features and vocabulary, "pp" cuts the layers into stages.
+        parallelize_plan: "auto", or a mapping from module names to "colwise", "colwise_gather_output", "rowwise" or a
+            torch ParallelStyle (tp only).
+
+    The model takes the same inputs and gives the same whole logits on every rank. Details, conditions and errors:
+    `help(fused_parallel.integrations.transformers.parallelize)`, which is imported at the first call.
+    """
     from .integrations.transformers import parallelize
 
     return parallelize(model, mesh, parallelize_plan)

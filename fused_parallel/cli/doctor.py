@@ -24,7 +24,7 @@ from ..ops._dispatch import environment_mode
 OK, ABSENT, BROKEN = "ok", "absent", "BROKEN"
 _OLDEST_TORCH = (2, 8)
 _OPTIONAL = {
-    "triton": "kernels written in Triton are not used; their references are",
+    "triton": "nothing yet: no operation has a Triton kernel in this version",
     "transformers": "fp.parallelize on transformers' models, and the comparison with them, are not available",
     "tokenizers": "prompts as text work for byte-level models only",
     "pynvml": "the topology lacks NVLink, PCIe and NUMA, and timings the SM clock (package nvidia-ml-py)",
