@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from _errors import assert_starts, errors_of
 from torch import nn
 
 import fused_parallel as fp
@@ -140,3 +141,54 @@ def test_kv_cache_write_and_rollback(seed):
     assert cache.k[0].abs().sum() == 0 and cache.lens.tolist() == [0, 2, 5] and cache.capacity == 8
     cache.reset()
     assert cache.lens.tolist() == [0, 0, 0] and cache.nbytes == 2 * 2 * 3 * 8 * 2 * 4 * 4
+
+
+def rank_compiled(mesh):
+    torch.manual_seed(4)
+    group = mesh["tp"]
+    mlp = fp.nn.ParallelMLP(8, 12, group=group)
+    embedding = fp.nn.VocabParallelEmbedding(13, 8, group=group)
+    head = fp.nn.ParallelLMHead(8, 13, group=group, gather_output=True)
+    for parameter in (*mlp.parameters(), *embedding.parameters(), *head.parameters()):
+        parameter.normal_()
+    norm, ids = fp.nn.RMSNorm(8), torch.arange(13)
+
+    def step(ids):
+        x = embedding(ids)
+        normed, x = mlp(norm(x), x, norm)
+        return head(normed), x
+
+    with torch.no_grad():
+        return step(ids), torch.compile(step, fullgraph=True, backend="aot_eager")(ids)
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_modules_compile_without_breaks(world):
+    for eager, compiled in run_ranks(rank_compiled, world):
+        assert all(torch.equal(a, b) for a, b in zip(eager, compiled, strict=True))
+
+
+def rank_wrong_input(mesh):
+    column = fp.nn.ColumnParallelLinear(8, 6, group=mesh["tp"])
+    row = fp.nn.RowParallelLinear(8, 6, group=mesh["tp"])
+    x = torch.randn(2, 8)
+    return errors_of(
+        [
+            lambda: column(torch.randn(2, 7)),
+            lambda: row(torch.randn(2, 7)),
+            lambda: row(x[:, : row.weight.shape[1]], norm=fp.nn.RMSNorm(6)),
+            lambda: fp.nn.RowParallelLinear(-4, 4, group=mesh["tp"]),
+            lambda: fp.nn.ColumnParallelLinear(0, 4, group=mesh["tp"]),
+        ]
+    )
+
+
+def test_wrong_input():
+    expected = [
+        "ValueError: ColumnParallelLinear: x [..., K] and weight [N, K] must share K, got (2, 7)",
+        "ValueError: matmul_all_reduce: x [..., K] and weight [N, K] must share K, got (2, 7)",
+        "ValueError: RowParallelLinear: norm needs a residual to add to",
+        "ValueError: RowParallelLinear: sizes must be positive, got -4 and 4",
+        "ValueError: ColumnParallelLinear: sizes must be positive, got 0 and 4",
+    ]
+    assert_starts(run_ranks(rank_wrong_input, 2)[1], expected)
