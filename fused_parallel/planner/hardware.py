@@ -1,0 +1,132 @@
+"""GPUs and links the planner knows by name. Every constant with its source."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from .measured import PAIR_ALL_REDUCE_US, compute_share, fit_link, matmul_start_us, memory_share
+
+
+@dataclass(frozen=True)
+class GPU:
+    """One GPU. GB are 10^9 bytes; rates in GB/s and dense TFLOP/s as the datasheet gives them.
+
+    `memory_share`, `compute_share` and `matmul_start_us` turn them into what matmuls reach; by default what was
+    measured on an H200 (measured.py), which is an assumption for every other GPU.
+    """
+
+    name: str
+    memory_gb: float
+    hbm_gb_s: float
+    bf16_tflops: float
+    fp8_tflops: float | None  # None: no fp8 matmul; fp8 weights are widened and computed in bf16
+    host_gb_s: float  # host memory to GPU, pinned, one direction
+    memory_share: float = field(default_factory=memory_share)
+    compute_share: float = field(default_factory=compute_share)
+    matmul_start_us: float = field(default_factory=matmul_start_us)
+
+
+@dataclass(frozen=True)
+class Link:
+    """What joins the GPUs of a host, or hosts.
+
+    An all-reduce over n GPUs of `bytes` each takes start_us + hop_us (n-1) + 2(n-1)/n bytes / bus with
+    bus = bus_gb_s (n/2)^-sharing; sending takes p2p_us + bytes / p2p_gb_s. `table` gives measured all-reduces instead,
+    number of ranks -> ((bytes, us), ...), interpolated; where it has no entry the formula holds.
+    """
+
+    name: str
+    start_us: float
+    hop_us: float
+    bus_gb_s: float
+    sharing: float
+    p2p_us: float
+    p2p_gb_s: float
+    table: Mapping[int, tuple[tuple[float, float], ...]] = field(default_factory=dict, hash=False)
+
+
+# Host to GPU: 55.5 GB/s measured on the H200 pair over PCIe 5 x16; PCIe 4 half of it (half the lane rate).
+_PCIE5, _PCIE4 = 55.5, 27.7
+
+# NVIDIA datasheets: memory, bandwidth, dense (not sparse) tensor rates with fp32 accumulation.
+GPUS = {
+    gpu.name: gpu
+    for gpu in (
+        # A100 datasheet (80GB SXM): 2039 GB/s, 312 TFLOP/s bf16
+        GPU("a100", 80, 2039, 312, None, _PCIE4),
+        # H100 datasheet (SXM5): 3.35 TB/s, 989.5 bf16, 1979 fp8
+        GPU("h100", 80, 3350, 989.5, 1979, _PCIE5),
+        # H200 datasheet (SXM): 141 GB, 4.8 TB/s, tensor rates of the H100
+        GPU("h200", 141, 4800, 989.5, 1979, _PCIE5),
+        # HGX B200 datasheet: 180 GB, 7.7 TB/s usable in HGX, 2250 bf16, 4500 fp8 dense
+        GPU("b200", 180, 7700, 2250, 4500, _PCIE5),
+        # L40S datasheet: 48 GB, 864 GB/s, 362 bf16, 733 fp8
+        GPU("l40s", 48, 864, 362, 733, _PCIE4),
+        # L4 datasheet: 24 GB, 300 GB/s, 121 bf16, 242.5 fp8 (PCIe 4 x8: half the host rate)
+        GPU("l4", 24, 300, 121, 242.5, _PCIE4 / 2),
+        # GA102 white paper, RTX 3090: 936 GB/s, 71 bf16 with fp32 accumulation
+        GPU("rtx3090", 24, 936, 71, None, _PCIE4),
+        # Ada white paper, RTX 4090: 1008 GB/s, 165.2 bf16 and 330.3 fp8 with fp32 accumulation
+        GPU("rtx4090", 24, 1008, 165.2, 330.3, _PCIE4),
+        # RTX PRO 6000 Blackwell Workstation datasheet: 96 GB, 1792 GB/s; bf16 and fp8 dense from the RTX Blackwell
+        # PRO architecture white paper
+        GPU("rtxpro6000", 96, 1792, 503.8, 1007.6, _PCIE5),
+    )
+}
+
+
+def _survey(name: str, survey: str, scale: float, p2p_us: float, p2p_gb_s: float) -> Link:
+    """A link fitted to the survey's row, its rate times `scale`."""
+    fit = dict(fit_link(survey))
+    fit["bus_gb_s"] *= scale
+    return Link(name=name, p2p_us=p2p_us, p2p_gb_s=p2p_gb_s, **fit)
+
+
+def _network(name: str, gbit: float, share: float, us: float) -> Link:
+    """A network: every hop of an all-reduce between hosts takes `us`; `share` of the line rate (in Gbit/s) arrives.
+    start_us is 0: inside the host the collective's start is counted already."""
+    rate = gbit / 8 * share
+    return Link(name=name, start_us=0.0, hop_us=us, bus_gb_s=rate, sharing=0.0, p2p_us=us, p2p_gb_s=rate)
+
+
+_NV, _P5, _P4 = "H200 NVLink4", "RTX PRO 6000 PCIe5", "L40S PCIe4"
+LINKS = {
+    link.name: link
+    for link in (
+        # NVLink 4: survey for the all-reduce; the pair's NCCL send/recv, 14.7 us in a graph and 333 GB/s. Others scale
+        # its rate by the datasheets' rate each way (NVLink 3: 300, 4: 450, 5: 900 GB/s; the bridge of an RTX 3090:
+        # 56.25). A100 send/recv: 13 us, 228 GB/s published.
+        _survey("nvlink3", _NV, 300 / 450, 13.0, 228),
+        _survey("nvlink4", _NV, 1.0, 14.7, 333),
+        _survey("nvlink5", _NV, 2.0, 14.7, 666),
+        _survey("nvlink-bridge", _NV, 56.25 / 450, 14.7, 333 * 56.25 / 450),
+        # PCIe with peer access: survey; send 4-6 us and 53-57 GB/s published for PCIe 5, lanes of 4 and 3 half and a
+        # quarter of that.
+        _survey("pcie5", _P5, 1.0, 5.0, 55),
+        _survey("pcie4", _P4, 1.0, 5.0, 27.5),
+        _survey("pcie3", _P4, 0.5, 5.0, 13.7),
+        # Without peer access every byte goes through host memory, in and out: assumed half the rate, twice the time.
+        _survey("pcie5-no-peer", _P5, 0.5, 10.0, 27.5),
+        _survey("pcie4-no-peer", _P4, 0.5, 10.0, 13.7),
+        _survey("pcie3-no-peer", _P4, 0.25, 10.0, 6.8),
+        # InfiniBand: 18 us cross-node send/recv and 46-48 of NDR's 50 GB/s published; HDR alike, at half the rate.
+        _network("ib-ndr", 400, 47 / 50, 18.0),
+        _network("ib-hdr", 200, 47 / 50, 18.0),
+        # Ethernet with TCP: 90 % of the line rate and 40 us are assumptions; measure where it matters.
+        _network("eth400", 400, 0.9, 40.0),
+        _network("eth200", 200, 0.9, 40.0),
+        _network("eth100", 100, 0.9, 40.0),
+        _network("eth25", 25, 0.9, 40.0),
+    )
+}
+
+# The H200 pair: this project's own NCCL all-reduces in place of the survey's.
+H200_PAIR_LINK = Link(
+    **{
+        **vars(LINKS["nvlink4"]),
+        "name": "nvlink4-measured-pair",
+        "table": {2: tuple((tokens * 8192 * 2, us) for tokens, us in PAIR_ALL_REDUCE_US.items())},
+    }
+)
+LINKS[H200_PAIR_LINK.name] = H200_PAIR_LINK
