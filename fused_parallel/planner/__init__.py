@@ -1,0 +1,105 @@
+"""Which split of a model over which GPUs is fastest, predicted from measured costs; see docs/planner.md."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from ..models.config import LlamaConfig
+from .cluster import CLUSTERS, Cluster, from_profile, load_cluster
+from .explain import explain, wall
+from .model import ModelShape, load_model
+from .result import Candidate, Plan, WallRow
+from .search import Search
+from .workload import Workload
+
+__all__ = ["CLUSTERS", "Candidate", "Cluster", "ModelShape", "Plan", "WallRow", "Workload", "from_profile"]
+__all__ += ["load_cluster", "load_model", "plan"]
+
+KEPT = 50  # ranked plans an answer keeps
+
+
+def plan(
+    model_config: str | Path | dict | LlamaConfig | ModelShape,
+    cluster: str | Path | dict | Cluster,
+    workload: Workload | dict | None = None,
+) -> Plan:
+    """Search tensor x pipeline x replica parallelism, dtype, offload and speculation, and rank what fits.
+
+    Args:
+        model_config: a preset ("llama-3-8b", "llama-3-70b", "llama-3-405b"), a config.json or its directory, its
+            contents, or a LlamaConfig.
+        cluster: a preset, "this" (probes this machine, which takes seconds), a YAML or JSON description, a probe
+            profile, or a Cluster.
+        workload: a Workload, or its fields as a dictionary; default: one request of 1024 + 256 tokens, by latency.
+
+    Returns:
+        Plan: predictions, not measurements; docs/planner.md tells how far off they were where they could be compared.
+
+    Runs on the CPU alone and starts no process. Raises ValueError for unknown names, for contradictory input, where
+    nothing fits (with what is missing) and where no plan meets the SLOs (with the best there is).
+    """
+    model, where = load_model(model_config), load_cluster(cluster)
+    asked = workload if isinstance(workload, Workload) else Workload(**(workload or {}))
+    search = Search(model, where, asked)
+    found = list(search.run())
+    if not found:
+        raise ValueError(_nothing_fits(model, where, asked, search))
+    allowed = [
+        c
+        for c in found
+        if (asked.slo_tpot_ms is None or c.tpot_ms <= asked.slo_tpot_ms)
+        and (asked.slo_ttft_ms is None or c.ttft_ms <= asked.slo_ttft_ms)
+    ]
+    if not allowed:
+        tpot, ttft = min(c.tpot_ms for c in found), min(c.ttft_ms for c in found)
+        raise ValueError(
+            f"none of {len(found)} plans that fit meets TPOT {asked.slo_tpot_ms} ms and TTFT {asked.slo_ttft_ms} ms: "
+            f"the least TPOT is {tpot:.2f} ms, the least TTFT {ttft:.1f} ms (not always of the same plan)"
+        )
+    ranks = {
+        "latency": lambda c: (c.ttft_ms + (asked.output - 1) * c.tpot_ms, c.gpus, -c.tokens_per_s),
+        "throughput": lambda c: (-c.tokens_per_s, c.tpot_ms, c.gpus),
+        "cost": lambda c: (c.gpu_s_per_token, c.tpot_ms, c.gpus),
+    }
+    allowed.sort(key=ranks[asked.rank])
+    rows, texts = wall(model, where, asked)
+    return Plan(
+        model=model.name,
+        cluster=where.name,
+        rank=asked.rank,
+        request=_request(asked),
+        searched=len(found),
+        entries=tuple(dataclasses.replace(c, explanation=explain(c, where, asked)) for c in allowed[:KEPT]),
+        frontier=tuple(dataclasses.replace(c, explanation=explain(c, where, asked)) for c in _frontier(allowed)),
+        wall=rows,
+        wall_text=texts,
+    )
+
+
+def _frontier(candidates: list[Candidate]) -> list[Candidate]:
+    """Those that no other beats in both TPOT and throughput, by TPOT."""
+    front: list[Candidate] = []
+    for c in sorted(candidates, key=lambda c: (c.tpot_ms, -c.tokens_per_s)):
+        if not front or c.tokens_per_s > front[-1].tokens_per_s:
+            front.append(c)
+    return front
+
+
+def _request(workload: Workload) -> dict[str, object]:
+    """The workload in JSON types."""
+    request = {f.name: getattr(workload, f.name) for f in dataclasses.fields(workload)}
+    draft = workload.draft.name if workload.draft else None
+    return {**request, "batch": list(workload.batches), "dtypes": list(workload.dtypes), "draft": draft}
+
+
+def _nothing_fits(model: ModelShape, cluster: Cluster, workload: Workload, search: Search) -> str:
+    text = f"{model.name} fits {cluster.name} ({cluster.gpus} x {cluster.gpu.name}) under no plan"
+    text += f"; the closest, {search.least_missing[1]}."
+    fixes = []
+    if "int4" not in workload.dtypes:
+        fixes.append("int4 or fp8 weights")
+    if not workload.offload:
+        fixes.append("offload")
+    fixes += ["a smaller batch or fewer tokens", "more GPUs"]
+    return f"{text} What would help, cheapest first: {', '.join(fixes)}"

@@ -1,0 +1,241 @@
+"""The search over tensor, pipeline and replica parallelism, dtype, offload and speculation."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from .cluster import Cluster
+from .cost import StageCost, Step, expected_tokens, send_us, stage_cost
+from .model import ACTIVATION_BYTES, ModelShape
+from .result import Candidate
+from .schedule import Schedule, simulate
+from .workload import Workload
+
+# Not for weights and KV: CUDA context, NCCL's buffers, the allocator's gaps. An assumption.
+RESERVED_GB = 2.0
+MAX_CHUNK = 8192  # tokens of a prompt in one pass; bounds the activations
+MIN_CHUNK = 256
+DRAFTED = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32)
+SLOTS = 2  # device blocks of a streamed layer (fused_parallel.nn.StreamedLayers)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """GB on the fullest rank."""
+
+    weights: float
+    kv: float
+    activations: float
+    reserved: float
+
+    @property
+    def total(self) -> float:
+        """All of it."""
+        return self.weights + self.kv + self.activations + self.reserved
+
+
+def balanced_stages(model: ModelShape, pp: int, tp: int, dtype: str) -> list[int]:
+    """Layers of each stage: the last gets fewer, by as many as its head reads bytes for; the first of the others take
+    what does not divide."""
+    head = model.vocab_params(tp) * ACTIVATION_BYTES / model.layer_bytes(tp, dtype)
+    last = model.layers if pp == 1 else max(1, round((model.layers + head) / pp - head))
+    if pp == 1:
+        return [last]
+    size, extra = divmod(model.layers - last, pp - 1)
+    return [size + (s < extra) for s in range(pp - 1)] + [last]
+
+
+class Search:
+    """All plans of one model, cluster and workload; costs are kept by what they depend on."""
+
+    def __init__(self, model: ModelShape, cluster: Cluster, workload: Workload) -> None:
+        self.model, self.cluster, self.workload = model, cluster, workload
+        self.least_missing: tuple[float, str] | None = None  # GB and the sentence of the plan closest to fitting
+        self._costs: dict[tuple, StageCost] = {}
+        self._prefills: dict[tuple, tuple[float, float]] = {}
+        self._decodes: dict[tuple, tuple[Schedule, list[StageCost], list[float]]] = {}
+        self._drafts: dict[int, float] = {}
+
+    def run(self) -> Iterator[Candidate]:
+        """Every plan that fits, in no order."""
+        for dtype in self.workload.dtypes:
+            for tp in self.model.tp_degrees(self.cluster.gpus):
+                for pp in _stage_counts(min(self.model.layers, self.cluster.gpus // tp)):
+                    for dp, batch in self._replicas(tp * pp):
+                        yield from self._plans(dtype, tp, pp, dp, batch)
+
+    def _replicas(self, gpus: int) -> Iterator[tuple[int, int]]:
+        """(replicas, requests over all of them): powers of two, and as many as there is room for."""
+        for batch in self.workload.batches:
+            most = min(self.cluster.gpus // gpus, batch)
+            for dp in sorted({*(2**i for i in range(most.bit_length())), most}):
+                yield dp, batch
+
+    def _plans(self, dtype: str, tp: int, pp: int, dp: int, batch: int) -> Iterator[Candidate]:
+        stages = balanced_stages(self.model, pp, tp, dtype)
+        share = math.ceil(batch / dp)
+        draft_counts = (0, *DRAFTED) if self.workload.draft else (0,)
+        for drafting in (False, True) if self.workload.draft else (False,):
+            memory, streamed = self.fit(dtype, tp, stages, share, dp, drafting)
+            if memory is None:
+                continue
+            counts = [k for k in draft_counts if (k > 0) == drafting]
+            groups = {1, pp} if share >= pp else {1, share}
+            yield self._best(dtype, tp, stages, dp, batch, share, memory, streamed, counts, groups)
+
+    def _best(self, dtype, tp, stages, dp, batch, share, memory, streamed, counts, groups) -> Candidate:
+        """Of draft lengths and micro-batch counts the one that decodes fastest, all else equal."""
+        options = []
+        for drafted in counts:
+            for micro in groups:
+                schedule, costs, drafts = self._decode(dtype, tp, stages, share, micro, streamed, drafted)
+                accepted = expected_tokens(self.workload.acceptance, drafted) if drafted else 1.0
+                options.append((schedule.period / accepted, drafted, micro, schedule, costs, drafts))
+        tpot, drafted, micro, schedule, costs, drafts = min(options, key=lambda o: o[:3])
+        ttft, occupied = self._prefill(dtype, tp, stages, streamed)
+        rounds_us = self.workload.output * tpot + share * occupied
+        throughput = batch * self.workload.output / rounds_us * 1e6
+        gpus = tp * len(stages) * dp
+        total = schedule.period * len(stages)  # of all stages together
+        shares = {
+            name: micro * sum(getattr(c, name) for c in costs) / total
+            for name in ("weights", "compute", "kv", "communication", "host")
+        }
+        shares["stream"] = micro * sum(max(0.0, c.stream_us - c.busy) for c in costs) / total
+        shares["draft"] = micro * sum(drafts) / total
+        shares["bubble"] = max(0.0, 1 - sum(shares.values()))
+        return Candidate(
+            tp=tp,
+            pp=len(stages),
+            dp=dp,
+            stages=tuple(stages),
+            dtype=dtype,
+            batch=batch,
+            microbatches=micro,
+            resident=1 - streamed / self.model.layers,
+            drafted=drafted,
+            gpus=gpus,
+            ttft_ms=ttft / 1e3,
+            tpot_ms=tpot / 1e3,
+            tokens_per_s=throughput,
+            gpu_s_per_token=gpus / throughput,
+            memory_gb={k: getattr(memory, k) for k in ("weights", "kv", "activations", "reserved", "total")},
+            shares=shares,
+        )
+
+    def fit(
+        self, dtype: str, tp: int, stages: list[int], batch: int, dp: int, drafting: bool
+    ) -> tuple[Memory | None, int]:
+        """(memory of the fullest rank, layers streamed from the host), or (None, 0) where it does not fit. Layers are
+        streamed, as few as possible, only without a pipeline and where they would not fit otherwise."""
+        model, workload, room = self.model, self.workload, self.cluster.gpu.memory_gb
+        tokens = batch * (workload.input + workload.output)
+        step = min(workload.input, MAX_CHUNK)
+        queries = batch * ((max(DRAFTED) if drafting else 0) + 1)
+        activations = model.activation_bytes(max(step, queries), queries, tp) / 1e9
+        draft = kv_draft = 0.0
+        if drafting:
+            draft = workload.draft.stage_bytes(0, [workload.draft.layers], 1, "bf16") / 1e9
+            kv_draft = tokens * workload.draft.kv_bytes_per_token(workload.draft.layers, 1) / 1e9
+        ranks = [
+            Memory(
+                model.stage_bytes(s, stages, tp, dtype) / 1e9 + draft,
+                tokens * model.kv_bytes_per_token(layers, tp) / 1e9 + kv_draft,
+                activations,
+                RESERVED_GB,
+            )
+            for s, layers in enumerate(stages)
+        ]
+        fullest = max(ranks, key=lambda m: m.total)
+        missing = fullest.total - room
+        if missing <= 0:
+            return fullest, 0
+        where = f"of {fullest.total:.1f} GB on its fullest GPU (a {self.cluster.gpu.name} has {room:.1f})"
+        layer = model.layer_bytes(tp, dtype) / 1e9
+        if len(stages) == 1 and workload.offload:
+            streamed = math.ceil(missing / layer) + SLOTS
+            replicas = min(dp, max(1, self.cluster.gpus_per_host // tp))
+            on_host = streamed * layer * min(tp, self.cluster.gpus_per_host) * replicas
+            host = self.cluster.host_memory_gb
+            if streamed <= model.layers and (host is None or on_host <= host):
+                left = fullest.weights - (streamed - SLOTS) * layer
+                return Memory(left, fullest.kv, fullest.activations, RESERVED_GB), streamed
+            if streamed > model.layers:
+                missing -= max(0, model.layers - SLOTS) * layer
+            else:
+                missing, where = on_host - host, f"of {on_host:.1f} GB in a host's memory (it has {host:.1f})"
+        if self.least_missing is None or missing < self.least_missing[0]:
+            plan = f"TP{tp} PP{len(stages)} x{dp} in {dtype} with a batch of {batch} a replica"
+            self.least_missing = (missing, f"{plan} lacks {missing:.1f} GB {where}")
+        return None, 0
+
+    def _cost(self, dtype: str, tp: int, layers: int, head: bool, step: Step, streamed: int) -> StageCost:
+        key = (dtype, tp, layers, head, step, streamed)
+        if key not in self._costs:
+            self._costs[key] = stage_cost(
+                self.model, self.cluster, step, tp=tp, layers=layers, dtype=dtype, head=head, streamed=streamed
+            )
+        return self._costs[key]
+
+    def _stages(self, dtype, tp, stages, step, streamed) -> list[StageCost]:
+        return [
+            self._cost(dtype, tp, layers, s == len(stages) - 1, step, streamed) for s, layers in enumerate(stages)
+        ]
+
+    def _hops(self, tp: int, stages: list[int], tokens: int) -> list[float]:
+        """Each rank sends its 1/tp of the hidden states to the next stage, which gathers them."""
+        size = tokens * self.model.hidden * ACTIVATION_BYTES / tp
+        per_host = self.cluster.gpus_per_host
+        return [
+            send_us(self.cluster, (s * tp) // per_host != ((s + 1) * tp) // per_host, size)
+            for s in range(len(stages) - 1)
+        ]
+
+    def _decode(self, dtype, tp, stages, share, micro, streamed, drafted):
+        key = (dtype, tp, len(stages), share, micro, streamed, drafted)
+        if key not in self._decodes:
+            size = math.ceil(share / micro)
+            context = self.workload.input + self.workload.output // 2  # halfway through the answer
+            costs = self._stages(dtype, tp, stages, Step(size, drafted + 1, context, drafted + 1), streamed)
+            drafts = [0.0] * len(stages)
+            if drafted:
+                drafts[0] = drafted * self._draft_us(size, context)
+            times = [c.us + d for c, d in zip(costs, drafts, strict=True)]
+            hops = self._hops(tp, stages, size * (drafted + 1))
+            schedule = simulate(times, hops, micro, rounds=3, depends=True)
+            self._decodes[key] = (schedule, costs, drafts)
+        return self._decodes[key]
+
+    def _draft_us(self, batch: int, context: int) -> float:
+        """A step of the draft, which every rank runs whole."""
+        if batch not in self._drafts:
+            draft = self.workload.draft
+            step = Step(batch, 1, context, 1)
+            cost = stage_cost(draft, self.cluster, step, tp=1, layers=draft.layers, dtype="bf16", head=True)
+            self._drafts[batch] = cost.us
+        return self._drafts[batch]
+
+    def _prefill(self, dtype, tp, stages, streamed) -> tuple[float, float]:
+        """(time to the first token of a prompt alone, time a prompt keeps the slowest stage): over the number of
+        chunks that gives the first token soonest."""
+        key = (dtype, tp, len(stages), streamed)
+        if key not in self._prefills:
+            length, results = self.workload.input, []
+            chunks = math.ceil(length / MAX_CHUNK)
+            while not results or (len(stages) > 1 and chunks <= 4 * len(stages) and length / chunks >= MIN_CHUNK):
+                size = math.ceil(length / chunks)
+                costs = self._stages(dtype, tp, stages, Step(1, size, (length - size) // 2, 1), streamed)
+                times = [c.us for c in costs]
+                results.append(
+                    (simulate(times, self._hops(tp, stages, size), chunks).last, chunks * max(times))
+                )
+                chunks *= 2
+            self._prefills[key] = min(results)
+        return self._prefills[key]
+
+
+def _stage_counts(limit: int) -> list[int]:
+    """Pipeline stages worth trying: all small counts, then powers of two, up to 32."""
+    return [pp for pp in (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 16, 24, 32) if pp <= limit]
