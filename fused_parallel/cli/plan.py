@@ -15,8 +15,8 @@ def add_parser(subparsers) -> None:
     parser = subparsers.add_parser(
         "plan",
         help="predict which parallelism is fastest",
-        description="Search tensor, pipeline and replica parallelism, offload and speculation for a model on a cluster; "
-        "predict latency, throughput and memory, and say what limits each plan. Measures nothing, except with "
+        description="Search tensor, pipeline and replica parallelism, offload and speculation for a model on a "
+        "cluster; predict latency, throughput and memory, and say what limits each plan. Measures nothing, except with "
         "--cluster this. docs/planner.md has the formulas and their errors.",
     )
     parser.add_argument("--model", required=True, help=f"config.json, its directory, or one of {', '.join(PRESETS)}")
@@ -31,7 +31,7 @@ def add_parser(subparsers) -> None:
     parser.add_argument("--rank", choices=RANKINGS, default="latency", help="what is best (default latency)")
     parser.add_argument("--dtype", default="bf16", help=f"of the weights, several by commas: {', '.join(WEIGHT_BYTES)}")
     parser.add_argument("--slo-tpot", type=float, metavar="MS", help="leave out plans slower than this a token")
-    parser.add_argument("--slo-ttft", type=float, metavar="MS", help="leave out plans slower than this to the first token")
+    parser.add_argument("--slo-ttft", type=float, metavar="MS", help="leave out plans whose first token takes longer")
     parser.add_argument("--draft", help="model that drafts for speculation, named as --model")
     parser.add_argument("--acceptance", type=float, help="probability that a drafted token is accepted")
     parser.add_argument("--no-offload", action="store_true", help="keep all weights on the GPUs")
@@ -42,7 +42,7 @@ def add_parser(subparsers) -> None:
 
 
 def batches(text: str) -> tuple[int, ...]:
-    """"8", "1,8,64", or "1..256": the powers of two between, and both ends."""
+    """Of "8", "1,8,64", or "1..256": the powers of two between, and both ends."""
     if found := re.fullmatch(r"(\d+)\.\.(\d+)", text):
         low, high = map(int, found.groups())
         if not 1 <= low <= high:

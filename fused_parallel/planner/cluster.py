@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..comm.probe import load_profile, probe
-from .hardware import GPUS, LINKS, GPU, Link
+from .hardware import GPU, GPUS, LINKS, Link
 
 
 @dataclass(frozen=True)

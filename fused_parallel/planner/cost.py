@@ -124,7 +124,7 @@ def stage_cost(
     bandwidth = gpu.hbm_gb_s * gpu.memory_share * 1e3  # bytes a microsecond
     seen = step.context + step.queries
     kv = step.batch * seen * model.kv_bytes_per_token(layers, tp) / bandwidth
-    # Each query sees the context and, causally, half of the new ones: q k^T and p v are 4 operations a head and element.
+    # Each query sees the context and, causally, half of the new ones: 4 operations a head and element.
     attended = step.tokens * (step.context + (step.queries + 1) / 2)
     flops = 4 * attended * (model.heads // tp) * model.head_dim * layers
     compute += flops / (gpu.bf16_tflops * ATTENTION_SHARE) / 1e6

@@ -87,8 +87,10 @@ def wall(model: ModelShape, cluster: Cluster, workload: Workload) -> tuple[tuple
             rate = batch / cost(tp, share).us * 1e6 / (busy * tp)
             compute = c.weights + c.compute + c.kv
             fits = memory is not None and streamed == 0
+            memory, streamed = search.fit(dtype, tp, [model.layers], share, 1, False)
+            share_fits = memory is not None and streamed == 0
             ms = [v / 1e3 for v in (c.us, compute, c.communication, c.host)]
-            here.append(WallRow(batch, tp, *ms, tokens_per_s_per_gpu=rate, fits=fits))
+            here.append(WallRow(batch, tp, *ms, tokens_per_s_per_gpu=rate, fits=fits, share_fits=share_fits))
         rows += here
         texts.append(_sentence(here))
     return tuple(rows), tuple(texts)
@@ -96,15 +98,14 @@ def wall(model: ModelShape, cluster: Cluster, workload: Workload) -> tuple[tuple
 
 def _sentence(rows: list[WallRow]) -> str:
     fastest = min(rows, key=lambda r: r.tpot_ms)
-    fitting = [r for r in rows if r.fits] or rows
-    cheapest = max(fitting, key=lambda r: r.tokens_per_s_per_gpu)
-    text = f"Wall at batch {rows[0].batch}: a token is fastest at TP{fastest.tp} ({fastest.tpot_ms:.2f} ms"
-    text += f", {fastest.communication_ms / fastest.tpot_ms:.0%} communication)"
+    cheapest = max([r for r in rows if r.share_fits] or rows, key=lambda r: r.tokens_per_s_per_gpu)
+    text = f"Wall at batch {rows[0].batch}: while decoding, a token is fastest at TP{fastest.tp} "
+    text += f"({fastest.tpot_ms:.2f} ms, {fastest.communication_ms / fastest.tpot_ms:.0%} communication)"
     after = [r for r in rows if r.tp > fastest.tp]
     if after:
         text += f"; TP{after[0].tp} takes {after[0].tpot_ms:.2f} ms, so more GPUs make it slower"
     elif len(rows) > 1:
         gain = rows[-2].tpot_ms / rows[-1].tpot_ms
         text += f", the largest degree there is; its last doubling made it {gain:.2f} times as fast"
-    held = "" if cheapest.fits else " (though no degree holds model and KV without offload)"
-    return text + f"; tokens a GPU are most at TP{cheapest.tp}{held}."
+    held = "" if cheapest.share_fits else " (though no degree holds model and KV without offload)"
+    return text + f"; decoded tokens a GPU are most at TP{cheapest.tp}, with replicas for the rest{held}."

@@ -63,8 +63,8 @@ GPUS = {
         GPU("b200", 180, 7700, 2250, 4500, _PCIE5),
         # L40S datasheet: 48 GB, 864 GB/s, 362 bf16, 733 fp8
         GPU("l40s", 48, 864, 362, 733, _PCIE4),
-        # L4 datasheet: 24 GB, 300 GB/s, 121 bf16, 242.5 fp8 (PCIe 4 x8: half the host rate)
-        GPU("l4", 24, 300, 121, 242.5, _PCIE4 / 2),
+        # L4 datasheet: 24 GB, 300 GB/s, 121 bf16, 242.5 fp8
+        GPU("l4", 24, 300, 121, 242.5, _PCIE4),
         # GA102 white paper, RTX 3090: 936 GB/s, 71 bf16 with fp32 accumulation
         GPU("rtx3090", 24, 936, 71, None, _PCIE4),
         # Ada white paper, RTX 4090: 1008 GB/s, 165.2 bf16 and 330.3 fp8 with fp32 accumulation

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 from .result import Plan
@@ -30,10 +31,12 @@ def _frontier(axis, plan: Plan) -> None:
     axis.scatter([c.tpot_ms for c in plan.entries], [c.tokens_per_s for c in plan.entries], s=12, color="#b0b0b0")
     front = sorted(plan.frontier, key=lambda c: c.tpot_ms)
     axis.plot([c.tpot_ms for c in front], [c.tokens_per_s for c in front], "o-", color="#1f77b4", markersize=4)
-    step = max(1, -(-len(front) // 8))  # more labels than these overlap
-    for c in {id(c): c for c in [*front[::step], front[-1]]}.values():
-        axis.annotate(c.label, (c.tpot_ms, c.tokens_per_s), xytext=(4, -9), textcoords="offset points", fontsize=7)
-    axis.set(xscale="log", yscale="log", xlabel="ms a token (TPOT)", ylabel="output tokens a second, all replicas")
+    labelled: list[float] = []
+    for c in front:  # labels closer than this overlap
+        if all(abs(math.log(c.tokens_per_s / at)) > 0.15 for at in labelled):
+            labelled.append(c.tokens_per_s)
+            axis.annotate(c.label, (c.tpot_ms, c.tokens_per_s), xytext=(4, -9), textcoords="offset points", fontsize=7)
+    axis.set(yscale="log", xlabel="ms a token (TPOT)", ylabel="output tokens a second, all replicas")
     axis.margins(x=0.2)
     axis.set_title("frontier")
     axis.grid(True, which="both", alpha=0.2)
@@ -46,6 +49,7 @@ def _bars(axis, rows) -> None:
         values = [getattr(row, f"{part}_ms") for row in rows]
         axis.bar(names, values, bottom=bottom, label="compute and memory" if part == "compute" else part, color=colour)
         bottom = [a + b for a, b in zip(bottom, values, strict=True)]
+    axis.tick_params(axis="x", labelsize=7)
     axis.set_title(f"batch {rows[0].batch}")
     axis.set_ylabel("ms a step")
     axis.legend(fontsize=7)

@@ -58,8 +58,8 @@ class Candidate:
 @dataclass(frozen=True)
 class WallRow:
     """One tensor-parallel degree at one batch: a group of `tp` GPUs that serves all of it, and, for comparing equal
-    numbers of GPUs, the tokens a second and GPU of as many such groups as replace the largest, each with its part of the
-    batch. fits: whether the group holds the model and the batch's KV."""
+    numbers of GPUs, the tokens a second and GPU of as many such groups as replace the largest, each with its part of
+    the batch. fits, share_fits: whether a group holds the model and the KV of the whole batch, of its part."""
 
     batch: int
     tp: int
@@ -69,6 +69,7 @@ class WallRow:
     host_ms: float
     tokens_per_s_per_gpu: float
     fits: bool
+    share_fits: bool
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,7 @@ class Plan:
             raise ValueError(f"a plan must be JSON: {error}") from error
         version = data.pop("plan_version", None) if isinstance(data, dict) else None
         if version != PLAN_VERSION:
-            raise ValueError(f"plan_version is {version!r}, this version of the library reads {PLAN_VERSION}; plan again")
+            raise ValueError(f"plan_version is {version!r}, this library reads {PLAN_VERSION}; plan again")
         try:
             for name in ("entries", "frontier"):
                 data[name] = tuple(

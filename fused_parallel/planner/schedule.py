@@ -10,7 +10,7 @@ from dataclasses import dataclass
 class Schedule:
     """first: when the first micro-batch left the last stage; last: when all were through; period: time between two
     rounds of the same micro-batch once the pipeline is full; idle: share of the stages' time spent waiting in it.
-    events: (stage, micro-batch, round, start, end), in order of time within a stage."""
+    events: where recorded, (stage, micro-batch, round, start, end), in order of time within a stage."""
 
     first: float
     last: float
@@ -20,7 +20,13 @@ class Schedule:
 
 
 def simulate(
-    stage_us: Sequence[float], hop_us: Sequence[float], microbatches: int, *, rounds: int = 1, depends: bool = False
+    stage_us: Sequence[float],
+    hop_us: Sequence[float],
+    microbatches: int,
+    *,
+    rounds: int = 1,
+    depends: bool = False,
+    record: bool = False,
 ) -> Schedule:
     """Run `rounds` rounds of `microbatches` micro-batches through the stages.
 
@@ -43,7 +49,8 @@ def simulate(
             for s in range(stages):
                 start = max(at, free[s])
                 free[s] = end = start + stage_us[s]
-                events.append((s, micro, turn, start, end))
+                if record:
+                    events.append((s, micro, turn, start, end))
                 at = end + hop_us[s] if s < stages - 1 else end
             ready[micro] = at
         done.append(list(ready))

@@ -63,14 +63,23 @@ class Search:
         for dtype in self.workload.dtypes:
             for tp in self.model.tp_degrees(self.cluster.gpus):
                 for pp in _stage_counts(min(self.model.layers, self.cluster.gpus // tp)):
-                    for dp, batch in self._replicas(tp * pp):
+                    for dp, batch in self._replicas(self._room(tp, pp)):
                         yield from self._plans(dtype, tp, pp, dp, batch)
 
-    def _replicas(self, gpus: int) -> Iterator[tuple[int, int]]:
+    def _room(self, tp: int, pp: int) -> int:
+        """Replicas that the cluster holds when a tensor-parallel group stays in a host if it can, and then a replica;
+        what is larger takes whole hosts."""
+        per_host, hosts = self.cluster.gpus_per_host, self.cluster.hosts
+        if tp > per_host:
+            return hosts // (math.ceil(tp / per_host) * pp)
+        groups = per_host // tp
+        return hosts * (groups // pp) if pp <= groups else hosts // math.ceil(pp / groups)
+
+    def _replicas(self, room: int) -> Iterator[tuple[int, int]]:
         """(replicas, requests over all of them): powers of two, and as many as there is room for."""
         for batch in self.workload.batches:
-            most = min(self.cluster.gpus // gpus, batch)
-            for dp in sorted({*(2**i for i in range(most.bit_length())), most}):
+            most = min(room, batch)
+            for dp in sorted({*(2**i for i in range(most.bit_length())), most} - {0}):
                 yield dp, batch
 
     def _plans(self, dtype: str, tp: int, pp: int, dp: int, batch: int) -> Iterator[Candidate]:
@@ -180,17 +189,14 @@ class Search:
         return self._costs[key]
 
     def _stages(self, dtype, tp, stages, step, streamed) -> list[StageCost]:
-        return [
-            self._cost(dtype, tp, layers, s == len(stages) - 1, step, streamed) for s, layers in enumerate(stages)
-        ]
+        return [self._cost(dtype, tp, layers, s == len(stages) - 1, step, streamed) for s, layers in enumerate(stages)]
 
     def _hops(self, tp: int, stages: list[int], tokens: int) -> list[float]:
         """Each rank sends its 1/tp of the hidden states to the next stage, which gathers them."""
         size = tokens * self.model.hidden * ACTIVATION_BYTES / tp
-        per_host = self.cluster.gpus_per_host
+        groups = self.cluster.gpus_per_host // tp  # of a host; 0: a group is larger than one
         return [
-            send_us(self.cluster, (s * tp) // per_host != ((s + 1) * tp) // per_host, size)
-            for s in range(len(stages) - 1)
+            send_us(self.cluster, groups == 0 or s // groups != (s + 1) // groups, size) for s in range(len(stages) - 1)
         ]
 
     def _decode(self, dtype, tp, stages, share, micro, streamed, drafted):
@@ -228,9 +234,7 @@ class Search:
                 size = math.ceil(length / chunks)
                 costs = self._stages(dtype, tp, stages, Step(1, size, (length - size) // 2, 1), streamed)
                 times = [c.us for c in costs]
-                results.append(
-                    (simulate(times, self._hops(tp, stages, size), chunks).last, chunks * max(times))
-                )
+                results.append((simulate(times, self._hops(tp, stages, size), chunks).last, chunks * max(times)))
                 chunks *= 2
             self._prefills[key] = min(results)
         return self._prefills[key]
