@@ -28,6 +28,7 @@ from .ops import (
     verify_attention,
     verify_tree,
 )
+from .planner import Plan, Workload, plan
 from .speculative import Generation, GenerationStats, generate
 
 __all__ = [
@@ -37,7 +38,9 @@ __all__ = [
     "LlamaForCausalLM",
     "NoFusedKernelError",
     "PeerTimeoutError",
+    "Plan",
     "VerifyResult",
+    "Workload",
     "__version__",
     "add_rms_norm",
     "all_gather",
@@ -54,6 +57,7 @@ __all__ = [
     "matmul_reduce_scatter",
     "nn",
     "parallelize",
+    "plan",
     "reduce_scatter",
     "rms_norm",
     "sample",

@@ -59,8 +59,8 @@ GPUS = {
         GPU("h100", 80, 3350, 989.5, 1979, _PCIE5),
         # H200 datasheet (SXM): 141 GB, 4.8 TB/s, tensor rates of the H100
         GPU("h200", 141, 4800, 989.5, 1979, _PCIE5),
-        # HGX B200 datasheet: 180 GB, 7.7 TB/s usable in HGX, 2250 bf16, 4500 fp8 dense
-        GPU("b200", 180, 7700, 2250, 4500, _PCIE5),
+        # HGX B200: 180 GB, 8 TB/s, 2250 bf16, 4500 fp8 dense
+        GPU("b200", 180, 8000, 2250, 4500, _PCIE5),
         # L40S datasheet: 48 GB, 864 GB/s, 362 bf16, 733 fp8
         GPU("l40s", 48, 864, 362, 733, _PCIE4),
         # L4 datasheet: 24 GB, 300 GB/s, 121 bf16, 242.5 fp8
@@ -69,8 +69,7 @@ GPUS = {
         GPU("rtx3090", 24, 936, 71, None, _PCIE4),
         # Ada white paper, RTX 4090: 1008 GB/s, 165.2 bf16 and 330.3 fp8 with fp32 accumulation
         GPU("rtx4090", 24, 1008, 165.2, 330.3, _PCIE4),
-        # RTX PRO 6000 Blackwell Workstation datasheet: 96 GB, 1792 GB/s; bf16 and fp8 dense from the RTX Blackwell
-        # PRO architecture white paper
+        # RTX PRO 6000 Blackwell Workstation Edition (600 W): 96 GB, 1792 GB/s, 503.8 bf16, 1007.6 fp8 dense
         GPU("rtxpro6000", 96, 1792, 503.8, 1007.6, _PCIE5),
     )
 }

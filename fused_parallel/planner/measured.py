@@ -44,6 +44,11 @@ PAIR_DECODE_MS = {1: (22.75, 21.22), 8: (23.76, 22.08), 32: (25.01, 23.06), 64: 
 PAIR_CONTEXT = 1024
 LAYER_CONSTANT_BATCH = 1  # the one batch of PAIR_DECODE_MS, without all-reduces, that the model takes a constant from
 
+# NVIDIA's maximum output tokens/s of Llama 3.1 405B in fp8 (TensorRT Model Optimizer recipe, fp8 KV cache) on 8 H200,
+# August 2024, by (input, output); the batch was not published. NVIDIA Technical Blog, "Boosting Llama 3.1 405B
+# Performance up to 1.44x with NVIDIA TensorRT Model Optimizer on NVIDIA H200 GPUs", table 1. Used for no constant.
+PUBLISHED_405B_TOKENS_PER_S = {(2048, 128): 463.1, (32768, 2048): 320.1, (120000, 2048): 71.5}
+
 H200_HBM_GB_S, H200_BF16_TFLOPS = 4800, 989.5  # NVIDIA H200 datasheet
 
 

@@ -173,6 +173,7 @@ class Search:
                 return Memory(left, fullest.kv, fullest.activations, RESERVED_GB), streamed
             if streamed > model.layers:
                 missing -= max(0, model.layers - SLOTS) * layer
+                where = f"on its fullest GPU (a {self.cluster.gpu.name} has {room:.1f}) even with every layer streamed"
             else:
                 missing, where = on_host - host, f"of {on_host:.1f} GB in a host's memory (it has {host:.1f})"
         if self.least_missing is None or missing < self.least_missing[0]:

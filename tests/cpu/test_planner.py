@@ -283,3 +283,9 @@ def test_1024_gpus_take_seconds():
     )
     assert answer.searched > 1000
     assert time.monotonic() - start < 60  # seconds on an idle machine
+
+
+def test_published_405b_throughput():
+    short, long, longest = validate.errors(validate.published_405b())
+    assert abs(short) < 0.05
+    assert -0.35 < longest < long < 0  # the published runs keep their KV cache in fp8, the model in bf16

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+import fused_parallel as fp
+from fused_parallel.cli import main
 from fused_parallel.cli import plan as command
 from fused_parallel.models.config import LlamaConfig
 from fused_parallel.planner import Plan, Workload, load_cluster, load_model, plan
@@ -158,7 +160,7 @@ def test_a_model_that_fits_nowhere_says_what_is_missing():
     assert 405.85e9 * 2 / 8 / 1e9 - 48 < lacks < 405.85e9 * 2 / 8 / 1e9 - 48 + 10
     with pytest.raises(ValueError, match=r"offload"):
         plan("llama-3-70b", "1xl4", {"offload": False, "dtypes": ("int4",)})
-    with pytest.raises(ValueError, match="a smaller batch"):
+    with pytest.raises(ValueError, match="every layer streamed.*a smaller batch"):
         plan("llama-3-70b", "1xl4", {"batch": 4096})
 
 
@@ -190,6 +192,18 @@ def test_command_prints_json_and_plots(capsys, tmp_path):
     answer = Plan.from_json(capsys.readouterr().out)
     assert answer.rank == "throughput" and answer.request["batch"] == [1, 32]
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_errors_are_one_line_of_the_command(capsys):
+    assert main(["plan", "--model", "gpt-9", "--cluster", "8xh100"]) == 1
+    assert "fused-parallel: model 'gpt-9'" in capsys.readouterr().err
+    assert main(["plan", "--model", "llama-3-70b", "--cluster", "8xh100", "--slo-tpot", "0.1"]) == 1
+    assert "the least TPOT is" in capsys.readouterr().err
+
+
+def test_public_names():
+    assert fp.plan("llama-3-8b", "1xh200", fp.Workload(batch=4)).best.batch == 4
+    assert fp.Plan is Plan
 
 
 def test_batches():
