@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from .model import WEIGHT_BYTES, ModelShape, load_model
 
 RANKINGS = ("latency", "throughput", "cost")
-MAX_DRAFTED = 32
 
 
 @dataclass(frozen=True)
@@ -36,6 +35,8 @@ class Workload:
         for name, value in (("input", self.input), ("output", self.output), *(("batch", b) for b in self.batches)):
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"workload: {name} must be a positive integer, got {value!r}")
+        if not self.batches:
+            raise ValueError(f"workload: batch must hold at least one number, got {self.batch!r}")
         if self.rank not in RANKINGS:
             raise ValueError(f"workload: rank must be one of {', '.join(RANKINGS)}, got {self.rank!r}")
         for name, limit in (("slo_tpot_ms", self.slo_tpot_ms), ("slo_ttft_ms", self.slo_ttft_ms)):

@@ -140,6 +140,7 @@ def test_probe_profiles(tmp_path):
     [
         ({"batch": 0}, "batch must be a positive integer, got 0"),
         ({"batch": (1, -2)}, "got -2"),
+        ({"batch": ()}, "at least one number"),
         ({"input": 1.5}, "input must be"),
         ({"rank": "fame"}, "rank must be one of latency, throughput, cost, got 'fame'"),
         ({"dtypes": ("fp4",)}, "dtypes must be out of bf16, fp8, int4"),
@@ -160,7 +161,7 @@ def test_a_model_that_fits_nowhere_says_what_is_missing():
     assert 405.85e9 * 2 / 8 / 1e9 - 48 < lacks < 405.85e9 * 2 / 8 / 1e9 - 48 + 10
     with pytest.raises(ValueError, match=r"offload"):
         plan("llama-3-70b", "1xl4", {"offload": False, "dtypes": ("int4",)})
-    with pytest.raises(ValueError, match="every layer streamed.*a smaller batch"):
+    with pytest.raises(ValueError, match=r"every layer streamed.*a smaller batch"):
         plan("llama-3-70b", "1xl4", {"batch": 4096})
 
 
