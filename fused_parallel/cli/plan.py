@@ -17,7 +17,7 @@ def add_parser(subparsers) -> None:
         help="predict which parallelism is fastest",
         description="Search tensor, pipeline and replica parallelism, offload and speculation for a model on a "
         "cluster; predict latency, throughput and memory, and say what limits each plan. Measures nothing, except with "
-        "--cluster this. docs/planner.md has the formulas and their errors.",
+        "--cluster this. docs/planning.md has the formulas and their errors.",
     )
     parser.add_argument("--model", required=True, help=f"config.json, its directory, or one of {', '.join(PRESETS)}")
     parser.add_argument(

@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+import atexit
 import datetime
 import os
+import time
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 DEFAULT_TIMEOUT_S = 300.0
+
+# Gloo (torch 2.13) connects groups on threads that nobody joins: a process that ends while they run, up to some 0.1 s
+# after it made its groups, aborts with "terminate called without an active exception". Short programs live this long.
+_SETTLE_S = 0.5
+_groups_made_at: float | None = None
+
+
+def _outlive_connections() -> None:
+    if _groups_made_at is not None:
+        time.sleep(max(0.0, _groups_made_at + _SETTLE_S - time.monotonic()))
 
 
 def _environment() -> tuple[int, int, int]:
@@ -100,6 +112,10 @@ def init(
     if not dist.is_initialized():
         _forget()
         _start(where, rank, world, timeout)
+    global _groups_made_at
+    if _groups_made_at is None:
+        atexit.register(_outlive_connections)
+    _groups_made_at = time.monotonic()
     mesh = init_device_mesh(where.type, (dp, pp, tp), mesh_dim_names=("dp", "pp", "tp"))
     for name in ("dp", "pp", "tp"):
         # Sub-groups take the backend's default timeout, not the world's: set it, or a dead peer costs 10 to 30 minutes.

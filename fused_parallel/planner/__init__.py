@@ -1,4 +1,4 @@
-"""Which split of a model over which GPUs is fastest, predicted from measured costs; see docs/planner.md."""
+"""Which split of a model over which GPUs is fastest, predicted from measured costs; see docs/planning.md."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def plan(
         workload: a Workload, or its fields as a dictionary; default: one request of 1024 + 256 tokens, by latency.
 
     Returns:
-        Plan: predictions, not measurements; docs/planner.md tells how far off they were where they could be compared.
+        Plan: predictions, not measurements; docs/planning.md tells how far off they were where they could be compared.
 
     Runs on the CPU alone and starts no process. Raises ValueError for unknown names, for contradictory input, where
     nothing fits (with what is missing) and where no plan meets the SLOs (with the best there is).

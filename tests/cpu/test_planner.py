@@ -77,7 +77,7 @@ def test_stages_are_balanced_with_the_head(pp):
 
 
 def test_errors_against_measurements():
-    """docs/planner.md gives these errors; `python -m fused_parallel.planner.validate` prints them."""
+    """docs/planning.md gives these errors; `python -m fused_parallel.planner.validate` prints them."""
     assert max(map(abs, validate.errors(validate.survey()))) < 0.15
     assert max(map(abs, validate.errors(validate.pair_decode(True)))) < 0.03
     without = validate.errors(validate.pair_decode(False))
