@@ -1,10 +1,13 @@
-"""All-reduce of activations, alone and followed by residual addition and RMSNorm, against what torch offers.
+"""All-reduce of activations, alone and followed by residual addition and RMSNorm, against torch and FlashInfer.
 
     torchrun --nproc-per-node 2 benchmarks/bench_all_reduce.py [--tokens 1 64 ...] [--hidden 8192]
 
 Without torchrun it starts one rank a GPU. Rows: `fused` (this library's kernels over peer memory), `nccl`,
 `torch_one_shot` and `torch_two_shot` (torch symmetric memory); op all_reduce_add_rms_norm: `fused` and
-`nccl_add_rms_norm` (NCCL, then this library's add_rms_norm kernel).
+`nccl_add_rms_norm` (NCCL, then this library's add_rms_norm kernel). With `pip install 'fused-parallel[peers]'`, for up
+to 1024 tokens: `flashinfer_trtllm`, `flashinfer_trtllm_early` and `flashinfer_trtllm_two_shot` (TensorRT-LLM's kernels,
+launched with PDL) for both operations, `flashinfer_vllm` (vLLM's) for the first; see benchmarks/_flashinfer.py. What
+is not installed or does not run is named and left out.
 `bytes` is one rank's payload. `floor_us` = launch + the longer of link time, 2 (W - 1) / W * bytes each way, and, with
 the norm, memory time: x and residual read, both results written.
 """
@@ -13,7 +16,9 @@ from __future__ import annotations
 
 import argparse
 import functools
+from types import SimpleNamespace
 
+import _flashinfer
 import torch
 import torch.distributed as dist
 from _common import Bench, main, parser, relative
@@ -21,7 +26,6 @@ from _common import Bench, main, parser, relative
 import fused_parallel as fp
 from fused_parallel import _ext
 from fused_parallel.comm import collectives
-from fused_parallel.comm.workspace import SLOT_BYTES
 from fused_parallel.ops.add_rms_norm import add_rms_norm
 from fused_parallel.ops.all_reduce import why_not_fused
 
@@ -50,7 +54,9 @@ def _symmetric_buffer(bench: Bench, elements: int) -> torch.Tensor:
     return buffer
 
 
-def _all_reduce(bench: Bench, tokens: int, hidden: int, buffer: torch.Tensor | None) -> None:
+def _all_reduce(
+    bench: Bench, tokens: int, hidden: int, buffer: torch.Tensor | None, flashinfer: SimpleNamespace
+) -> None:
     size = tokens * hidden
     bytes = size * bench.dtype.itemsize
     c = bench.ceilings
@@ -64,12 +70,17 @@ def _all_reduce(bench: Bench, tokens: int, hidden: int, buffer: torch.Tensor | N
 
     # impl -> (function, whether it works in place, its inputs)
     impls = {bench.backend: (lambda x: collectives.all_reduce_(x, bench.pg), True, plain)}
-    if why_not_fused(bench.random(tokens, hidden, seed=0), bench.pg, SLOT_BYTES * bench.world // 2) is None:
+    if why_not_fused(bench.random(tokens, hidden, seed=0), bench.pg) is None:
         impls["fused"] = (functools.partial(fp.all_reduce, group=bench.pg), False, plain)
     if buffer is not None:
         name, ops = bench.pg.group_name, torch.ops.symm_mem
         impls["torch_one_shot"] = (lambda x: ops.one_shot_all_reduce(x, "sum", name), False, symmetric)
         impls["torch_two_shot"] = (lambda x: ops.two_shot_all_reduce_(x, "sum", name), True, symmetric)
+    trtllm, vllm = flashinfer.trtllm, flashinfer.vllm
+    for impl, how in (trtllm.variants(tokens) if trtllm else {}).items():
+        impls[impl] = (functools.partial(trtllm.all_reduce, **how), False, plain)
+    if vllm and tokens <= _flashinfer.MAX_TOKENS:
+        impls["flashinfer_vllm"] = (vllm.all_reduce, False, plain)
     for impl, (fn, in_place, inputs) in impls.items():
 
         def check(values: tuple[torch.Tensor], fn=fn) -> float:
@@ -87,10 +98,11 @@ def _all_reduce(bench: Bench, tokens: int, hidden: int, buffer: torch.Tensor | N
             check=check,
             mutates=in_place,
             calls=_calls(bytes),
+            after_capture=vllm.register_captured if impl == "flashinfer_vllm" else None,
         )
 
 
-def _all_reduce_add_rms_norm(bench: Bench, tokens: int, hidden: int) -> None:
+def _all_reduce_add_rms_norm(bench: Bench, tokens: int, hidden: int, flashinfer: SimpleNamespace) -> None:
     bytes = tokens * hidden * bench.dtype.itemsize
     c = bench.ceilings
     link = c and c.transfer_us(2 * (bench.world - 1) / bench.world * bytes)
@@ -110,8 +122,12 @@ def _all_reduce_add_rms_norm(bench: Bench, tokens: int, hidden: int) -> None:
         return fp.all_reduce_add_rms_norm(x, residual, weight, EPS, group=bench.pg)
 
     impls = {f"{bench.backend}_add_rms_norm": (fn, True)}
-    if why_not_fused(bench.random(tokens, hidden, seed=0), bench.pg, SLOT_BYTES) is None:
+    if why_not_fused(bench.random(tokens, hidden, seed=0), bench.pg) is None:
         impls["fused"] = (fused, False)
+    trtllm = flashinfer.trtllm
+    for impl, how in (trtllm.variants(tokens) if trtllm else {}).items():
+        peer = functools.partial(trtllm.all_reduce_add_rms_norm, weight=weight, eps=EPS, **how)
+        impls[impl] = (peer, False)
 
     def check(values: tuple[torch.Tensor, torch.Tensor], fn) -> float:
         new_residual = _sum(bench, values[0]) + values[1].double()
@@ -144,14 +160,15 @@ def _run(bench: Bench, arguments: argparse.Namespace) -> int:
     hidden = arguments.hidden
     most = max(t * hidden * _calls(t * hidden * bench.dtype.itemsize) for t in arguments.tokens)
     buffer = bench.attempt("torch_one_shot, torch_two_shot", lambda: _symmetric_buffer(bench, most))
+    flashinfer = _flashinfer.peers(bench, hidden)
     for tokens in arguments.tokens:
-        _all_reduce(bench, tokens, hidden, buffer)
+        _all_reduce(bench, tokens, hidden, buffer, flashinfer)
     why_not = _ext.why_no_kernels() if bench.device.type == "cuda" else None
     if why_not:
         bench.say(f"not measured: all_reduce_add_rms_norm: no add_rms_norm kernel here: {why_not}")
     else:
         for tokens in arguments.tokens:
-            _all_reduce_add_rms_norm(bench, tokens, hidden)
+            _all_reduce_add_rms_norm(bench, tokens, hidden, flashinfer)
     return bench.finish()
 
 

@@ -26,23 +26,23 @@ struct Params {
   Lamport lamport;
   const T* x;
   T* out;
-  std::int64_t elements;
-  std::int64_t vectors;  // rounded up
+  int elements;
+  int vectors;  // rounded up
 };
 
 template <typename T>
-__device__ __forceinline__ Vec<T> load_clipped(const T* p, std::int64_t v, std::int64_t elements) {
+__device__ __forceinline__ Vec<T> load_clipped(const T* p, int v, int elements) {
   if ((v + 1) * Vec<T>::kSize <= elements) return load_once_written(p + v * Vec<T>::kSize);
   alignas(16) T tail[Vec<T>::kSize];
   for (int e = 0; e < Vec<T>::kSize; ++e) {
-    const std::int64_t i = v * Vec<T>::kSize + e;
+    const int i = v * Vec<T>::kSize + e;
     tail[e] = i < elements ? p[i] : from_float<T>(0.0f);
   }
   return *reinterpret_cast<Vec<T>*>(tail);
 }
 
 template <typename T>
-__device__ __forceinline__ void store_clipped(T* p, std::int64_t v, std::int64_t elements, const Vec<T>& value) {
+__device__ __forceinline__ void store_clipped(T* p, int v, int elements, const Vec<T>& value) {
   if ((v + 1) * Vec<T>::kSize <= elements) {
     store(p + v * Vec<T>::kSize, value);
     return;
@@ -56,16 +56,15 @@ __device__ __forceinline__ void store_clipped(T* p, std::int64_t v, std::int64_t
 // A thread owns vectors t, t + threads, ... of the payload, in rounds of kVecs. It pushes a round before it polls the
 // one before it, so that the link is busy while the answers come.
 template <typename T, int kWorld, int kVecs>
-__global__ void __launch_bounds__(kThreads) one_shot(const __grid_constant__ Params<T> p) {
-  dependency_wait();
-  dependency_trigger();
+__global__ void __launch_bounds__(kThreads, 2) one_shot(const __grid_constant__ Params<T> p) {
   const Lamport& l = p.lamport;
-  const std::int64_t threads = static_cast<std::int64_t>(gridDim.x) * blockDim.x;
-  const std::int64_t thread = static_cast<std::int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  begin_kernel(l);
+  const int threads = gridDim.x * blockDim.x;
+  const int thread = blockIdx.x * blockDim.x + threadIdx.x;
   Vec<T> mine[kVecs], next[kVecs];
 #pragma unroll
   for (int u = 0; u < kVecs; ++u) {
-    const std::int64_t v = thread + u * threads;
+    const int v = thread + u * threads;
     if (v < p.vectors) mine[u] = without_sentinel(load_clipped(p.x, v, p.elements));
   }
   const Call call = begin_call(l, blockIdx.x, gridDim.x, p.vectors * 16);
@@ -74,25 +73,25 @@ __global__ void __launch_bounds__(kThreads) one_shot(const __grid_constant__ Par
   unsigned long long start = 0;
 #pragma unroll
   for (int u = 0; u < kVecs; ++u) {
-    const std::int64_t v = thread + u * threads;
+    const int v = thread + u * threads;
     if (v < p.vectors) push<kWorld>(l, generation, v, mine[u].raw);
   }
   clear_previous(l, call, thread, threads);
-  for (std::int64_t first = thread; first < p.vectors; first += kVecs * threads) {
+  for (int first = thread; first < p.vectors; first += kVecs * threads) {
 #pragma unroll
     for (int u = 0; u < kVecs; ++u) {
-      const std::int64_t v = first + (kVecs + u) * threads;
+      const int v = first + (kVecs + u) * threads;
       if (v < p.vectors) {
         next[u] = without_sentinel(load_clipped(p.x, v, p.elements));
         push<kWorld>(l, generation, v, next[u].raw);
       }
     }
-    float sum[kVecs][Vec<T>::kSize];
-    gather_and_sum<T, kWorld, kVecs>(l, call, start, first, threads, p.vectors, mine, sum);
+    Vec<T> totals[kVecs];
+    if (!gather_and_sum<T, kWorld, kVecs>(l, call, start, first, threads, p.vectors, mine, totals)) return;
 #pragma unroll
     for (int u = 0; u < kVecs; ++u) {
-      const std::int64_t v = first + u * threads;
-      if (v < p.vectors) store_clipped(p.out, v, p.elements, from_floats<T>(sum[u]));
+      const int v = first + u * threads;
+      if (v < p.vectors) store_clipped(p.out, v, p.elements, totals[u]);
       mine[u] = next[u];
     }
   }
@@ -101,26 +100,25 @@ __global__ void __launch_bounds__(kThreads) one_shot(const __grid_constant__ Par
 // Rank r owns vectors [r * share, (r + 1) * share). In each slot, the first `share` vectors take the partials of this
 // rank's share, the next `share` the finished sums of the source's.
 template <typename T, int kWorld>
-__global__ void __launch_bounds__(kThreads) two_shot(const __grid_constant__ Params<T> p) {
-  dependency_wait();
-  dependency_trigger();
+__global__ void __launch_bounds__(kThreads, 2) two_shot(const __grid_constant__ Params<T> p) {
   const Lamport& l = p.lamport;
+  begin_kernel(l);
   const int world = kWorld ? kWorld : l.world;
-  const std::int64_t threads = static_cast<std::int64_t>(gridDim.x) * blockDim.x;
-  const std::int64_t thread = static_cast<std::int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
-  const std::int64_t share = (p.vectors + world - 1) / world;
+  const int threads = gridDim.x * blockDim.x;
+  const int thread = blockIdx.x * blockDim.x + threadIdx.x;
+  const int share = (p.vectors + world - 1) / world;
   const Call call = begin_call(l, blockIdx.x, gridDim.x, 2 * share * 16);
   if (call.failed) return;
   const unsigned generation = call.epoch % 3;
   unsigned long long start = 0;
 
   // All partials leave first: the owners of other shares wait for them.
-  for (std::int64_t i = thread; i < share; i += threads) {
+  for (int i = thread; i < share; i += threads) {
 #pragma unroll
     for (int k = 1; k < world; ++k) {
       int owner = l.rank + k;
       owner = owner >= world ? owner - world : owner;
-      const std::int64_t v = owner * share + i;
+      const int v = owner * share + i;
       if (v < p.vectors) {
         const Vec<T> value = without_sentinel(load_clipped(p.x, v, p.elements));
         store_relaxed_sys(l.slot(owner, generation, l.rank) + i, value.raw);
@@ -128,26 +126,26 @@ __global__ void __launch_bounds__(kThreads) two_shot(const __grid_constant__ Par
     }
   }
   clear_previous(l, call, thread, threads);
-  const std::int64_t own = min(share, p.vectors - l.rank * share);  // may be negative: nothing is owned
-  for (std::int64_t i = thread; i < own; i += threads) {
-    const std::int64_t v = l.rank * share + i;
+  const int own = min(share, p.vectors - l.rank * share);  // may be negative: nothing is owned
+  for (int i = thread; i < own; i += threads) {
+    const int v = l.rank * share + i;
     const Vec<T> mine[1] = {without_sentinel(load_clipped(p.x, v, p.elements))};
-    float sum[1][Vec<T>::kSize];
+    Vec<T> totals[1];
     // After a failed wait there is no total: a peer must not take what is there for one.
-    if (!gather_and_sum<T, kWorld, 1>(l, call, start, i, threads, own, mine, sum)) break;
-    const Vec<T> total = without_sentinel(from_floats<T>(sum[0]));
+    if (!gather_and_sum<T, kWorld, 1>(l, call, start, i, threads, own, mine, totals)) return;
+    const Vec<T> total = without_sentinel(totals[0]);
     push<kWorld>(l, generation, share + i, total.raw);
     store_clipped(p.out, v, p.elements, total);
   }
-  for (std::int64_t i = thread; i < share; i += threads) {
+  for (int i = thread; i < share; i += threads) {
 #pragma unroll
     for (int k = 1; k < world; ++k) {
       int owner = l.rank + k;
       owner = owner >= world ? owner - world : owner;
-      const std::int64_t v = owner * share + i;
+      const int v = owner * share + i;
       if (v < p.vectors) {
         Vec<T> total;
-        poll(l, call, start, owner, share + i, total.raw);
+        if (!poll(l, call, start, owner, share + i, total.raw)) return;
         store_clipped(p.out, v, p.elements, total);
       }
     }
@@ -162,26 +160,38 @@ __global__ void fill_with_sentinel(uint4* p, std::int64_t vectors) {
 }
 
 template <typename T, int kWorld>
-void run(const AllReduceWorkspace& w, const T* x, T* out, std::int64_t elements, bool two, cudaStream_t stream) {
-  const std::int64_t vectors = (elements + Vec<T>::kSize - 1) / Vec<T>::kSize;
-  Params<T> p = {lamport_of(w, two ? kTwoShot : kOneShot), x, out, elements, vectors};
+void run(const AllReduceWorkspace& w, const T* x, T* out, int elements, bool two, int threads, int ctas,
+         cudaStream_t stream) {
+  const int vectors = (elements + Vec<T>::kSize - 1) / Vec<T>::kSize;
   // A vector's place in the slots does not depend on the grid, so ranks with other grids understand each other.
-  const std::int64_t work = two ? (vectors + w.world - 1) / w.world : vectors;
-  const int threads = work <= static_cast<std::int64_t>(kSmallThreads) * w.max_ctas ? kSmallThreads : kThreads;
-  const int ctas = static_cast<int>(std::min<std::int64_t>((work + threads - 1) / threads, w.max_ctas));
+  const int work = two ? (vectors + w.world - 1) / w.world : vectors;
+  const Grid grid = grid_for(w, work, threads, ctas);
+  const Params<T> p = {lamport_of(w, two ? kTwoShot : kOneShot, grid.early), x, out, elements, vectors};
   if (two) {
-    launch_dependent(two_shot<T, kWorld>, p, ctas, threads, 1, w.hopper, stream);
-  } else if (work <= static_cast<std::int64_t>(ctas) * threads) {
-    launch_dependent(one_shot<T, kWorld, 1>, p, ctas, threads, 1, w.hopper, stream);
+    launch_dependent(two_shot<T, kWorld>, p, grid.ctas, grid.threads, 1, w.hopper, stream);
+  } else if (work <= grid.ctas * grid.threads) {
+    launch_dependent(one_shot<T, kWorld, 1>, p, grid.ctas, grid.threads, 1, w.hopper, stream);
   } else {
-    constexpr int kRound = kWorld == 0 ? 1 : 8 / (kWorld + !kWorld);  // vectors cost registers for every peer
-    launch_dependent(one_shot<T, kWorld, kRound>, p, ctas, threads, 1, w.hopper, stream);
+    constexpr int kRound = kWorld == 2 ? 2 : 1;  // vectors cost registers for every peer
+    launch_dependent(one_shot<T, kWorld, kRound>, p, grid.ctas, grid.threads, 1, w.hopper, stream);
   }
 }
 
 }  // namespace
 
-Lamport lamport_of(const AllReduceWorkspace& w, unsigned operation) {
+Grid grid_for(const AllReduceWorkspace& w, std::int64_t vectors, int threads, int ctas) {
+  const bool small = vectors <= w.max_threads / 2;
+  if (threads == 0) threads = small ? kSmallThreads : kThreads;
+  if (threads < 32 || threads > kThreads || threads % 32 != 0 || ctas < 0) {
+    throw std::runtime_error("a grid of " + std::to_string(ctas) + " CTAs of " + std::to_string(threads) + " threads");
+  }
+  const std::int64_t most = std::max(1, w.max_threads / threads);
+  std::int64_t wanted = std::min(most, (vectors + threads - 1) / threads);
+  if (ctas > 0) wanted = std::min<std::int64_t>(wanted, ctas);
+  return {static_cast<int>(wanted), threads, wanted * threads <= w.max_threads / 2};
+}
+
+Lamport lamport_of(const AllReduceWorkspace& w, unsigned operation, bool early) {
   Lamport l = {};
   for (int r = 0; r < w.world; ++r) l.bases[r] = reinterpret_cast<unsigned char*>(w.bases[r]);
   l.control = reinterpret_cast<Control*>(w.control);
@@ -190,6 +200,7 @@ Lamport lamport_of(const AllReduceWorkspace& w, unsigned operation) {
   l.rank = w.rank;
   l.world = w.world;
   l.operation = operation;
+  l.early = early;
   return l;
 }
 
@@ -223,11 +234,11 @@ void AllReduceWorkspace::order(void* stream) {
 
 AllReduceWorkspace::AllReduceWorkspace(int rank_, std::vector<std::uintptr_t> bases_, std::int64_t slot_bytes_,
                                        std::uintptr_t control_, std::uintptr_t record_, double timeout_seconds,
-                                       int device_, int max_ctas_)
+                                       int device_, int max_threads_)
     : rank(rank_),
       world(static_cast<int>(bases_.size())),
       device(device_),
-      max_ctas(max_ctas_),
+      max_threads(max_threads_),
       hopper(false),
       bases(std::move(bases_)),
       slot_bytes(slot_bytes_),
@@ -235,10 +246,10 @@ AllReduceWorkspace::AllReduceWorkspace(int rank_, std::vector<std::uintptr_t> ba
       record(record_),
       timeout_ns(static_cast<unsigned long long>(timeout_seconds * 1e9)) {
   static_assert(sizeof(Control) <= kControlBytes && sizeof(AbortRecord) <= kRecordBytes, "");
-  if (world < 2 || world > kMaxWorld || rank < 0 || rank >= world || slot_bytes < 16 || slot_bytes % 16 != 0 ||
-      max_ctas < 1 || timeout_seconds <= 0) {
+  if (world < 2 || world > kMaxWorld || rank < 0 || rank >= world || slot_bytes < 32 || slot_bytes % 16 != 0 ||
+      max_threads < kThreads || timeout_seconds <= 0) {
     throw std::runtime_error("AllReduceWorkspace: rank " + std::to_string(rank) + " of " + std::to_string(world) +
-                             ", slot_bytes=" + std::to_string(slot_bytes) + ", max_ctas=" + std::to_string(max_ctas));
+                             ", slot_bytes=" + std::to_string(slot_bytes) + ", max_threads=" + std::to_string(max_threads));
   }
   hopper = runs_hopper_code(device);
 }
@@ -275,22 +286,26 @@ void all_reduce_reset(const AllReduceWorkspace& w, void* stream) {
   FP_CUDA_CHECK(cudaLaunchKernelEx(&config, fill_with_sentinel, reinterpret_cast<uint4*>(w.bases[w.rank]), vectors));
 }
 
-void all_reduce(AllReduceWorkspace& w, const void* x, void* out, std::int64_t elements, bool two_shot, int dtype,
-                void* stream) {
+void all_reduce(AllReduceWorkspace& w, const void* x, void* out, std::int64_t elements, bool two_shot, int threads,
+                int ctas, int dtype, void* stream) {
   if (elements == 0) return;
   const DeviceGuard guard(w.device);
   dispatch_dtype(static_cast<DType>(dtype), [&](auto* null) {
     using T = std::remove_pointer_t<decltype(null)>;
-    const std::int64_t vectors = (elements + Vec<T>::kSize - 1) / Vec<T>::kSize;
-    const std::int64_t needed = 16 * (two_shot ? 2 * ((vectors + w.world - 1) / w.world) : vectors);
-    if (elements < 0 || needed > w.slot_bytes || !is_vec_aligned(x) || !is_vec_aligned(out)) {
-      throw std::runtime_error("all_reduce: " + std::to_string(elements) + " elements do not fit slots of " +
-                               std::to_string(w.slot_bytes) + " bytes, or a tensor is not aligned to 16 bytes");
+    if (elements < 0 || !is_vec_aligned(x) || !is_vec_aligned(out)) {
+      throw std::runtime_error("all_reduce: " + std::to_string(elements) +
+                               " elements, or a tensor is not aligned to 16 bytes");
     }
     w.order(stream);
+    // One-shot fills a slot with the payload; two-shot with two shares of it, a vector for every rank at least.
+    const std::int64_t slot = w.slot_bytes / 16;
+    const std::int64_t most = (two_shot ? slot / 2 * w.world : slot) * Vec<T>::kSize;
     dispatch_world(w.world, [&](auto world) {
-      run<T, decltype(world)::value>(w, static_cast<const T*>(x), static_cast<T*>(out), elements, two_shot,
-                                     static_cast<cudaStream_t>(stream));
+      for (std::int64_t first = 0; first < elements; first += most) {
+        run<T, decltype(world)::value>(w, static_cast<const T*>(x) + first, static_cast<T*>(out) + first,
+                                       static_cast<int>(std::min(most, elements - first)), two_shot, threads, ctas,
+                                       static_cast<cudaStream_t>(stream));
+      }
     });
   });
 }

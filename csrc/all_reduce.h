@@ -14,9 +14,10 @@ constexpr std::int64_t kMaxNormRowBytes = 64 * 1024;
 struct AllReduceWorkspace {
   // `bases`: address, in this process, of every rank's symmetric buffer of `workspace_bytes(world, slot_bytes)` bytes,
   // filled with the sentinel (reset). `control`: kControlBytes of this rank's own device memory, zeros. `record`:
-  // pinned host memory of kRecordBytes, zeros. `max_ctas` caps the grid so that all CTAs are resident at once.
+  // pinned host memory of kRecordBytes, zeros. `max_threads` caps the grids so that all CTAs are resident at once: see
+  // Grid.
   AllReduceWorkspace(int rank, std::vector<std::uintptr_t> bases, std::int64_t slot_bytes, std::uintptr_t control,
-                     std::uintptr_t record, double timeout_seconds, int device, int max_ctas);
+                     std::uintptr_t record, double timeout_seconds, int device, int max_threads);
 
   // Empty, or what a kernel recorded: "all_reduce waited for rank 1 ... (call 17)".
   std::string failure() const;
@@ -26,7 +27,7 @@ struct AllReduceWorkspace {
   // the last waits for it; two streams in one capture are refused. What graphs replay is the caller's to order.
   void order(void* stream);
 
-  int rank, world, device, max_ctas;
+  int rank, world, device, max_threads;
   bool hopper;  // clusters and programmatic dependent launch
   std::vector<std::uintptr_t> bases;
   std::int64_t slot_bytes;
@@ -42,25 +43,39 @@ struct AllReduceWorkspace {
 constexpr std::int64_t kControlBytes = 256;
 constexpr std::int64_t kRecordBytes = 64;
 
+// A grid, from the shape alone. The kernels wait for each other's ranks, so all CTAs of all kernels that may be under
+// way at once must be resident together, or two groups at work on the same GPUs could each wait for room that the other
+// holds. A GPU holds 1024 threads a multiprocessor at up to 64 registers, which every kernel keeps to; max_threads is
+// half of that. A grid of up to max_threads / 2 lets the next kernel of its stream become resident while it runs
+// (`early`); a larger one does not. So two groups always fit.
+struct Grid {
+  int ctas, threads;
+  bool early;
+};
+
+// For work of `vectors` that threads take one by one; `threads` and `ctas` 0: the default for the size.
+Grid grid_for(const AllReduceWorkspace& workspace, std::int64_t vectors, int threads = 0, int ctas = 0);
+
 struct Lamport;
-Lamport lamport_of(const AllReduceWorkspace& workspace, unsigned operation);  // what a kernel is given
+Lamport lamport_of(const AllReduceWorkspace& workspace, unsigned operation, bool early);  // what a kernel is given
 
 std::int64_t workspace_bytes(int world, std::int64_t slot_bytes);
 
 // Fills this rank's buffer with the sentinel. Must be complete on every rank before any rank's first operation.
 void all_reduce_reset(const AllReduceWorkspace& workspace, void* stream);
 
-// out = sum over ranks of x, `elements` each, 16-byte aligned; out may be x. One-shot takes up to slot_bytes, two-shot
-// world / 2 times that. Every rank launches the
-// same sequence of operations with the same sizes and dtypes.
+// out = sum over ranks of x, `elements` each, 16-byte aligned; out may be x. What does not fit a slot goes in several
+// calls. Every rank launches the same sequence of operations with the same sizes, dtypes and algorithms; `threads` and
+// `ctas` (0: the default) may differ.
 void all_reduce(AllReduceWorkspace& workspace, const void* x, void* out, std::int64_t elements, bool two_shot,
-                int dtype, void* stream);
+                int threads, int ctas, int dtype, void* stream);
 
 // normed = rms_norm(new_residual) * weight, new_residual = residual + sum over ranks of x; [rows, hidden] each,
-// contiguous, 16-byte aligned, hidden a multiple of 16 bytes and at most 64 KiB.
+// contiguous, 16-byte aligned, hidden a multiple of 16 bytes and at most 64 KiB. `cluster`: CTAs a row, 1, 2, 4 or 8;
+// 0: the default for the shape. What does not fit a slot goes in several calls.
 void all_reduce_add_rms_norm(AllReduceWorkspace& workspace, const void* x, const void* residual, const void* weight,
                              void* normed, void* new_residual, std::int64_t rows, std::int64_t hidden, float eps,
-                             int dtype, void* stream);
+                             int cluster, int dtype, void* stream);
 
 // out[elements] = this rank's part of the sum over ranks of x[world * elements].
 void reduce_scatter(AllReduceWorkspace& workspace, const void* x, void* out, std::int64_t elements, int dtype,

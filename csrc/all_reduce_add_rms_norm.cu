@@ -12,7 +12,7 @@
 #include "common/launch.h"
 
 // One-shot all-reduce whose sums stay in registers while the residual is added and the row is normalised. A row belongs
-// to a cluster of 1, 2 or 8 CTAs (few rows: many CTAs start their loads and stores at once); clusters take rows in
+// to a cluster of 1 to 8 CTAs (few rows: many CTAs start their loads and stores at once); clusters take rows in
 // turn, and push the next row before they poll the one at hand.
 
 namespace fp {
@@ -21,7 +21,7 @@ namespace {
 namespace cg = cooperative_groups;
 
 constexpr int kWarp = 32;
-constexpr int kMaxThreads = 512;
+constexpr int kMaxThreads = 1024;
 
 template <typename T>
 struct Params {
@@ -44,35 +44,88 @@ struct Params {
 #endif
 
 #if FP_HAS_CLUSTERS
-// The sum of `value` over the cluster, in a fixed order: lanes by a butterfly, warps, then CTAs, in index order.
-// `parity` alternates between two buffers: a CTA may still read the peers' sums of one row while they write those of
-// the next.
+// Sums over the threads of a cluster, the same bits in all of them: every warp sends its sum to every CTA's shared
+// memory and each CTA adds all of them in the same order. One hop, no barrier of the cluster: the values count
+// themselves on an mbarrier of the CTA they arrive in.
+//
+// Two buffers take turns. A warp sends the value of row r + 1 after it has read those of row r; so when a CTA has
+// received all values of row r + 1, all its peers, and all warps of its own, have read row r's, and row r + 2 may
+// overwrite them. For the same reason a CTA may leave when it has received the values of its last row: nothing comes
+// any more.
 template <int kCluster>
-__device__ __forceinline__ float cluster_sum(float value, int parity) {
-  __shared__ float warp_sums[kWarp];
-#pragma unroll
-  for (int offset = kWarp / 2; offset > 0; offset /= 2) value += __shfl_xor_sync(0xffffffffu, value, offset);
-  const int warps = blockDim.x / kWarp;
-  __syncthreads();  // the last row's readers of warp_sums are done
-  if (threadIdx.x % kWarp == 0) warp_sums[threadIdx.x / kWarp] = value;
-  __syncthreads();
-  float total = 0.0f;
-  for (int w = 0; w < warps; ++w) total += warp_sums[w];
-  if constexpr (kCluster > 1) {
-    __shared__ float cta_sum[2];
-    const cg::cluster_group cluster = cg::this_cluster();
-    if (threadIdx.x == 0) cta_sum[parity] = total;
-    cluster.sync();
-    total = 0.0f;
-#pragma unroll
-    for (int c = 0; c < kCluster; ++c) total += *cluster.map_shared_rank(&cta_sum[parity], c);
+struct ClusterSum {
+  static constexpr int kMostWarps = kMaxThreads / kWarp;
+  float sums[2][kMostWarps * kCluster];
+  alignas(8) unsigned long long arrived[2];
+
+  __device__ static unsigned shared_address(const void* p) { return static_cast<unsigned>(__cvta_generic_to_shared(p)); }
+
+  __device__ void begin() {
+    if constexpr (kCluster > 1) {
+      if (threadIdx.x == 0) {
+        for (int i = 0; i < 2; ++i) {
+          asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(&arrived[i])) : "memory");
+        }
+        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");  // before a peer counts on it
+      }
+      cg::this_cluster().sync();
+    }
   }
-  return total;
-}
+
+  // The `turn`-th sum (0, 1, ...). False if the group has failed meanwhile, and the sum may never come.
+  __device__ bool sum(float value, unsigned turn, const Lamport& l, float& total) {
+    const unsigned warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, warps = blockDim.x / kWarp;
+    const unsigned buffer = turn & 1;
+#pragma unroll
+    for (int offset = kWarp / 2; offset > 0; offset /= 2) value += __shfl_xor_sync(0xffffffffu, value, offset);
+    if constexpr (kCluster == 1) {
+      if (lane == 0) sums[buffer][warp] = value;
+      __syncthreads();
+    } else {
+      const unsigned barrier = shared_address(&arrived[buffer]);
+      if (threadIdx.x == 0) {
+        asm volatile("mbarrier.arrive.expect_tx.relaxed.cluster.shared::cta.b64 _, [%0], %1;" ::"r"(barrier),
+                     "r"(static_cast<unsigned>(warps * kCluster * sizeof(float)))
+                     : "memory");
+      }
+      if (lane < kCluster) {
+        const unsigned from = cg::this_cluster().block_rank() * warps + warp;
+        asm volatile(
+            "{.reg .b32 to, counter;\n\t"
+            "mapa.shared::cluster.u32 to, %0, %2;\n\t"
+            "mapa.shared::cluster.u32 counter, %1, %2;\n\t"
+            "st.async.shared::cluster.mbarrier::complete_tx::bytes.b32 [to], %3, [counter];}" ::"r"(
+                shared_address(&sums[buffer][from])),
+            "r"(barrier), "r"(lane), "r"(__float_as_uint(value))
+            : "memory");
+      }
+      // Acquire: what is counted here was written before it was counted. The peers of a cluster always send, except
+      // those that found the group failed.
+      unsigned done = 0;
+      for (unsigned spins = 1; !done; ++spins) {
+        asm volatile(
+            "{.reg .pred p;\n\t"
+            "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\n\t"
+            "selp.u32 %0, 1, 0, p;}"
+            : "=r"(done)
+            : "r"(barrier), "r"(turn >> 1 & 1)
+            : "memory");
+        if (!done && spins % kSpinsPerCheck == 0 && load_relaxed_gpu(l.bound.aborted) != 0) break;
+      }
+      if (!__all_sync(0xffffffffu, done)) return false;
+    }
+    float of_lane = 0.0f;
+    for (unsigned i = lane; i < warps * kCluster; i += kWarp) of_lane += sums[buffer][i];
+#pragma unroll
+    for (int offset = kWarp / 2; offset > 0; offset /= 2) of_lane += __shfl_xor_sync(0xffffffffu, of_lane, offset);
+    total = of_lane;
+    return true;
+  }
+};
 #endif
 
 template <typename T, int kWorld, int kVecs, int kCluster>
-__global__ void __launch_bounds__(kMaxThreads) one_shot_norm(const __grid_constant__ Params<T> p) {
+__global__ void __launch_bounds__(kVecs == 1 ? kMaxThreads : kMaxThreads / 2, kVecs) one_shot_norm(const __grid_constant__ Params<T> p) {
 #if FP_HAS_CLUSTERS
   const Lamport& l = p.lamport;
   const int part = blockIdx.x % kCluster;
@@ -80,9 +133,10 @@ __global__ void __launch_bounds__(kMaxThreads) one_shot_norm(const __grid_consta
   const int stride = blockDim.x * kCluster;
   const int first = part * blockDim.x + threadIdx.x;  // of this thread's vectors first, first + stride, ... of a row
 
-  Vec<T> weight[kVecs], mine[kVecs], next[kVecs], residual[kVecs];
-  dependency_wait();
-  dependency_trigger();
+  Vec<T> weight[kVecs], mine[kVecs], residual[kVecs];
+  __shared__ ClusterSum<kCluster> cluster;
+  cluster.begin();
+  begin_kernel(l);
 
   int row = blockIdx.x / kCluster;
   const auto load_row = [&](const T* tensor, int of_row, Vec<T>(&out)[kVecs]) {
@@ -90,21 +144,19 @@ __global__ void __launch_bounds__(kMaxThreads) one_shot_norm(const __grid_consta
     for (int u = 0; u < kVecs; ++u) {
       const int v = first + u * stride;
       if (v < p.vectors)
-        out[u] = load_once_written(tensor + (static_cast<std::int64_t>(of_row) * p.vectors + v) * Vec<T>::kSize);
+        out[u] = load_once_written(tensor + (of_row * p.vectors + v) * Vec<T>::kSize);
     }
   };
   const auto push_row = [&](unsigned generation, int of_row, Vec<T>(&values)[kVecs]) {
 #pragma unroll
     for (int u = 0; u < kVecs; ++u) {
       const int v = first + u * stride;
-      values[u] = without_sentinel(values[u]);
-      if (v < p.vectors) push<kWorld>(l, generation, static_cast<std::int64_t>(of_row) * p.vectors + v, values[u].raw);
+      if (v < p.vectors) push<kWorld>(l, generation, of_row * p.vectors + v, without_sentinel(values[u]).raw);
     }
   };
 
   if (row < p.rows) load_row(p.x, row, mine);
   const Call call = begin_call(l, blockIdx.x, gridDim.x, static_cast<unsigned long long>(p.rows) * p.vectors * 16);
-  // An earlier call's failure, so all CTAs of a cluster see it alike and none waits for one that has left.
   if (call.failed) return;
   const unsigned generation = call.epoch % 3;
   unsigned long long start = 0;
@@ -112,45 +164,46 @@ __global__ void __launch_bounds__(kMaxThreads) one_shot_norm(const __grid_consta
     push_row(generation, row, mine);
     load_row(p.residual, row, residual);
   }
-  // Not before dependency_wait: the kernel before this one may have made the weight. Behind the pushes it costs
-  // nothing.
-#pragma unroll
-  for (int u = 0; u < kVecs; ++u) {
-    const int v = first + u * stride;
-    if (v < p.vectors) weight[u] = load_once_written(p.weight + static_cast<std::int64_t>(v) * Vec<T>::kSize);
-  }
+  // Not before dependency_wait: the kernel before this one may have made the weight. Behind the pushes it costs nothing.
+  // Kept over all rows, where the registers allow it.
+  if constexpr (kVecs == 1) load_row(p.weight, 0, weight);
   clear_previous(l, call, blockIdx.x * blockDim.x + threadIdx.x, gridDim.x * blockDim.x);
 
-  for (int parity = 0; row < p.rows; row += clusters, parity ^= 1) {
+  for (unsigned turn = 0; row < p.rows; row += clusters, ++turn) {
     const int following = row + clusters;
     if (following < p.rows) {
+      Vec<T> next[kVecs];
       load_row(p.x, following, next);
       push_row(generation, following, next);
     }
-    float sum[kVecs][Vec<T>::kSize];
-    const std::int64_t base = static_cast<std::int64_t>(row) * p.vectors;
-    gather_and_sum<T, kWorld, kVecs>(l, call, start, base + first, stride, base + p.vectors, mine, sum);
-
+    const int base = row * p.vectors;
     Vec<T> added[kVecs];
+#pragma unroll
+    for (int u = 0; u < kVecs; ++u) mine[u] = without_sentinel(mine[u]);
+    gather_and_sum<T, kWorld, kVecs>(l, call, start, base + first, stride, base + p.vectors, mine, added);
+    // After a failed wait, whatever is there is normalised: all threads go on to the sum, where they wait for each
+    // other; the result is never used, because the next call or fp.check() raises.
     float squares = 0.0f;
 #pragma unroll
     for (int u = 0; u < kVecs; ++u) {
       if (first + u * stride < p.vectors) {
-        float r[Vec<T>::kSize], s[Vec<T>::kSize];
         // The sum is rounded before the addition, as where the two are separate operations.
-        to_floats(from_floats<T>(sum[u]), s);
-        to_floats(residual[u], r);
-#pragma unroll
-        for (int e = 0; e < Vec<T>::kSize; ++e) s[e] += r[e];
-        added[u] = from_floats<T>(s);
+        added[u] = add(added[u], residual[u]);
+        float s[Vec<T>::kSize];
         to_floats(added[u], s);
 #pragma unroll
         for (int e = 0; e < Vec<T>::kSize; ++e) squares = fmaf(s[e], s[e], squares);
         store(p.new_residual + (base + first + u * stride) * Vec<T>::kSize, added[u]);
       }
     }
-    if (following < p.rows) load_row(p.residual, following, residual);
-    const float scale = rsqrtf(fmaf(cluster_sum<kCluster>(squares, parity), p.inverse_hidden, p.eps));
+    if (following < p.rows) {
+      load_row(p.residual, following, residual);
+      load_row(p.x, following, mine);  // again, from the L2: kept since the push, it would cost registers
+    }
+    if constexpr (kVecs > 1) load_row(p.weight, 0, weight);
+    float total;
+    if (!cluster.sum(squares, turn, l, total)) return;
+    const float scale = rsqrtf(fmaf(total, p.inverse_hidden, p.eps));
 #pragma unroll
     for (int u = 0; u < kVecs; ++u) {
       if (first + u * stride < p.vectors) {
@@ -161,31 +214,44 @@ __global__ void __launch_bounds__(kMaxThreads) one_shot_norm(const __grid_consta
         for (int e = 0; e < Vec<T>::kSize; ++e) s[e] = s[e] * scale * w[e];
         store(p.normed + (base + first + u * stride) * Vec<T>::kSize, from_floats<T>(s));
       }
-      mine[u] = next[u];
     }
   }
-  // No CTA of a cluster may leave while another reads its shared memory.
-  if constexpr (kCluster > 1) cg::this_cluster().sync();
 #endif
 }
 
 template <typename T, int kWorld>
-void run(const AllReduceWorkspace& w, const Params<T>& p, cudaStream_t stream) {
-  const auto launch = [&](auto vecs, auto cluster) {
-    constexpr int kVecs = decltype(vecs)::value, kCluster = decltype(cluster)::value;
+void run(const AllReduceWorkspace& w, Params<T> p, int cluster, cudaStream_t stream) {
+  const auto launch = [&](auto vecs, auto ctas_a_row) {
+    constexpr int kVecs = decltype(vecs)::value, kCluster = decltype(ctas_a_row)::value;
     const int threads = (p.vectors + kVecs * kCluster * kWarp - 1) / (kVecs * kCluster * kWarp) * kWarp;
-    const int ctas = std::min(p.rows, std::max(1, w.max_ctas / kCluster)) * kCluster;
-    launch_dependent(one_shot_norm<T, kWorld, kVecs, kCluster>, p, ctas, threads, kCluster, w.hopper, stream);
+    const int rows = std::max(1, std::min(p.rows, w.max_threads / (threads * kCluster)));
+    p.lamport.early = rows * kCluster * threads <= w.max_threads / 2;
+    launch_dependent(one_shot_norm<T, kWorld, kVecs, kCluster>, p, rows * kCluster, threads, kCluster, w.hopper,
+                     stream);
   };
   using std::integral_constant;
-  // From the shape alone. Clusters of eight while all rows run at once, and for long rows; else of two; and where there
-  // are many rows and one peer, whose values fit the registers, single CTAs.
-  if (p.vectors > 2 * kMaxThreads || (p.rows * 8 <= w.max_ctas && p.vectors >= 8 * kWarp)) {
-    launch(integral_constant<int, 1>(), integral_constant<int, 8>());
-  } else if (kWorld != 2 || p.rows * 2 <= w.max_ctas) {
-    launch(integral_constant<int, 1>(), integral_constant<int, 2>());
-  } else {
-    launch(integral_constant<int, kWorld == 2 ? 2 : 1>(), integral_constant<int, kWorld == 2 ? 1 : 2>());
+  const auto with_cluster = [&](auto ctas_a_row) {
+    constexpr int kCluster = decltype(ctas_a_row)::value;
+    // Two vectors a thread, where the registers allow it, once the rows fill the grid.
+    constexpr int kVecs = kWorld == 2 && kCluster == 1 ? 2 : 1;
+    if (static_cast<std::int64_t>(p.rows) * p.vectors > w.max_threads) {
+      launch(integral_constant<int, kVecs>(), ctas_a_row);
+    } else {
+      launch(integral_constant<int, 1>(), ctas_a_row);
+    }
+  };
+  const int least = (p.vectors + kMaxThreads - 1) / kMaxThreads;
+  if (cluster == 0) cluster = p.rows * 8 <= 2 * w.max_threads / 1024 && p.vectors >= 8 * kWarp ? 8 : 1;
+  switch (std::max(cluster, least)) {
+    case 1:
+      return with_cluster(integral_constant<int, 1>());
+    case 2:
+      return with_cluster(integral_constant<int, 2>());
+    case 3:
+    case 4:
+      return with_cluster(integral_constant<int, 4>());
+    default:
+      return with_cluster(integral_constant<int, 8>());
   }
 }
 
@@ -193,7 +259,7 @@ void run(const AllReduceWorkspace& w, const Params<T>& p, cudaStream_t stream) {
 
 void all_reduce_add_rms_norm(AllReduceWorkspace& w, const void* x, const void* residual, const void* weight,
                              void* normed, void* new_residual, std::int64_t rows, std::int64_t hidden, float eps,
-                             int dtype, void* stream) {
+                             int cluster, int dtype, void* stream) {
   if (rows == 0) return;
   const DeviceGuard guard(w.device);
   dispatch_dtype(static_cast<DType>(dtype), [&](auto* null) {
@@ -204,25 +270,31 @@ void all_reduce_add_rms_norm(AllReduceWorkspace& w, const void* x, const void* r
          {x, residual, weight, const_cast<const void*>(normed), const_cast<const void*>(new_residual)}) {
       aligned = aligned && is_vec_aligned(p);
     }
-    if (rows < 0 || hidden < 1 || row_bytes % 16 != 0 || row_bytes > kMaxNormRowBytes ||
-        rows * row_bytes > w.slot_bytes || !aligned || !w.hopper) {
+    if (rows < 0 || hidden < 1 || row_bytes % 16 != 0 || row_bytes > kMaxNormRowBytes || row_bytes > w.slot_bytes ||
+        !aligned || !w.hopper) {
       throw std::runtime_error("all_reduce_add_rms_norm: [" + std::to_string(rows) + ", " + std::to_string(hidden) +
-                               "] does not fit slots of " + std::to_string(w.slot_bytes) +
-                               " bytes, a tensor is not aligned to 16 bytes, or the GPU is older than Hopper");
+                               "]: a row does not fit slots of " + std::to_string(w.slot_bytes) +
+                               " bytes or is no multiple of 16 bytes up to " + std::to_string(kMaxNormRowBytes) +
+                               ", a tensor is not aligned to 16 bytes, or the GPU is not a Hopper");
     }
     w.order(stream);
-    const Params<T> p = {lamport_of(w, kOneShotNorm),
-                         static_cast<const T*>(x),
-                         static_cast<const T*>(residual),
-                         static_cast<const T*>(weight),
-                         static_cast<T*>(normed),
-                         static_cast<T*>(new_residual),
-                         static_cast<int>(rows),
-                         static_cast<int>(row_bytes / 16),
-                         1.0f / static_cast<float>(hidden),
-                         eps};
-    dispatch_world(w.world,
-                   [&](auto world) { run<T, decltype(world)::value>(w, p, static_cast<cudaStream_t>(stream)); });
+    const std::int64_t most = w.slot_bytes / row_bytes;
+    for (std::int64_t first = 0; first < rows; first += most) {
+      const std::int64_t at = first * hidden;
+      const Params<T> p = {lamport_of(w, kOneShotNorm, false),
+                           static_cast<const T*>(x) + at,
+                           static_cast<const T*>(residual) + at,
+                           static_cast<const T*>(weight),
+                           static_cast<T*>(normed) + at,
+                           static_cast<T*>(new_residual) + at,
+                           static_cast<int>(std::min(most, rows - first)),
+                           static_cast<int>(row_bytes / 16),
+                           1.0f / static_cast<float>(hidden),
+                           eps};
+      dispatch_world(w.world, [&](auto world) {
+        run<T, decltype(world)::value>(w, p, cluster, static_cast<cudaStream_t>(stream));
+      });
+    }
   });
 }
 

@@ -35,7 +35,7 @@ void bind_all_reduce(py::module_& m) {
   py::class_<AllReduceWorkspace>(m, "AllReduceWorkspace")
       .def(py::init<int, std::vector<Address>, std::int64_t, Address, Address, double, int, int>(), py::arg("rank"),
            py::arg("bases"), py::arg("slot_bytes"), py::arg("control"), py::arg("record"), py::arg("timeout_seconds"),
-           py::arg("device"), py::arg("max_ctas"))
+           py::arg("device"), py::arg("max_threads"))
       .def("failure", &AllReduceWorkspace::failure)
       .def("failed_rank", &AllReduceWorkspace::failed_rank)
       .def(
@@ -43,11 +43,12 @@ void bind_all_reduce(py::module_& m) {
           py::arg("stream"))
       .def(
           "all_reduce",
-          [](AllReduceWorkspace& w, Address x, Address out, std::int64_t elements, bool two_shot, int dtype,
-             Address stream) {
-            fp::all_reduce(w, pointer(x), pointer(out), elements, two_shot, dtype, pointer(stream));
+          [](AllReduceWorkspace& w, Address x, Address out, std::int64_t elements, bool two_shot, int threads, int ctas,
+             int dtype, Address stream) {
+            fp::all_reduce(w, pointer(x), pointer(out), elements, two_shot, threads, ctas, dtype, pointer(stream));
           },
-          py::arg("x"), py::arg("out"), py::arg("elements"), py::arg("two_shot"), py::arg("dtype"), py::arg("stream"))
+          py::arg("x"), py::arg("out"), py::arg("elements"), py::arg("two_shot"), py::arg("threads"), py::arg("ctas"),
+          py::arg("dtype"), py::arg("stream"))
       .def(
           "reduce_scatter",
           [](AllReduceWorkspace& w, Address x, Address out, std::int64_t elements, int dtype, Address stream) {
@@ -63,12 +64,12 @@ void bind_all_reduce(py::module_& m) {
       .def(
           "all_reduce_add_rms_norm",
           [](AllReduceWorkspace& w, Address x, Address residual, Address weight, Address normed, Address new_residual,
-             std::int64_t rows, std::int64_t hidden, float eps, int dtype, Address stream) {
+             std::int64_t rows, std::int64_t hidden, float eps, int cluster, int dtype, Address stream) {
             fp::all_reduce_add_rms_norm(w, pointer(x), pointer(residual), pointer(weight), pointer(normed),
-                                        pointer(new_residual), rows, hidden, eps, dtype, pointer(stream));
+                                        pointer(new_residual), rows, hidden, eps, cluster, dtype, pointer(stream));
           },
           py::arg("x"), py::arg("residual"), py::arg("weight"), py::arg("normed"), py::arg("new_residual"),
-          py::arg("rows"), py::arg("hidden"), py::arg("eps"), py::arg("dtype"), py::arg("stream"));
+          py::arg("rows"), py::arg("hidden"), py::arg("eps"), py::arg("cluster"), py::arg("dtype"), py::arg("stream"));
 }
 
 void bind_operations(py::module_& m) {

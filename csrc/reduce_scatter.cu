@@ -22,21 +22,20 @@ struct Params {
   Lamport lamport;
   const T* x;
   T* out;
-  std::int64_t share;  // vectors of one rank's part
+  int share;  // vectors of one rank's part
 };
 
 template <typename T, int kWorld>
-__global__ void __launch_bounds__(kThreads) reduce_scatter_push(const __grid_constant__ Params<T> p) {
-  dependency_wait();
-  dependency_trigger();
+__global__ void __launch_bounds__(kThreads, 2) reduce_scatter_push(const __grid_constant__ Params<T> p) {
   const Lamport& l = p.lamport;
+  begin_kernel(l);
   const int world = kWorld ? kWorld : l.world;
-  const std::int64_t threads = static_cast<std::int64_t>(gridDim.x) * blockDim.x;
-  const std::int64_t thread = static_cast<std::int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  const int threads = gridDim.x * blockDim.x;
+  const int thread = blockIdx.x * blockDim.x + threadIdx.x;
   const Call call = begin_call(l, blockIdx.x, gridDim.x, p.share * 16);
   if (call.failed) return;
   unsigned long long start = 0;
-  for (std::int64_t i = thread; i < p.share; i += threads) {
+  for (int i = thread; i < p.share; i += threads) {
 #pragma unroll
     for (int k = 1; k < world; ++k) {
       int owner = l.rank + k;
@@ -46,39 +45,38 @@ __global__ void __launch_bounds__(kThreads) reduce_scatter_push(const __grid_con
     }
   }
   clear_previous(l, call, thread, threads);
-  for (std::int64_t i = thread; i < p.share; i += threads) {
+  for (int i = thread; i < p.share; i += threads) {
     const Vec<T> mine[1] = {without_sentinel(load_once_written(p.x + (l.rank * p.share + i) * Vec<T>::kSize))};
-    float sum[1][Vec<T>::kSize];
-    gather_and_sum<T, kWorld, 1>(l, call, start, i, threads, p.share, mine, sum);
-    store(p.out + i * Vec<T>::kSize, from_floats<T>(sum[0]));
+    Vec<T> totals[1];
+    if (!gather_and_sum<T, kWorld, 1>(l, call, start, i, threads, p.share, mine, totals)) return;
+    store(p.out + i * Vec<T>::kSize, totals[0]);
   }
 }
 
 template <typename T, int kWorld>
-__global__ void __launch_bounds__(kThreads) all_gather_push(const __grid_constant__ Params<T> p) {
-  dependency_wait();
-  dependency_trigger();
+__global__ void __launch_bounds__(kThreads, 2) all_gather_push(const __grid_constant__ Params<T> p) {
   const Lamport& l = p.lamport;
+  begin_kernel(l);
   const int world = kWorld ? kWorld : l.world;
-  const std::int64_t threads = static_cast<std::int64_t>(gridDim.x) * blockDim.x;
-  const std::int64_t thread = static_cast<std::int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  const int threads = gridDim.x * blockDim.x;
+  const int thread = blockIdx.x * blockDim.x + threadIdx.x;
   const Call call = begin_call(l, blockIdx.x, gridDim.x, p.share * 16);
   if (call.failed) return;
   unsigned long long start = 0;
-  for (std::int64_t i = thread; i < p.share; i += threads) {
+  for (int i = thread; i < p.share; i += threads) {
     // The own part, too, loses the sentinel: all ranks hold the same bits.
     const Vec<T> value = without_sentinel(load_once_written(p.x + i * Vec<T>::kSize));
     push<kWorld>(l, call.epoch % 3, i, value.raw);
     store(p.out + (l.rank * p.share + i) * Vec<T>::kSize, value);
   }
   clear_previous(l, call, thread, threads);
-  for (std::int64_t i = thread; i < p.share; i += threads) {
+  for (int i = thread; i < p.share; i += threads) {
 #pragma unroll
     for (int k = 1; k < world; ++k) {
       int source = l.rank + k;
       source = source >= world ? source - world : source;
       Vec<T> value;
-      poll(l, call, start, source, i, value.raw);
+      if (!poll(l, call, start, source, i, value.raw)) return;
       store(p.out + (source * p.share + i) * Vec<T>::kSize, value);
     }
   }
@@ -98,10 +96,8 @@ void checked(AllReduceWorkspace& w, const char* name, const void* x, const void*
                                " bytes, are no multiple of 16 bytes, or a tensor is not aligned to 16 bytes");
     }
     w.order(stream);
-    const std::int64_t share = bytes / 16;
-    const int threads = static_cast<int>(std::min<std::int64_t>(kThreads, (share + 31) / 32 * 32));
-    const int ctas = static_cast<int>(std::min<std::int64_t>((share + threads - 1) / threads, w.max_ctas));
-    launch(null, share, ctas, threads);
+    const int share = static_cast<int>(bytes / 16);
+    launch(null, share, grid_for(w, share));
   });
 }
 
@@ -109,22 +105,22 @@ void checked(AllReduceWorkspace& w, const char* name, const void* x, const void*
 
 void reduce_scatter(AllReduceWorkspace& w, const void* x, void* out, std::int64_t elements, int dtype, void* stream) {
   checked(w, "reduce_scatter", x, out, elements, dtype, stream,
-          [&](auto* null, std::int64_t share, int ctas, int threads) {
+          [&](auto* null, int share, const Grid& grid) {
             using T = std::remove_pointer_t<decltype(null)>;
-            const Params<T> p = {lamport_of(w, kReduceScatter), static_cast<const T*>(x), static_cast<T*>(out), share};
+            const Params<T> p = {lamport_of(w, kReduceScatter, grid.early), static_cast<const T*>(x), static_cast<T*>(out), share};
             dispatch_world(w.world, [&](auto world) {
-              launch_dependent(reduce_scatter_push<T, decltype(world)::value>, p, ctas, threads, 1, w.hopper,
+              launch_dependent(reduce_scatter_push<T, decltype(world)::value>, p, grid.ctas, grid.threads, 1, w.hopper,
                                static_cast<cudaStream_t>(stream));
             });
           });
 }
 
 void all_gather(AllReduceWorkspace& w, const void* x, void* out, std::int64_t elements, int dtype, void* stream) {
-  checked(w, "all_gather", x, out, elements, dtype, stream, [&](auto* null, std::int64_t share, int ctas, int threads) {
+  checked(w, "all_gather", x, out, elements, dtype, stream, [&](auto* null, int share, const Grid& grid) {
     using T = std::remove_pointer_t<decltype(null)>;
-    const Params<T> p = {lamport_of(w, kAllGather), static_cast<const T*>(x), static_cast<T*>(out), share};
+    const Params<T> p = {lamport_of(w, kAllGather, grid.early), static_cast<const T*>(x), static_cast<T*>(out), share};
     dispatch_world(w.world, [&](auto world) {
-      launch_dependent(all_gather_push<T, decltype(world)::value>, p, ctas, threads, 1, w.hopper,
+      launch_dependent(all_gather_push<T, decltype(world)::value>, p, grid.ctas, grid.threads, 1, w.hopper,
                        static_cast<cudaStream_t>(stream));
     });
   });

@@ -8,6 +8,9 @@ import pytest
 # Before CUDA starts: virtual ranks need a hardware queue for each of their streams, or one rank's kernel waits in line
 # behind another's that waits for it.
 os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
+# And kernels that are there: the first launch of one that is loaded lazily waits for all that runs on the GPU, which on
+# virtual ranks is a kernel that waits for the rank whose kernel is being loaded.
+os.environ.setdefault("CUDA_MODULE_LOADING", "EAGER")
 
 import torch
 

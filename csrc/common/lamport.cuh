@@ -2,6 +2,8 @@
 // argument for its correctness, access by access, is in docs/all_reduce.md; the host-side model in
 // tests/cpu/test_all_reduce_protocol.py checks it exhaustively.
 //
+// Vectors of a call are numbered in 32 bits: they fit a slot.
+//
 // A rank's symmetric buffer is [3 generations][world sources][slot_bytes]. Call e uses generation e % 3 and clears
 // (fills with the sentinel) generation (e - 1) % 3, which its own call e - 1 has read to the end. A peer writes there
 // again in call e + 2, for which it must have received this rank's push of call e + 1, which this stream issues after
@@ -34,11 +36,19 @@ struct Lamport {
   unsigned long long slot_bytes;
   int rank, world;
   unsigned operation;
+  bool early;  // see Grid
 
   __device__ __forceinline__ uint4* slot(int of_rank, unsigned generation, int source) const {
     return reinterpret_cast<uint4*>(bases[of_rank] + (generation * world + source) * slot_bytes);
   }
 };
+
+// The beginning of every kernel here. The next kernel may be resident at once where grids are small enough for that
+// (Grid::early); else it starts when this one's CTAs leave, which triggers by itself.
+__device__ __forceinline__ void begin_kernel(const Lamport& l) {
+  dependency_wait();
+  if (l.early) dependency_trigger();
+}
 
 // Operations in an AbortRecord.
 constexpr unsigned kOneShot = 0, kTwoShot = 1, kOneShotNorm = 2, kReduceScatter = 3, kAllGather = 4;
@@ -107,7 +117,7 @@ __device__ __forceinline__ void clear_previous(const Lamport& l, const Call& cal
 
 // Push one vector to every peer's slot of this rank, the next rank's first, so that not all ranks press on one link.
 template <int kWorld>
-__device__ __forceinline__ void push(const Lamport& l, unsigned generation, std::int64_t v, const uint4& value) {
+__device__ __forceinline__ void push(const Lamport& l, unsigned generation, int v, const uint4& value) {
   const int world = kWorld ? kWorld : l.world;
 #pragma unroll
   for (int i = 1; i < world; ++i) {
@@ -121,7 +131,7 @@ __device__ __forceinline__ void push(const Lamport& l, unsigned generation, std:
 // Poll this rank's slot of `source` until its vector `v` has come. False after a failed wait: the record says so, and
 // the value must not be used.
 __device__ __forceinline__ bool poll(const Lamport& l, const Call& call, unsigned long long& start, int source,
-                                     std::int64_t v, uint4& value) {
+                                     int v, uint4& value) {
   const uint4* p = l.slot(l.rank, call.epoch % 3, source) + v;
   for (unsigned spins = 1;; ++spins) {
     value = load_relaxed_sys(p);
@@ -130,56 +140,72 @@ __device__ __forceinline__ bool poll(const Lamport& l, const Call& call, unsigne
   }
 }
 
-// The sum in rank order, in fp32, of this rank's vectors `mine` and what the peers pushed. All peers' slots are read at
-// once, again and again until every word has come: one trip to memory where the values are there. False after a failed
-// wait, as `poll`.
+// totals[u] = the sum in rank order, in fp32, rounded once, of this rank's vectors `mine` and what the peers pushed. All
+// peers' slots, several at a time, are read at once, again and again until every word has come: one trip to memory
+// where the values are there. False after a failed wait, as `poll`.
 template <typename T, int kWorld, int kVecs>
 __device__ __forceinline__ bool gather_and_sum(const Lamport& l, const Call& call, unsigned long long& start,
-                                               std::int64_t v, std::int64_t stride, std::int64_t vectors,
-                                               const Vec<T> (&mine)[kVecs], float (&sum)[kVecs][Vec<T>::kSize]) {
-  constexpr int kMost = kWorld ? kWorld : kMaxWorld;
+                                               int v, int stride, int vectors,
+                                               const Vec<T> (&mine)[kVecs], Vec<T> (&totals)[kVecs]) {
+  constexpr int kSize = Vec<T>::kSize;
   const int world = kWorld ? kWorld : l.world;
-  const uint4* first = l.slot(l.rank, call.epoch % 3, 0);
-  const std::int64_t next_source = l.slot_bytes / 16;
-  uint4 came[kMost][kVecs];
-  bool complete = true;
-  for (unsigned spins = 1;; ++spins) {
-    unsigned missing = 0;  // a bit for each source
+  const unsigned next_source = static_cast<unsigned>(l.slot_bytes / 16);
+  const uint4* const slots = l.slot(l.rank, call.epoch % 3, 0);
+
+  // Two ranks: one slot to read, and a + b is b + a.
+  constexpr int kAtOnce = kWorld == 2 ? 1 : kWorld == 4 ? 4 : 2;
+  static_assert(kWorld == 2 || kVecs == 1, "sums of several vectors are kept for two ranks only");
+  float sums[kAtOnce == 1 ? 1 : kSize];
+  for (int first = 0; first < world; first += kAtOnce == 1 ? 2 : kAtOnce) {
+    uint4 came[kAtOnce][kVecs];
+    for (unsigned spins = 1;; ++spins) {
+      unsigned missing = 0;  // a bit for each source
 #pragma unroll
-    for (int source = 0; source < kMost; ++source) {
-      if (source >= world || source == l.rank) continue;
+      for (int k = 0; k < kAtOnce; ++k) {
+        const int source = kAtOnce == 1 ? 1 - l.rank : first + k;
+        if (kAtOnce > 1 && (source >= world || source == l.rank)) continue;
 #pragma unroll
-      for (int u = 0; u < kVecs; ++u) {
-        if (v + u * stride < vectors) came[source][u] = load_relaxed_sys(first + source * next_source + v + u * stride);
+        for (int u = 0; u < kVecs; ++u) {
+          if (v + u * stride < vectors) came[k][u] = load_relaxed_sys(slots + source * next_source + v + u * stride);
+        }
+      }
+#pragma unroll
+      for (int k = 0; k < kAtOnce; ++k) {
+        const int source = kAtOnce == 1 ? 1 - l.rank : first + k;
+        if (kAtOnce > 1 && (source >= world || source == l.rank)) continue;
+#pragma unroll
+        for (int u = 0; u < kVecs; ++u) {
+          if (v + u * stride < vectors && has_sentinel(came[k][u])) missing |= 1u << source;
+        }
+      }
+      if (missing == 0) break;
+      if (spins % kSpinsPerCheck == 0 && wait_is_over(l.bound, start, l.operation, __ffs(missing) - 1, call.epoch)) {
+        return false;
       }
     }
-#pragma unroll
-    for (int source = 0; source < kMost; ++source) {
-      if (source >= world || source == l.rank) continue;
+    if constexpr (kAtOnce == 1) {
 #pragma unroll
       for (int u = 0; u < kVecs; ++u) {
-        if (v + u * stride < vectors && has_sentinel(came[source][u])) missing |= 1u << source;
+        float x[kSize], y[kSize];
+        to_floats(mine[u], x);
+        to_floats(Vec<T>{came[0][u]}, y);
+#pragma unroll
+        for (int e = 0; e < kSize; ++e) x[e] += y[e];
+        totals[u] = from_floats<T>(x);
+      }
+    } else {
+#pragma unroll
+      for (int k = 0; k < kAtOnce; ++k) {
+        if (first + k >= world) continue;
+        float x[kSize];
+        to_floats(first + k == l.rank ? mine[0] : Vec<T>{came[k][0]}, x);
+#pragma unroll
+        for (int e = 0; e < kSize; ++e) sums[e] = first + k == 0 ? x[e] : sums[e] + x[e];
       }
     }
-    if (missing == 0) break;
-    if (spins % kSpinsPerCheck == 0 && wait_is_over(l.bound, start, l.operation, __ffs(missing) - 1, call.epoch)) {
-      complete = false;
-      break;
-    }
   }
-#pragma unroll
-  for (int source = 0; source < kMost; ++source) {
-    if (source >= world) continue;
-#pragma unroll
-    for (int u = 0; u < kVecs; ++u) {
-      const Vec<T> value = source == l.rank ? mine[u] : Vec<T>{came[source][u]};
-      float x[Vec<T>::kSize];
-      to_floats(value, x);
-#pragma unroll
-      for (int e = 0; e < Vec<T>::kSize; ++e) sum[u][e] = source == 0 ? x[e] : sum[u][e] + x[e];
-    }
-  }
-  return complete;
+  if constexpr (kAtOnce > 1) totals[0] = from_floats<T>(sums);
+  return true;
 }
 
 }  // namespace fp

@@ -61,9 +61,7 @@ __device__ __forceinline__ unsigned long long global_time_ns() {
 
 // Programmatic dependent launch. `wait` returns when the kernel before this one in the stream has completed and its
 // writes are visible; no kernel here writes, or reads what another wrote, before it. `trigger` lets the next kernel's
-// CTAs start; it may come at any time, because their `wait` still waits for all of this kernel. The collectives trigger
-// at once: with the trigger at their end, two ranks on one H200 waited for each other until the timeout; the likely cause
-// is that a dependent launch that is held back keeps kernels of other streams from starting.
+// CTAs start; it may come at any time, because their `wait` still waits for all of this kernel.
 __device__ __forceinline__ void dependency_wait() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");

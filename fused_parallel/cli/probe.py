@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import sys
 
+import torch
+
 from .._table import print_table
 from ..comm.probe import probe, write_profile
 
@@ -19,11 +21,19 @@ def add_parser(subparsers) -> None:
     )
     parser.add_argument("--out", metavar="FILE", help="write the profile as JSON (docs/probe.md lists its keys)")
     parser.add_argument("--quick", action="store_true", help="fewer sizes and repeats: seconds, and less exact")
+    parser.add_argument(
+        "--tune",
+        action="store_true",
+        help="instead, measure which algorithm of all_reduce and all_reduce_add_rms_norm is fastest at which size on "
+        "all GPUs of this host, and keep the table for later runs (FUSED_PARALLEL_TUNING names another file)",
+    )
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     """Measure, print the tables, write the profile; the process's exit code."""
+    if args.tune:
+        return _tune(args.quick)
     if args.out:
         try:
             open(args.out, "a").close()  # found out before minutes of measuring, not after
@@ -36,6 +46,29 @@ def run(args: argparse.Namespace) -> int:
     if args.out:
         write_profile(profile, args.out)
         print(f"profile written to {args.out}")
+    return 0
+
+
+def _tune(quick: bool) -> int:
+    from ..ops.tune import tune
+
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if gpus < 2:
+        print(f"fused-parallel probe --tune: needs two or more GPUs, torch sees {gpus}", file=sys.stderr)
+        return 1
+    try:
+        table, measured, file = tune(gpus, quick)
+    except (RuntimeError, OSError, ValueError) as error:
+        print(f"fused-parallel probe --tune: {error}", file=sys.stderr)
+        return 1
+    columns = ["op", "KB", "algorithm", "threads", "ctas", "cluster"]
+    rows = [[op, bytes >> 10, *choice, _n(t.us_p50, 2)] for op, bytes, choice, t in measured]
+    print_table(f"{gpus} ranks, bf16, in CUDA graphs", [*columns, "us"], rows)
+    chosen = [
+        [op, "more" if most is None else f"<= {most >> 10}", *choice] for op in table for most, choice in table[op]
+    ]
+    print_table("chosen", columns, chosen)
+    print(f"kept in {file}")
     return 0
 
 

@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 from .. import _ext
 from .._version import __version__
+from . import tuning
 from .collectives import all_gather_object
 
 
@@ -20,6 +21,7 @@ class Capabilities:
     version: str
     cuda_kernels: bool  # the extension is built with CUDA and this rank computes on a GPU it has code for
     compute_capability: tuple[int, int]  # (0, 0) without a GPU; of a group: the lowest
+    tuning: tuning.Table | None = None  # of a group whose ranks all have kernels: rank 0's
 
 
 @functools.cache
@@ -37,11 +39,23 @@ def agree(pg: dist.ProcessGroup) -> Capabilities:
     """What all ranks of `pg` have in common. Collective on its first call for a group; cached after that.
 
     Modules and `fp.parallelize` call it when they are made, so that no operation does in its hot path.
-    Raises RuntimeError when the ranks run different versions of the library.
+    Raises RuntimeError when the ranks run different versions of the library, ValueError when rank 0's tuning table
+    cannot be read.
     """
     name = pg.group_name
     if name not in _agreed:
         everyone = all_gather_object(local_capabilities(), pg)
+        kernels = pg.size() > 1 and all(c.cuda_kernels for c in everyone)
+        table: tuning.Table | ValueError | None = None
+        if kernels and pg.rank() == 0:
+            try:
+                table = tuning.load(pg.size())
+            except ValueError as error:  # every rank must hear of it, or the others wait for rank 0
+                table = error
+        if kernels:
+            table = all_gather_object(table, pg)[0]
+        if isinstance(table, ValueError):
+            raise table
         versions = sorted({c.version for c in everyone})
         if len(versions) > 1:
             raise RuntimeError(
@@ -52,6 +66,7 @@ def agree(pg: dist.ProcessGroup) -> Capabilities:
             version=versions[0],
             cuda_kernels=all(c.cuda_kernels for c in everyone),
             compute_capability=min(c.compute_capability for c in everyone),
+            tuning=table,
         )
     return _agreed[name]
 

@@ -10,11 +10,12 @@ import torch.distributed as dist
 
 from .. import _ext
 from ..errors import PeerTimeoutError
+from . import tuning
 from .capabilities import agree
 from .collectives import all_gather_object
 
-# Payload of a one-shot all-reduce, and half that of a two-shot one at two ranks. Three generations of one slot for each
-# rank: 96 MiB a GPU at two ranks.
+# The largest payload of one kernel; larger ones take several. Three generations of one slot for each rank: 96 MiB a GPU
+# at two ranks.
 SLOT_BYTES = 16 << 20
 
 
@@ -33,6 +34,9 @@ class AllReduceWorkspace:
         extension, device = _ext.extension(), torch.device("cuda", torch.cuda.current_device())
         size = extension.all_reduce_workspace_bytes(pg.size(), slot_bytes)
         self.pg, self.device, self.slot_bytes = pg, device, slot_bytes
+        self._choices: dict[tuple[str, int], tuning.Choice] = {}
+        hopper = agree(pg).compute_capability[0] == 9
+        self._most_row_bytes = extension.all_reduce_max_norm_row_bytes if hopper else 0
         self._buffer = symmetric_memory.empty(size, dtype=torch.uint8, device=device)
         self._handle = symmetric_memory.rendezvous(self._buffer, pg.group_name)
         self.native, self._owned = make_native(
@@ -43,6 +47,17 @@ class AllReduceWorkspace:
         torch.cuda.synchronize(device)
         dist.barrier(group=pg, device_ids=[device.index])
         torch.cuda.synchronize(device)
+
+    def choice(self, op: str, bytes: int) -> tuning.Choice:
+        """What the group's table says of a payload; looked up once for each size."""
+        found = self._choices.get((op, bytes))
+        if found is None:
+            found = self._choices[op, bytes] = tuning.choose(agree(self.pg).tuning, op, bytes)
+        return found
+
+    def takes_rows(self, bytes: int) -> bool:
+        """Whether the kernel with the norm takes rows of `bytes` bytes."""
+        return bytes % 16 == 0 and bytes <= self._most_row_bytes
 
     def check(self) -> None:
         """Raise PeerTimeoutError if a kernel has recorded a failed wait; the group stays failed."""
@@ -56,6 +71,8 @@ class AllReduceWorkspace:
 
 
 _workspaces: dict[str, AllReduceWorkspace] = {}
+# What callers pass as group=, a ProcessGroup or a mesh -> its workspace, for ops._direct.
+by_group: dict[object, AllReduceWorkspace] = {}
 _why_not: dict[str, str | None] = {}
 
 
@@ -85,6 +102,11 @@ def _find_reason(pg: dist.ProcessGroup) -> str | None:
     return "some of its GPUs have no access to each other's memory" if cut_off else None
 
 
+def existing_workspace(pg: dist.ProcessGroup) -> AllReduceWorkspace | None:
+    """The workspace of `pg` if it has been made."""
+    return _workspaces.get(pg.group_name)
+
+
 def workspace_of(pg: dist.ProcessGroup) -> AllReduceWorkspace:
     """The workspace of `pg`, made at the first call, which is collective and may not be captured in a graph."""
     name = pg.group_name
@@ -112,6 +134,7 @@ def check() -> None:
 def forget() -> None:
     """Drop all workspaces, when torch.distributed is shut down: graphs that hold them must not be replayed again."""
     _workspaces.clear()
+    by_group.clear()
     _why_not.clear()
 
 
@@ -121,16 +144,16 @@ def make_native(
     slot_bytes: int,
     timeout_seconds: float,
     device: torch.device,
-    max_ctas: int | None = None,
+    max_threads: int | None = None,
 ):
-    """(extension's workspace over the ranks' buffers at `bases`, the tensors it lives on). `max_ctas` CTAs of a
-    kernel must be resident at once; default: one for every fourth multiprocessor, so that two groups at work fit, each
-    with a kernel that runs and the next one, which is resident while it waits."""
+    """(extension's workspace over the ranks' buffers at `bases`, the tensors it lives on). `max_threads` threads of a
+    kernel must be resident at once; default: half of what a GPU holds, so that two groups at work fit
+    (csrc/all_reduce.h, Grid)."""
     extension = _ext.extension()
     control = torch.zeros(extension.all_reduce_control_bytes, dtype=torch.uint8, device=device)
     record = torch.zeros(extension.all_reduce_record_bytes, dtype=torch.uint8, pin_memory=True)
-    if max_ctas is None:
-        max_ctas = torch.cuda.get_device_properties(device).multi_processor_count // 4
+    if max_threads is None:
+        max_threads = torch.cuda.get_device_properties(device).multi_processor_count * 512
     native = extension.AllReduceWorkspace(
         rank=rank,
         bases=bases,
@@ -139,6 +162,6 @@ def make_native(
         record=record.data_ptr(),
         timeout_seconds=timeout_seconds,
         device=device.index,
-        max_ctas=max_ctas,
+        max_threads=max_threads,
     )
     return native, (control, record)

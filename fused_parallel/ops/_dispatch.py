@@ -42,8 +42,8 @@ def use(mode: str):
     """Within the block, choose implementations by `mode`; all ranks of a group must use the same.
 
     Args:
-        mode: "auto" (fused where there is a kernel for the call that has been tried on the hardware it is for, else
-            reference, with one warning that says why),
+        mode: "auto" (fused where there is a kernel for the call and the group's tuning table does not prefer
+            torch.distributed, else reference, with one warning that says why),
             "fused" (raise `fp.NoFusedKernelError` instead of falling back) or "reference" (plain torch and
             torch.distributed). The environment variable FUSED_PARALLEL sets the default.
 
@@ -60,23 +60,17 @@ def use(mode: str):
         _mode.reset(token)
 
 
-def choose_fused(
-    op: str, unsupported: str | Callable[[], str | None] | None, *, on_gpu: bool, untried: str | None = None
-) -> bool:
+def choose_fused(op: str, unsupported: str | Callable[[], str | None] | None, *, on_gpu: bool) -> bool:
     """Whether this call takes the fused implementation.
 
     `unsupported` is None if it can, else the reason, computed from what all ranks share; a function where finding out
-    may be collective, so that it is asked only where a kernel is wanted. `untried` is why "auto" does not take a
-    kernel yet that "fused" does. A reason is told once per operation: as a warning on a GPU, where it costs
-    speed, as a log line on a CPU, where nothing else exists.
+    may be collective, so that it is asked only where a kernel is wanted. A reason is told once per operation: as a
+    warning on a GPU, where it costs speed, as a log line on a CPU, where nothing else exists.
     """
     mode = current_mode()
     if mode == "reference":
         return False
-    if mode == "auto" and untried is not None:
-        reason = untried if on_gpu else "its kernel is for CUDA tensors"
-    else:
-        reason = unsupported() if callable(unsupported) else unsupported
+    reason = unsupported() if callable(unsupported) else unsupported
     if reason is None:
         return True
     if mode == "fused":
@@ -89,3 +83,14 @@ def choose_fused(
         else:
             _log.info(text)
     return False
+
+
+def choose_library(op: str, bytes: int) -> bool:
+    """Whether a call that the group's tuning table leaves to torch.distributed goes there: not under fp.use("fused").
+    Told once per operation, in the log."""
+    if current_mode() == "fused":
+        return False
+    if (op, "tuning") not in _told:
+        _told.add((op, "tuning"))
+        _log.info("%s: payloads such as %d bytes go to torch.distributed, by this group's tuning table", op, bytes)
+    return True

@@ -8,27 +8,35 @@ import torch.distributed as dist
 from .. import _ext
 from ..comm import collectives
 from ..comm.groups import group_from_name, resolve_group
-from ..comm.workspace import SLOT_BYTES, why_no_workspace, workspace_of
+from ..comm.tuning import ONE, TWO, Choice
+from ..comm.workspace import AllReduceWorkspace, by_group, existing_workspace, why_no_workspace, workspace_of
 from ..reference import all_reduce as reference
+from . import _direct
 from ._debug import check_agreement
-from ._dispatch import NO_KERNEL, choose_fused
+from ._dispatch import NO_KERNEL, choose_fused, choose_library
 from ._library import check_floating, register
 
-# Above this payload, at more than two ranks, every byte counts more than every microsecond: two-shot sends 2 (W - 1) /
-# W of the payload, one-shot W - 1 times it. At two ranks they send the same.
-ONE_SHOT_BYTES = 256 << 10
-UNTRIED = 'its kernels have run on virtual ranks of one GPU only; fp.use("fused") takes them'
 
-
-def why_not_fused(x: torch.Tensor, pg: dist.ProcessGroup, most_bytes: int) -> str | None:
-    """Why the kernels over peer memory do not take a payload like x; from what all ranks share."""
+def why_not_fused(x: torch.Tensor, pg: dist.ProcessGroup) -> str | None:
+    """Why the kernels over peer memory do not take a tensor like x; from what all ranks share."""
     if not x.is_cuda:
         return f"there is a kernel for CUDA tensors only, not for {x.device.type}"
-    if (reason := why_no_workspace(pg)) is not None:
-        return reason
-    if x.numel() * x.element_size() > most_bytes:
-        return f"the payload is above {most_bytes} bytes"
-    return None
+    return why_no_workspace(pg)
+
+
+def kernel_choice(op: str, x: torch.Tensor, pg: dist.ProcessGroup, why_not=why_not_fused) -> Choice | None:
+    """How the kernels do `op` for one rank's payload `x`; None where they do not."""
+    if pg.size() == 1:
+        return None  # nothing to communicate, and nothing to say about it
+    if not choose_fused(op, lambda: why_not(x, pg), on_gpu=x.is_cuda):
+        return None
+    bytes = x.numel() * x.element_size()
+    choice = workspace_of(pg).choice(op, bytes)
+    if choice.algorithm != "library":
+        return choice
+    if choose_library(op, bytes):
+        return None
+    return TWO if op == "all_reduce" and pg.size() > 2 else ONE
 
 
 def say_no_kernel(op: str, x: torch.Tensor, pg: dist.ProcessGroup) -> None:
@@ -43,76 +51,65 @@ def aligned(x: torch.Tensor) -> torch.Tensor:
     return x if x.data_ptr() % 16 == 0 else x.clone()
 
 
-def _launch(x: torch.Tensor, out: torch.Tensor, pg: dist.ProcessGroup) -> None:
-    """out = sum of x, by the kernel for its size; out contiguous and aligned, perhaps x itself."""
-    workspace = workspace_of(pg)
+def launch_all_reduce(x: torch.Tensor, out: torch.Tensor, workspace: AllReduceWorkspace, choice: Choice) -> None:
+    """out = sum of x; both contiguous and aligned, perhaps the same."""
     workspace.check()
-    x = aligned(x)
-    bytes = x.numel() * x.element_size()
     workspace.native.all_reduce(
-        x=x.data_ptr(),
-        out=out.data_ptr(),
-        elements=x.numel(),
-        two_shot=bytes > (SLOT_BYTES if pg.size() == 2 else ONE_SHOT_BYTES),
-        dtype=_ext.DTYPE_CODES[x.dtype],
-        stream=torch.cuda.current_stream(x.device).cuda_stream,
-    )
-
-
-def _takes_kernel(x: torch.Tensor, pg: dist.ProcessGroup) -> bool:
-    if pg.size() == 1:
-        return False  # nothing to communicate, and nothing to say about it
-    return choose_fused(
-        "all_reduce",
-        lambda: why_not_fused(x, pg, SLOT_BYTES * pg.size() // 2),
-        on_gpu=x.is_cuda,
-        untried=UNTRIED,
+        x.data_ptr(),
+        out.data_ptr(),
+        x.numel(),
+        choice.algorithm == "two_shot",
+        choice.threads,
+        choice.ctas,
+        _ext.DTYPE_CODES[x.dtype],
+        _direct.raw_stream(workspace.device.index),
     )
 
 
 def all_reduce_(x: torch.Tensor, pg: dist.ProcessGroup) -> torch.Tensor:
     """Sum the contiguous `x` in place; without checks and without torch's dispatcher, for operations that end in it."""
-    if _takes_kernel(x, pg):
-        out = x if x.data_ptr() % 16 == 0 else torch.empty_like(x)
-        _launch(x, out, pg)
-        return x if out is x else x.copy_(out)
-    return collectives.all_reduce_(x, pg)
+    if (choice := kernel_choice("all_reduce", x, pg)) is None:
+        return collectives.all_reduce_(x, pg)
+    if x.data_ptr() % 16 == 0:
+        launch_all_reduce(x, x, workspace_of(pg), choice)
+        return x
+    out = torch.empty_like(x)
+    launch_all_reduce(aligned(x), out, workspace_of(pg), choice)
+    return x.copy_(out)
 
 
 def _all_reduce(x: torch.Tensor, group_name: str) -> torch.Tensor:
     pg = group_from_name(group_name)
     check_agreement("all_reduce", pg, x)
-    if _takes_kernel(x, pg):
-        out = torch.empty_like(x, memory_format=torch.contiguous_format)
-        _launch(x, out, pg)
-        return out
-    return reference.all_reduce(x, pg)
+    if (choice := kernel_choice("all_reduce", x, pg)) is None:
+        return reference.all_reduce(x, pg)
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    x = aligned(x)  # kept in a name: a temporary would give its memory back before the kernel is queued
+    launch_all_reduce(x, out, workspace_of(pg), choice)
+    return out
 
 
 def _all_reduce_out(x: torch.Tensor, out: torch.Tensor, group_name: str) -> None:
     pg = group_from_name(group_name)
     check_agreement("all_reduce", pg, x)
-    if not _takes_kernel(x, pg):
+    if (choice := kernel_choice("all_reduce", x, pg)) is None:
         reference.all_reduce_out(x, out, pg)
-    elif out.is_contiguous() and out.data_ptr() % 16 == 0:
-        _launch(x, out, pg)
-    else:
-        whole = torch.empty_like(x, memory_format=torch.contiguous_format)
-        _launch(x, whole, pg)
+        return
+    direct = out.is_contiguous() and out.data_ptr() % 16 == 0
+    whole = out if direct else torch.empty_like(x, memory_format=torch.contiguous_format)
+    x = aligned(x)
+    launch_all_reduce(x, whole, workspace_of(pg), choice)
+    if not direct:
         out.copy_(whole)
 
 
-def _part_by_kernel(op: str, x: torch.Tensor, part: torch.Tensor, pg: dist.ProcessGroup) -> bool:
-    """Whether reduce_scatter or all_gather takes its kernel; `part`: what one rank contributes or gets."""
-    if pg.size() == 1:
-        return False
-
-    def reason() -> str | None:
-        if part.numel() * part.element_size() % 16:
-            return "its kernel takes parts of a multiple of 16 bytes"
-        return why_not_fused(part, pg, SLOT_BYTES)
-
-    return choose_fused(op, reason, on_gpu=x.is_cuda, untried=UNTRIED)
+def _why_no_part(part: torch.Tensor, pg: dist.ProcessGroup) -> str | None:
+    """Why reduce_scatter or all_gather has no kernel; `part`: what one rank contributes or gets."""
+    if (reason := why_not_fused(part, pg)) is not None:
+        return reason
+    bytes, most = part.numel() * part.element_size(), workspace_of(pg).slot_bytes
+    fits = bytes % 16 == 0 and bytes <= most
+    return None if fits else f"its kernel takes parts of a multiple of 16 up to {most} bytes"
 
 
 def _launch_part(op: str, x: torch.Tensor, out: torch.Tensor, pg: dist.ProcessGroup) -> torch.Tensor:
@@ -120,11 +117,11 @@ def _launch_part(op: str, x: torch.Tensor, out: torch.Tensor, pg: dist.ProcessGr
     workspace.check()
     x = aligned(x)
     getattr(workspace.native, op)(
-        x=x.data_ptr(),
-        out=out.data_ptr(),
-        elements=min(x.numel(), out.numel()),
-        dtype=_ext.DTYPE_CODES[x.dtype],
-        stream=torch.cuda.current_stream(x.device).cuda_stream,
+        x.data_ptr(),
+        out.data_ptr(),
+        min(x.numel(), out.numel()),
+        _ext.DTYPE_CODES[x.dtype],
+        _direct.raw_stream(workspace.device.index),
     )
     return out
 
@@ -134,7 +131,7 @@ def _reduce_scatter(x: torch.Tensor, group_name: str) -> torch.Tensor:
     check_agreement("reduce_scatter", pg, x)
     if pg.size() > 1:
         out = x.new_empty((x.shape[0] // pg.size(), *x.shape[1:]))
-        if _part_by_kernel("reduce_scatter", x, out, pg):
+        if kernel_choice("reduce_scatter", out, pg, _why_no_part) is not None:
             return _launch_part("reduce_scatter", x, out, pg)
     return collectives.reduce_scatter(x, pg)
 
@@ -142,7 +139,7 @@ def _reduce_scatter(x: torch.Tensor, group_name: str) -> torch.Tensor:
 def _all_gather(x: torch.Tensor, group_name: str) -> torch.Tensor:
     pg = group_from_name(group_name)
     check_agreement("all_gather", pg, x)
-    if _part_by_kernel("all_gather", x, x, pg):
+    if kernel_choice("all_gather", x, pg, _why_no_part) is not None:
         return _launch_part("all_gather", x, x.new_empty((x.shape[0] * pg.size(), *x.shape[1:])), pg)
     return collectives.all_gather(x, pg)
 
@@ -186,14 +183,30 @@ def all_reduce(x: torch.Tensor, *, group, out: torch.Tensor | None = None) -> to
         TypeError, ValueError: bad dtype, shape or group.
         PeerTimeoutError: a rank died or did not answer within the group's timeout.
     """
+    workspace = _direct.workspace_for(group)
+    if workspace is not None and out is None and _direct.plain(x) and x.dtype in _ext.DTYPE_CODES:
+        choice = workspace.choice("all_reduce", x.numel() * x.element_size())
+        if choice.algorithm != "library" and x.get_device() == workspace.device.index:
+            out = torch.empty_like(x)
+            launch_all_reduce(x, out, workspace, choice)
+            return out
     check_floating("all_reduce", ("out",), x=x, out=out)
-    name = resolve_group(group).group_name
+    pg = resolve_group(group)
+    name = pg.group_name
     if out is None:
-        return _all_reduce_op(x, name)
+        out = _all_reduce_op(x, name)
+        remember_workspace(group, pg)
+        return out
     if out.shape != x.shape:
         raise ValueError(f"all_reduce: out has shape {tuple(out.shape)}, x has {tuple(x.shape)}; they must be equal")
     _all_reduce_out_op(x, out, name)
     return out
+
+
+def remember_workspace(group, pg: dist.ProcessGroup) -> None:
+    """The long way is done: if it made a workspace for `group`, the next calls may go the short one (`_direct`)."""
+    if not torch.compiler.is_compiling() and (workspace := existing_workspace(pg)) is not None:
+        by_group[group] = workspace
 
 
 def reduce_scatter(x: torch.Tensor, *, group) -> torch.Tensor:

@@ -6,59 +6,73 @@ import torch
 import torch.distributed as dist
 
 from .. import _ext
-from ..comm.capabilities import agree
 from ..comm.groups import group_from_name, resolve_group
-from ..comm.workspace import SLOT_BYTES, workspace_of
-from ..reference import all_reduce as reference
+from ..comm.tuning import Choice
+from ..comm.workspace import AllReduceWorkspace, workspace_of
+from . import _direct
 from ._debug import check_agreement
-from ._dispatch import choose_fused
 from ._library import check_floating, register
 from .add_rms_norm import add_norm, check_norm
-from .all_reduce import UNTRIED, aligned, why_not_fused
+from .all_reduce import aligned, all_reduce_, kernel_choice, remember_workspace, why_not_fused
 
 
 def _why_not_fused(x: torch.Tensor, pg: dist.ProcessGroup) -> str | None:
-    if (reason := why_not_fused(x, pg, SLOT_BYTES)) is not None:
+    if (reason := why_not_fused(x, pg)) is not None:
         return reason
-    if agree(pg).compute_capability[0] != 9:
-        return "its kernel is for Hopper GPUs"
-    row, most = x.shape[-1] * x.element_size(), _ext.extension().all_reduce_max_norm_row_bytes
-    return None if row % 16 == 0 and row <= most else f"a row of {row} bytes is no multiple of 16 up to {most}"
+    row = x.shape[-1] * x.element_size()
+    if workspace_of(pg).takes_rows(row):
+        return None
+    most = _ext.extension().all_reduce_max_norm_row_bytes
+    return f"its kernel is for Hopper GPUs and rows of a multiple of 16 up to {most} bytes, not of {row}"
 
 
-def _launch(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float, pg: dist.ProcessGroup):
-    workspace = workspace_of(pg)
+def launch_reduce_norm(
+    x: torch.Tensor,
+    residual: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float,
+    workspace: AllReduceWorkspace,
+    choice: Choice,
+):
+    """The kernel on contiguous, aligned tensors."""
     workspace.check()
-    normed, new_residual = (torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(2))
-    # Kept in names until after the launch: a temporary would give its memory back before the kernel is queued.
-    x, residual, weight = aligned(x), aligned(residual), aligned(weight)
+    normed, new_residual = torch.empty_like(x), torch.empty_like(x)
+    hidden = x.shape[-1]
     workspace.native.all_reduce_add_rms_norm(
-        x=x.data_ptr(),
-        residual=residual.data_ptr(),
-        weight=weight.data_ptr(),
-        normed=normed.data_ptr(),
-        new_residual=new_residual.data_ptr(),
-        rows=x.numel() // x.shape[-1] if x.numel() else 0,
-        hidden=x.shape[-1],
-        eps=eps,
-        dtype=_ext.DTYPE_CODES[x.dtype],
-        stream=torch.cuda.current_stream(x.device).cuda_stream,
+        x.data_ptr(),
+        residual.data_ptr(),
+        weight.data_ptr(),
+        normed.data_ptr(),
+        new_residual.data_ptr(),
+        x.numel() // hidden,
+        hidden,
+        eps,
+        choice.cluster,
+        _ext.DTYPE_CODES[x.dtype],
+        _direct.raw_stream(workspace.device.index),
     )
     return normed, new_residual
 
 
 def reduce_add_norm(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float, pg: dist.ProcessGroup):
-    """The operation, by one kernel where there is one for the call, else by an all-reduce and `add_rms_norm`."""
+    """The operation, by one kernel where there is one for the call, else by an all-reduce and `add_rms_norm`; `x` may
+    be overwritten."""
     if pg.size() == 1:
         return add_norm(x, residual, weight, eps)
-    if choose_fused("all_reduce_add_rms_norm", lambda: _why_not_fused(x, pg), on_gpu=x.is_cuda, untried=UNTRIED):
-        return _launch(x, residual, weight, eps, pg)
-    return add_norm(reference.all_reduce(x, pg), residual, weight, eps)
+    choice = kernel_choice("all_reduce_add_rms_norm", x, pg, _why_not_fused)
+    if choice is None:
+        return add_norm(all_reduce_(x, pg), residual, weight, eps)
+    # Kept in names until after the launch: a temporary would give its memory back before the kernel is queued.
+    x, residual, weight = aligned(x), aligned(residual), aligned(weight)
+    return launch_reduce_norm(x, residual, weight, eps, workspace_of(pg), choice)
 
 
 def _impl(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float, group_name: str):
     pg = group_from_name(group_name)
     check_agreement("all_reduce_add_rms_norm", pg, x, residual, weight)
+    # Where it takes two operations, the first works in place: not on the caller's tensor.
+    if pg.size() > 1 and kernel_choice("all_reduce_add_rms_norm", x, pg, _why_not_fused) is None:
+        x = x.clone(memory_format=torch.contiguous_format)
     return reduce_add_norm(x, residual, weight, eps, pg)
 
 
@@ -96,6 +110,26 @@ def all_reduce_add_rms_norm(
 
     Errors, streams, graphs and torch.compile: as `all_reduce`. Source of the norm: Zhang and Sennrich 2019.
     """
+    workspace = _direct.workspace_for(group)
+    if (
+        workspace is not None
+        and _direct.plain(x)
+        and _direct.plain(residual, like=x)
+        and _direct.plain(weight)
+        and weight.dtype is x.dtype
+        and weight.shape == x.shape[-1:]
+        and x.dtype in _ext.DTYPE_CODES
+        and x.get_device() == weight.get_device() == workspace.device.index
+        and eps > 0
+        and x.numel()
+        and workspace.takes_rows(x.shape[-1] * x.element_size())
+    ):
+        choice = workspace.choice("all_reduce_add_rms_norm", x.numel() * x.element_size())
+        if choice.algorithm != "library":
+            return launch_reduce_norm(x, residual, weight, eps, workspace, choice)
     check_floating("all_reduce_add_rms_norm", x=x, residual=residual, weight=weight)
     check_norm("all_reduce_add_rms_norm", x.shape, residual, weight, eps)
-    return _op(x, residual, weight, eps, resolve_group(group).group_name)
+    pg = resolve_group(group)
+    out = _op(x, residual, weight, eps, pg.group_name)
+    remember_workspace(group, pg)
+    return out

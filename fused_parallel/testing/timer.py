@@ -72,6 +72,7 @@ def time_collective(
     rounds: int = 30,
     warmup: int = 3,
     device: str | torch.device | None = None,
+    after_capture: Callable[[], object] | None = None,
 ) -> Timing:
     """Time `fn` on all ranks of a group at once.
 
@@ -87,6 +88,8 @@ def time_collective(
         mutates: `fn` overwrites its inputs: each call of a round has its own set, restored before every round.
         calls: calls in a round; rounds: how often a round is measured; warmup: unmeasured rounds before.
         device: default that of the inputs, else the current GPU if there is one, else the CPU.
+        after_capture: called on every rank once its graph is captured, before the first replay; never in mode "eager".
+            For functions whose captured calls need more before they can run, such as addresses from other ranks.
 
     Returns:
         Timing, the same on all ranks. On GPUs by device events on a stream of its own; every round starts with a
@@ -95,7 +98,7 @@ def time_collective(
     Raises:
         ValueError: unknown mode, graph mode on a CPU, or a count below 1.
     """
-    subject = _Subject(fn, inputs, group, mode, mutates, calls, device)
+    subject = _Subject(fn, inputs, group, mode, mutates, calls, device, after_capture)
     _check_count("rounds", rounds, 1)
     for _ in range(warmup):
         subject.round()
@@ -154,11 +157,11 @@ def compare(
 class _Subject:
     """A function with its input sets, captured if need be; `round()` runs it `calls` times."""
 
-    def __init__(self, fn, inputs, group, mode, mutates, calls, device):
+    def __init__(self, fn, inputs, group, mode, mutates, calls, device, after_capture=None):
         if mode not in ("graph", "eager"):
             raise ValueError(f'timer: mode must be "graph" or "eager", got {mode!r}')
         _check_count("calls", calls, 1)
-        self.fn, self.calls = fn, calls
+        self.fn, self.calls, self.after_capture = fn, calls, after_capture
         self.pg = resolve_group(group) if group is not None else None
         first = _as_tuple(inputs(0)) if inputs else ()
         tensors = _tensors(first)
@@ -199,6 +202,8 @@ class _Subject:
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, stream=self.stream):
                 self._run()
+            if self.after_capture is not None:
+                self.after_capture()
         return graph
 
     def _restore(self) -> None:

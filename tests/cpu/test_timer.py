@@ -1,5 +1,6 @@
 """The timer on CPUs: what it measures, which inputs the calls get, several ranks."""
 
+import contextlib
 import itertools
 import time
 
@@ -152,6 +153,33 @@ def test_the_slowest_rank_counts_on_all_ranks():
     assert first.us_p50 == pytest.approx(4000)
     assert first.skew_pct == pytest.approx(25)
     assert compared.ratio_p50 == pytest.approx(4)
+
+
+def test_after_capture_is_called_once_the_graph_is_there(monkeypatch):
+    # torch's side of a capture, without a GPU: only the order counts here.
+    happened = []
+
+    @contextlib.contextmanager
+    def captured(*_, **__):
+        happened.append("capture")
+        yield
+        happened.append("captured")
+
+    for name in ("device", "stream", "CUDAGraph"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: None)
+    monkeypatch.setattr(torch.cuda, "graph", captured)
+    subject = timer._Subject(lambda: happened.append("call"), None, None, "eager", False, 2, "cpu", None)
+    subject.stream, subject.after_capture = None, lambda: happened.append("after")
+    subject._capture()
+    assert happened == ["call", "call", "capture", "call", "call", "captured", "after"]
+
+
+def test_after_capture_is_not_called_without_a_graph():
+    def fail():
+        raise AssertionError("nothing was captured")
+
+    time_collective(lambda: None, mode="eager", calls=1, rounds=1, device="cpu", after_capture=fail)
 
 
 def test_quantile():

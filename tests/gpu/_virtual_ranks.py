@@ -17,9 +17,7 @@ class VirtualRanks:
         bases = [b.data_ptr() for b in self.buffers]
         multiprocessors = torch.cuda.get_device_properties(self.device).multi_processor_count
         made = [
-            # Half of each rank's share: the next kernel of a stream is resident, too, while it waits for the one
-            # before.
-            make_native(rank, bases, slot_bytes, timeout_seconds, self.device, multiprocessors // (2 * world))
+            make_native(rank, bases, slot_bytes, timeout_seconds, self.device, multiprocessors * 512 // world)
             for rank in range(world)
         ]
         self.native, self._owned = [m[0] for m in made], [m[1] for m in made]
@@ -38,17 +36,19 @@ class VirtualRanks:
         for stream in self.streams:
             torch.cuda.current_stream().wait_stream(stream)
 
-    def launch(self, rank: int, x: torch.Tensor, out: torch.Tensor, two_shot: bool) -> None:
+    def launch(self, rank: int, x, out, two_shot: bool, threads: int = 0, ctas: int = 0) -> None:
         self.native[rank].all_reduce(
             x=x.data_ptr(),
             out=out.data_ptr(),
             elements=x.numel(),
             two_shot=two_shot,
+            threads=threads,
+            ctas=ctas,
             dtype=_ext.DTYPE_CODES[x.dtype],
             stream=self.streams[rank].cuda_stream,
         )
 
-    def launch_norm(self, rank, x, residual, weight, normed, new_residual, eps: float) -> None:
+    def launch_norm(self, rank, x, residual, weight, normed, new_residual, eps: float, cluster: int = 0) -> None:
         self.native[rank].all_reduce_add_rms_norm(
             x=x.data_ptr(),
             residual=residual.data_ptr(),
@@ -58,6 +58,7 @@ class VirtualRanks:
             rows=x.numel() // x.shape[-1],
             hidden=x.shape[-1],
             eps=eps,
+            cluster=cluster,
             dtype=_ext.DTYPE_CODES[x.dtype],
             stream=self.streams[rank].cuda_stream,
         )
@@ -80,11 +81,13 @@ class VirtualRanks:
         self.finish()
         return outs
 
-    def all_reduce_add_rms_norm(self, xs, residual, weight, eps: float) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    def all_reduce_add_rms_norm(
+        self, xs, residual, weight, eps: float, cluster: int = 0
+    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
         outs = [(torch.full_like(x, float("nan")), torch.full_like(x, float("nan"))) for x in xs]
         self.start()
         for rank in range(self.world):
-            self.launch_norm(rank, xs[rank], residual, weight, *outs[rank], eps)
+            self.launch_norm(rank, xs[rank], residual, weight, *outs[rank], eps, cluster)
         self.finish()
         return outs
 

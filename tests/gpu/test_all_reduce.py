@@ -1,6 +1,7 @@
 """The all-reduce kernels on virtual ranks of one GPU: exact sums, equal bits, sentinels, rotation, graphs, bounded
 waits."""
 
+import itertools
 import time
 
 import pytest
@@ -110,7 +111,19 @@ def test_reduce_scatter_and_all_gather(ranks, dtype, seed):
     ranks.check()
 
 
-NORM_SHAPES = [(1, 8192), (3, 2880), (16, 8192), (17, 8192), (70, 4096), (200, 8192), (5, 16384), (2, 64), (33, 512)]
+# The last does not fit the slots.
+NORM_SHAPES = [
+    (1, 8192),
+    (3, 2880),
+    (16, 8192),
+    (17, 8192),
+    (70, 4096),
+    (200, 8192),
+    (5, 16384),
+    (2, 64),
+    (33, 512),
+    (700, 8192),
+]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -118,10 +131,10 @@ def test_add_rms_norm(ranks, dtype, seed):
     if torch.cuda.get_device_capability() < (9, 0):
         pytest.skip("the kernel with the norm needs Hopper")
     big = VirtualRanks(ranks.world, slot_bytes=8 << 20)
-    for rows, hidden in NORM_SHAPES:
+    for (rows, hidden), cluster in itertools.product(NORM_SHAPES, (0, 1, 2, 4, 8)):
         xs = [x.view(rows, hidden) for x in random(rows * hidden, dtype, ranks.world)]
         residual, weight = (torch.randn(s, device="cuda", dtype=dtype) for s in ((rows, hidden), (hidden,)))
-        outs = big.all_reduce_add_rms_norm(xs, residual, weight, EPS)
+        outs = big.all_reduce_add_rms_norm(xs, residual, weight, EPS, cluster)
         new = (in_rank_order(xs).float() + residual.float()).to(dtype)
         normed = new.double() / (new.double().square().mean(-1, keepdim=True) + EPS).sqrt() * weight.double()
         for got_normed, got_new in outs:
@@ -239,12 +252,12 @@ def test_streams_are_ordered_or_refused(seed):
 def test_errors():
     ranks = VirtualRanks(2, slot_bytes=1024)
     x = torch.randn(1000, device="cuda")
-    with pytest.raises(RuntimeError, match="1000 elements do not fit slots of 1024 bytes"):
-        ranks.launch(0, x, x, two_shot=False)
+    with pytest.raises(RuntimeError, match="a grid of 0 CTAs of 100 threads"):
+        ranks.launch(0, x, x, two_shot=False, threads=100)
     with pytest.raises(RuntimeError, match="not aligned to 16 bytes"):
         ranks.launch(0, x[1:9], x[1:9], two_shot=False)
-    with pytest.raises(RuntimeError, match=r"\[10, 100\] does not fit slots"):
-        ranks.launch_norm(0, x.view(10, 100), x, x, x, x, EPS)
+    with pytest.raises(RuntimeError, match=r"\[2, 500\]: a row does not fit slots of 1024 bytes"):
+        ranks.launch_norm(0, x.view(2, 500), x, x, x, x, EPS)
     with pytest.raises(RuntimeError, match=r"all_gather: parts of 10 elements .* no multiple of 16 bytes"):
         ranks.launch_part("all_gather", 0, x[:10], x)
     with pytest.raises(RuntimeError, match="AllReduceWorkspace: rank 2 of 2"):

@@ -1,0 +1,105 @@
+"""Which algorithm an operation takes for a payload: a table per group, rank 0's, agreed once (`capabilities.agree`).
+
+The table comes from `fused-parallel probe --tune` on the same kind of GPU and number of ranks, else from the defaults
+here, measured on two H100 (docs/all_reduce.md).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from .._version import __version__
+
+
+class Choice(NamedTuple):
+    """How one operation is done. All ranks must agree on the algorithm; they do on the rest, too, being one table.
+
+    algorithm: "one_shot", "two_shot", or "library" (torch.distributed, and what follows as an operation of its own).
+    threads: of a CTA, ctas: in the grid, at most; cluster: CTAs that share a row (with the norm). 0: the kernel's
+    default.
+    """
+
+    algorithm: str
+    threads: int = 0
+    ctas: int = 0
+    cluster: int = 0
+
+
+# op -> (most bytes of one rank's payload, or None for all larger ones; choice), ascending.
+Table = dict[str, list[tuple[int | None, Choice]]]
+
+_MB = 1 << 20
+ONE, TWO, LIBRARY = Choice("one_shot"), Choice("two_shot"), Choice("library")
+
+
+def default_table(world: int) -> Table:
+    """What is known without measuring. Two ranks send the same bytes either way; more send less with two-shot."""
+    return {
+        "all_reduce": [(None, ONE)] if world == 2 else [(_MB // world, ONE), (None, TWO)],
+        # One-shot alone can keep the sums for the norm: above what its (W - 1) payloads cost, two operations.
+        "all_reduce_add_rms_norm": [(16 * _MB // (world - 1) ** 2, ONE), (None, LIBRARY)],
+        "reduce_scatter": [(None, ONE)],
+        "all_gather": [(None, ONE)],
+    }
+
+
+def choose(table: Table, op: str, bytes: int) -> Choice:
+    """The table's choice for a payload of `bytes` bytes."""
+    return next(choice for most, choice in table[op] if most is None or bytes <= most)
+
+
+def path() -> Path:
+    """The file that measured tables are kept in: FUSED_PARALLEL_TUNING, else in the user's cache directory."""
+    if named := os.environ.get("FUSED_PARALLEL_TUNING"):
+        return Path(named)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fused_parallel" / "tuning.json"
+
+
+def _key(world: int) -> str:
+    return f"{torch.cuda.get_device_name()} x{world} fused_parallel {__version__}"
+
+
+def save(table: Table, world: int) -> Path:
+    """Add the table for this GPU and number of ranks to the file; OSError if that cannot be written."""
+    file = path()
+    tables = _read(file)
+    tables[_key(world)] = table
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_suffix(f".{os.getpid()}")
+    partial.write_text(json.dumps(tables, indent=1) + "\n")
+    partial.replace(file)  # at once: another process may be reading
+    return file
+
+
+def _read(file: Path) -> dict:
+    try:
+        tables = json.loads(file.read_text())
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{file} is no tuning table ({error}); delete it, or write it again: fused-parallel probe --tune"
+        ) from error
+    if not isinstance(tables, dict):
+        raise ValueError(f"{file} is no tuning table; delete it, or write it again: fused-parallel probe --tune")
+    return tables
+
+
+def load(world: int) -> Table:
+    """The measured table for this GPU and number of ranks, if there is one, else the defaults.
+
+    Raises ValueError if the file is there and cannot be used.
+    """
+    default = default_table(world)
+    measured = _read(path()).get(_key(world), {})
+    try:
+        return default | {
+            op: [(most, Choice(*choice)) for most, choice in rows] for op, rows in measured.items() if op in default
+        }
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path()}: the table for {_key(world)} is not readable ({error}); delete the file") from error
