@@ -58,16 +58,17 @@ __device__ __forceinline__ void store_clipped(T* p, int v, int elements, const V
 template <typename T, int kWorld, int kVecs>
 __global__ void __launch_bounds__(kThreads, 2) one_shot(const __grid_constant__ Params<T> p) {
   const Lamport& l = p.lamport;
-  begin_kernel(l);
   const int threads = gridDim.x * blockDim.x;
   const int thread = blockIdx.x * blockDim.x + threadIdx.x;
+  if (thread < p.vectors) prefetch(p.x + thread * Vec<T>::kSize);
+  const unsigned long long epoch = begin_kernel(l);
   Vec<T> mine[kVecs], next[kVecs];
 #pragma unroll
   for (int u = 0; u < kVecs; ++u) {
     const int v = thread + u * threads;
     if (v < p.vectors) mine[u] = without_sentinel(load_clipped(p.x, v, p.elements));
   }
-  const Call call = begin_call(l, blockIdx.x, gridDim.x, p.vectors * 16);
+  const Call call = begin_call(l, epoch, p.vectors * 16ull);
   if (call.failed) return;
   const unsigned generation = call.epoch % 3;
   unsigned long long start = 0;
@@ -102,12 +103,12 @@ __global__ void __launch_bounds__(kThreads, 2) one_shot(const __grid_constant__ 
 template <typename T, int kWorld>
 __global__ void __launch_bounds__(kThreads, 2) two_shot(const __grid_constant__ Params<T> p) {
   const Lamport& l = p.lamport;
-  begin_kernel(l);
+  const unsigned long long epoch = begin_kernel(l);
   const int world = kWorld ? kWorld : l.world;
   const int threads = gridDim.x * blockDim.x;
   const int thread = blockIdx.x * blockDim.x + threadIdx.x;
   const int share = (p.vectors + world - 1) / world;
-  const Call call = begin_call(l, blockIdx.x, gridDim.x, 2 * share * 16);
+  const Call call = begin_call(l, epoch, share * 32ull);
   if (call.failed) return;
   const unsigned generation = call.epoch % 3;
   unsigned long long start = 0;

@@ -72,6 +72,14 @@ struct ClusterSum {
     }
   }
 
+  // Leave early. The others may still be sending here, and shared memory that is gone must not be written: wait until
+  // they have left, too, as usual or by this way (threads that have exited count as arrived).
+  __device__ void leave() {
+    if constexpr (kCluster > 1) {
+      asm volatile("barrier.cluster.arrive.relaxed;\n\tbarrier.cluster.wait;" ::: "memory");
+    }
+  }
+
   // The `turn`-th sum (0, 1, ...). False if the group has failed meanwhile, and the sum may never come.
   __device__ bool sum(float value, unsigned turn, const Lamport& l, float& total) {
     const unsigned warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, warps = blockDim.x / kWarp;
@@ -135,10 +143,16 @@ __global__ void __launch_bounds__(kVecs == 1 ? kMaxThreads : kMaxThreads / 2, kV
 
   Vec<T> weight[kVecs], mine[kVecs], residual[kVecs];
   __shared__ ClusterSum<kCluster> cluster;
-  cluster.begin();
-  begin_kernel(l);
-
   int row = blockIdx.x / kCluster;
+  if (row < p.rows && first < p.vectors) {
+    const std::int64_t at = static_cast<std::int64_t>(row * p.vectors + first) * Vec<T>::kSize;
+    prefetch(p.x + at);
+    prefetch(p.residual + at);
+    prefetch(p.weight + first * Vec<T>::kSize);
+  }
+  cluster.begin();
+  const unsigned long long epoch = begin_kernel(l);
+
   const auto load_row = [&](const T* tensor, int of_row, Vec<T>(&out)[kVecs]) {
 #pragma unroll
     for (int u = 0; u < kVecs; ++u) {
@@ -156,8 +170,8 @@ __global__ void __launch_bounds__(kVecs == 1 ? kMaxThreads : kMaxThreads / 2, kV
   };
 
   if (row < p.rows) load_row(p.x, row, mine);
-  const Call call = begin_call(l, blockIdx.x, gridDim.x, static_cast<unsigned long long>(p.rows) * p.vectors * 16);
-  if (call.failed) return;
+  const Call call = begin_call(l, epoch, static_cast<unsigned long long>(p.rows) * p.vectors * 16);
+  if (call.failed) return cluster.leave();
   const unsigned generation = call.epoch % 3;
   unsigned long long start = 0;
   if (row < p.rows) {
@@ -202,7 +216,7 @@ __global__ void __launch_bounds__(kVecs == 1 ? kMaxThreads : kMaxThreads / 2, kV
     }
     if constexpr (kVecs > 1) load_row(p.weight, 0, weight);
     float total;
-    if (!cluster.sum(squares, turn, l, total)) return;
+    if (!cluster.sum(squares, turn, l, total)) return cluster.leave();
     const float scale = rsqrtf(fmaf(total, p.inverse_hidden, p.eps));
 #pragma unroll
     for (int u = 0; u < kVecs; ++u) {

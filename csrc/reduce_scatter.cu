@@ -28,11 +28,11 @@ struct Params {
 template <typename T, int kWorld>
 __global__ void __launch_bounds__(kThreads, 2) reduce_scatter_push(const __grid_constant__ Params<T> p) {
   const Lamport& l = p.lamport;
-  begin_kernel(l);
+  const unsigned long long epoch = begin_kernel(l);
   const int world = kWorld ? kWorld : l.world;
   const int threads = gridDim.x * blockDim.x;
   const int thread = blockIdx.x * blockDim.x + threadIdx.x;
-  const Call call = begin_call(l, blockIdx.x, gridDim.x, p.share * 16);
+  const Call call = begin_call(l, epoch, p.share * 16ull);
   if (call.failed) return;
   unsigned long long start = 0;
   for (int i = thread; i < p.share; i += threads) {
@@ -56,11 +56,11 @@ __global__ void __launch_bounds__(kThreads, 2) reduce_scatter_push(const __grid_
 template <typename T, int kWorld>
 __global__ void __launch_bounds__(kThreads, 2) all_gather_push(const __grid_constant__ Params<T> p) {
   const Lamport& l = p.lamport;
-  begin_kernel(l);
+  const unsigned long long epoch = begin_kernel(l);
   const int world = kWorld ? kWorld : l.world;
   const int threads = gridDim.x * blockDim.x;
   const int thread = blockIdx.x * blockDim.x + threadIdx.x;
-  const Call call = begin_call(l, blockIdx.x, gridDim.x, p.share * 16);
+  const Call call = begin_call(l, epoch, p.share * 16ull);
   if (call.failed) return;
   unsigned long long start = 0;
   for (int i = thread; i < p.share; i += threads) {

@@ -23,7 +23,7 @@ struct Control {
 };
 
 // A power of two above any grid. Every CTA adds to `arrivals`, CTA 0 what is left to this number; so whatever order
-// they come in, the quotient of what a CTA finds is the number of completed calls. No CTA waits for another, and no
+// they come in, the quotient of what a CTA finds is the number of the calls before. No CTA waits for another, and no
 // counter has to be advanced at the end of the kernel.
 constexpr unsigned long long kArrivalsPerCall = 1ull << 20;
 
@@ -42,13 +42,6 @@ struct Lamport {
     return reinterpret_cast<uint4*>(bases[of_rank] + (generation * world + source) * slot_bytes);
   }
 };
-
-// The beginning of every kernel here. The next kernel may be resident at once where grids are small enough for that
-// (Grid::early); else it starts when this one's CTAs leave, which triggers by itself.
-__device__ __forceinline__ void begin_kernel(const Lamport& l) {
-  dependency_wait();
-  if (l.early) dependency_trigger();
-}
 
 // Operations in an AbortRecord.
 constexpr unsigned kOneShot = 0, kTwoShot = 1, kOneShotNorm = 2, kReduceScatter = 3, kAllGather = 4;
@@ -73,6 +66,25 @@ __device__ __forceinline__ bool has_sentinel(const uint4& v) {
   return v.x == kSentinel || v.y == kSentinel || v.z == kSentinel || v.w == kSentinel;
 }
 
+// The beginning of every kernel here: takes the number of this call, lets the next kernel of the stream become resident
+// where grids are small enough for that (Grid::early; else it starts when this one's CTAs leave), and waits for the
+// kernel before. What comes before the wait costs no time where that one is still at work.
+//
+// The number may be taken before the wait because calls take theirs one after the other: this kernel was started by a
+// kernel all of whose CTAs had triggered or ended, and so on back to the call before, whose CTAs trigger when their
+// atomicAdd has returned. Both are atomics on one word, so this one comes later in its order, too.
+__device__ __forceinline__ unsigned long long begin_kernel(const Lamport& l) {
+  __shared__ unsigned long long epoch;
+  if (threadIdx.x == 0) {
+    const unsigned long long mine = blockIdx.x == 0 ? kArrivalsPerCall - (gridDim.x - 1) : 1;
+    epoch = atomicAdd(&l.control->arrivals, mine) / kArrivalsPerCall;
+  }
+  __syncthreads();  // the number is there before any thread triggers
+  if (l.early) dependency_trigger();
+  dependency_wait();
+  return epoch;
+}
+
 // What a call knows of itself, the same in all threads of a CTA.
 struct Call {
   unsigned long long epoch;     // number of this call
@@ -82,21 +94,19 @@ struct Call {
 
 // A rank that has given up a wait must not push any more: its later calls would overwrite generations that a peer, late
 // but alive, has yet to read, and the peer would sum them without noticing. So a failed group's calls do nothing at
-// all.
-__device__ __forceinline__ Call begin_call(const Lamport& l, unsigned cta, unsigned ctas, unsigned long long bytes) {
+// all. `bytes`: of each slot that this call fills. Comes after the loads of what is pushed first, so that its own loads
+// are in flight with them.
+__device__ __forceinline__ Call begin_call(const Lamport& l, unsigned long long epoch, unsigned long long bytes) {
   __shared__ Call call;
   if (threadIdx.x == 0) {
-    // All relaxed and in flight together. Earlier calls' writes are visible because their kernels have completed
-    // (stream order, or dependency_wait); within this call only `arrivals` changes, and used[epoch % 3], which no CTA
-    // of this call reads.
-    const unsigned long long mine = cta == 0 ? kArrivalsPerCall - (ctas - 1) : 1;
-    const unsigned long long used[3] = {load_relaxed_gpu(&l.control->used[0]), load_relaxed_gpu(&l.control->used[1]),
-                                        load_relaxed_gpu(&l.control->used[2])};
+    // Relaxed: earlier calls' writes are visible because their kernels have completed (stream order, or
+    // dependency_wait); within this call only used[epoch % 3] changes, which no CTA of this call reads, and `aborted`,
+    // which is looked at again in every long wait.
+    const unsigned generation = epoch % 3;
     call.failed = load_relaxed_gpu(&l.control->aborted) != 0;
-    call.epoch = atomicAdd(&l.control->arrivals, mine) / kArrivalsPerCall;
-    const unsigned generation = call.epoch % 3;
-    call.previous = generation == 0 ? used[2] : generation == 1 ? used[0] : used[1];
-    if (cta == 0) l.control->used[generation] = bytes;
+    call.previous = load_relaxed_gpu(&l.control->used[(generation + 2) % 3]);
+    call.epoch = epoch;
+    if (blockIdx.x == 0) l.control->used[generation] = bytes;
   }
   __syncthreads();
   return call;

@@ -38,11 +38,19 @@ ONE, TWO, LIBRARY = Choice("one_shot"), Choice("two_shot"), Choice("library")
 
 
 def default_table(world: int) -> Table:
-    """What is known without measuring. Two ranks send the same bytes either way; more send less with two-shot."""
+    """Measured for two ranks (H100, NVLink); for more a guess, by the bytes they send: one-shot (W - 1) payloads,
+    two-shot 2 (W - 1) / W of one."""
+    if world == 2:
+        all_reduce = [(3 * _MB // 2, ONE), (None, TWO)]
+        with_norm = [(3 * _MB // 4, Choice("one_shot", cluster=8)), (6 * _MB, Choice("one_shot", cluster=1))]
+        with_norm.append((None, Choice("one_shot", cluster=2)))
+    else:
+        all_reduce = [(_MB // world, ONE), (None, TWO)]
+        # Only one-shot keeps the sums for the norm.
+        with_norm = [(4 * _MB // world, ONE), (None, LIBRARY)]
     return {
-        "all_reduce": [(None, ONE)] if world == 2 else [(_MB // world, ONE), (None, TWO)],
-        # One-shot alone can keep the sums for the norm: above what its (W - 1) payloads cost, two operations.
-        "all_reduce_add_rms_norm": [(16 * _MB // (world - 1) ** 2, ONE), (None, LIBRARY)],
+        "all_reduce": all_reduce,
+        "all_reduce_add_rms_norm": with_norm,
         "reduce_scatter": [(None, ONE)],
         "all_gather": [(None, ONE)],
     }

@@ -30,13 +30,23 @@ def rows_tried(quick: bool) -> list[int]:
     return [1, 32, 1024] if quick else [2**i for i in range(14)]
 
 
-def candidates(op: str, world: int, rows: int) -> list[Choice]:
+def candidates(op: str, world: int, rows: int, multiprocessors: int) -> list[Choice]:
     """What is tried for a payload of `rows` rows."""
     if op == "all_reduce_add_rms_norm":
         return [*(Choice("one_shot", cluster=cluster) for cluster in (1, 2, 4, 8)), tuning.LIBRARY]
     # At two ranks two-shot sends as much and waits twice: only for what it saves in memory traffic.
     algorithms = ["one_shot"] if world == 2 and rows <= 64 else ["one_shot", "two_shot"]
-    grids = [(128, 0), (256, 0), (512, 0), (512, 64)] if rows >= 8 else [(64, 0), (128, 0), (256, 0)]
+    if rows <= 16:
+        grids = [(64, 0), (128, 0), (256, 0)]
+    else:
+        grids = [
+            (128, 0),
+            (256, 0),
+            (512, 0),
+            (128, multiprocessors * 2),
+            (256, multiprocessors),
+            (512, multiprocessors // 2),
+        ]
     return [*(Choice(algorithm, *grid) for algorithm in algorithms for grid in grids), tuning.LIBRARY]
 
 
@@ -70,6 +80,7 @@ def measure(pg: dist.ProcessGroup, quick: bool, tell: Callable[[str], None] | No
     """
     workspace = workspace_of(pg)
     device = workspace.device
+    multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
     weight = torch.randn(HIDDEN, device=device, dtype=DTYPE)
     table: Table = tuning.default_table(pg.size())
     measured: list[tuple[str, int, Choice, Timing]] = []
@@ -84,7 +95,7 @@ def measure(pg: dist.ProcessGroup, quick: bool, tell: Callable[[str], None] | No
                 return tuple(torch.randn(rows, HIDDEN, device=device, dtype=DTYPE) for _ in range(tensors))
 
             times = []
-            for choice in candidates(op, pg.size(), rows):
+            for choice in candidates(op, pg.size(), rows, multiprocessors):
                 timing = time_collective(
                     function(op, choice, workspace, weight, table),
                     inputs=inputs,
