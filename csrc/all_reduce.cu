@@ -186,10 +186,10 @@ Grid grid_for(const AllReduceWorkspace& w, std::int64_t vectors, int threads, in
   if (threads < 32 || threads > kThreads || threads % 32 != 0 || ctas < 0) {
     throw std::runtime_error("a grid of " + std::to_string(ctas) + " CTAs of " + std::to_string(threads) + " threads");
   }
-  const std::int64_t most = std::max(1, w.max_threads / threads);
+  const std::int64_t most = std::max(1, w.max_threads / std::max(threads, kLeastThreads));
   std::int64_t wanted = std::min(most, (vectors + threads - 1) / threads);
   if (ctas > 0) wanted = std::min<std::int64_t>(wanted, ctas);
-  return {static_cast<int>(wanted), threads, wanted * threads <= w.max_threads / 2};
+  return {static_cast<int>(wanted), threads, wanted * std::max(threads, kLeastThreads) <= w.max_threads / 2};
 }
 
 Lamport lamport_of(const AllReduceWorkspace& w, unsigned operation, bool early) {
@@ -206,6 +206,7 @@ Lamport lamport_of(const AllReduceWorkspace& w, unsigned operation, bool early) 
 }
 
 void AllReduceWorkspace::order(void* stream) {
+  if (failed_rank() >= 0) throw std::runtime_error(failure());
   const cudaStream_t now = static_cast<cudaStream_t>(stream), last = static_cast<cudaStream_t>(last_stream_);
   cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
   unsigned long long capture = 0;
@@ -274,7 +275,7 @@ std::string AllReduceWorkspace::failure() const {
 }
 
 std::int64_t workspace_bytes(int world, std::int64_t slot_bytes) {
-  return 3 * world * slot_bytes;
+  return 3 * (world - 1) * slot_bytes;
 }
 
 void all_reduce_reset(const AllReduceWorkspace& w, void* stream) {

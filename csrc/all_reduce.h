@@ -23,7 +23,7 @@ struct AllReduceWorkspace {
   std::string failure() const;
   int failed_rank() const;  // -1: none
 
-  // Called before each launch. Operations of one group share counters and may not overlap: one on another stream than
+  // Called before each launch; throws if the group has failed. Operations of one group share counters and may not overlap: one on another stream than
   // the last waits for it; two streams in one capture are refused. What graphs replay is the caller's to order.
   void order(void* stream);
 
@@ -47,7 +47,10 @@ constexpr std::int64_t kRecordBytes = 64;
 // way at once must be resident together, or two groups at work on the same GPUs could each wait for room that the other
 // holds. A GPU holds 1024 threads a multiprocessor at up to 64 registers, which every kernel keeps to; max_threads is
 // half of that. A grid of up to max_threads / 2 lets the next kernel of its stream become resident while it runs
-// (`early`); a larger one does not. So two groups always fit.
+// (`early`); a larger one does not. So two groups always fit. A CTA counts as kLeastThreads at least, because
+// multiprocessors hold few CTAs, too.
+constexpr int kLeastThreads = 128;
+
 struct Grid {
   int ctas, threads;
   bool early;
@@ -72,10 +75,10 @@ void all_reduce(AllReduceWorkspace& workspace, const void* x, void* out, std::in
 
 // normed = rms_norm(new_residual) * weight, new_residual = residual + sum over ranks of x; [rows, hidden] each,
 // contiguous, 16-byte aligned, hidden a multiple of 16 bytes and at most 64 KiB. `cluster`: CTAs a row, 1, 2, 4 or 8;
-// 0: the default for the shape. What does not fit a slot goes in several calls.
+// `ctas`: of the grid, at most; 0: the default for the shape. What does not fit a slot goes in several calls.
 void all_reduce_add_rms_norm(AllReduceWorkspace& workspace, const void* x, const void* residual, const void* weight,
                              void* normed, void* new_residual, std::int64_t rows, std::int64_t hidden, float eps,
-                             int cluster, int dtype, void* stream);
+                             int cluster, int ctas, int dtype, void* stream);
 
 // out[elements] = this rank's part of the sum over ranks of x[world * elements].
 void reduce_scatter(AllReduceWorkspace& workspace, const void* x, void* out, std::int64_t elements, int dtype,

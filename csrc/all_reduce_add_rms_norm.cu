@@ -210,17 +210,15 @@ __global__ void __launch_bounds__(kVecs == 1 ? kMaxThreads : kMaxThreads / 2, kV
         store(p.new_residual + (base + first + u * stride) * Vec<T>::kSize, added[u]);
       }
     }
-    if (following < p.rows) {
-      load_row(p.residual, following, residual);
-      load_row(p.x, following, mine);  // again, from the L2: kept since the push, it would cost registers
-    }
-    if constexpr (kVecs > 1) load_row(p.weight, 0, weight);
+    if (following < p.rows) load_row(p.residual, following, residual);
     float total;
     if (!cluster.sum(squares, turn, l, total)) return cluster.leave();
     const float scale = rsqrtf(fmaf(total, p.inverse_hidden, p.eps));
 #pragma unroll
     for (int u = 0; u < kVecs; ++u) {
       if (first + u * stride < p.vectors) {
+        // Of several vectors a thread the weights do not fit the registers: from the L1, row after row.
+        if constexpr (kVecs > 1) weight[u] = load(p.weight + (first + u * stride) * Vec<T>::kSize);
         float s[Vec<T>::kSize], w[Vec<T>::kSize];
         to_floats(added[u], s);
         to_floats(weight[u], w);
@@ -229,17 +227,21 @@ __global__ void __launch_bounds__(kVecs == 1 ? kMaxThreads : kMaxThreads / 2, kV
         store(p.normed + (base + first + u * stride) * Vec<T>::kSize, from_floats<T>(s));
       }
     }
+    if (following < p.rows) load_row(p.x, following, mine);  // again, from the L2: kept, it would cost registers
   }
 #endif
 }
 
 template <typename T, int kWorld>
-void run(const AllReduceWorkspace& w, Params<T> p, int cluster, cudaStream_t stream) {
+void run(const AllReduceWorkspace& w, Params<T> p, int cluster, int ctas, cudaStream_t stream) {
   const auto launch = [&](auto vecs, auto ctas_a_row) {
     constexpr int kVecs = decltype(vecs)::value, kCluster = decltype(ctas_a_row)::value;
     const int threads = (p.vectors + kVecs * kCluster * kWarp - 1) / (kVecs * kCluster * kWarp) * kWarp;
-    const int rows = std::max(1, std::min(p.rows, w.max_threads / (threads * kCluster)));
-    p.lamport.early = rows * kCluster * threads <= w.max_threads / 2;
+    const int charge = std::max(threads, kLeastThreads) * kCluster;
+    int rows = std::min(p.rows, w.max_threads / charge);
+    if (ctas > 0) rows = std::min(rows, ctas / kCluster);
+    rows = std::max(1, rows);
+    p.lamport.early = rows * charge <= w.max_threads / 2;
     launch_dependent(one_shot_norm<T, kWorld, kVecs, kCluster>, p, rows * kCluster, threads, kCluster, w.hopper,
                      stream);
   };
@@ -248,7 +250,7 @@ void run(const AllReduceWorkspace& w, Params<T> p, int cluster, cudaStream_t str
     constexpr int kCluster = decltype(ctas_a_row)::value;
     // Two vectors a thread, where the registers allow it, once the rows fill the grid.
     constexpr int kVecs = kWorld == 2 && kCluster == 1 ? 2 : 1;
-    if (static_cast<std::int64_t>(p.rows) * p.vectors > w.max_threads) {
+    if (static_cast<std::int64_t>(p.rows) * p.vectors > w.max_threads / 2) {
       launch(integral_constant<int, kVecs>(), ctas_a_row);
     } else {
       launch(integral_constant<int, 1>(), ctas_a_row);
@@ -273,7 +275,7 @@ void run(const AllReduceWorkspace& w, Params<T> p, int cluster, cudaStream_t str
 
 void all_reduce_add_rms_norm(AllReduceWorkspace& w, const void* x, const void* residual, const void* weight,
                              void* normed, void* new_residual, std::int64_t rows, std::int64_t hidden, float eps,
-                             int cluster, int dtype, void* stream) {
+                             int cluster, int ctas, int dtype, void* stream) {
   if (rows == 0) return;
   const DeviceGuard guard(w.device);
   dispatch_dtype(static_cast<DType>(dtype), [&](auto* null) {
@@ -306,7 +308,7 @@ void all_reduce_add_rms_norm(AllReduceWorkspace& w, const void* x, const void* r
                            1.0f / static_cast<float>(hidden),
                            eps};
       dispatch_world(w.world, [&](auto world) {
-        run<T, decltype(world)::value>(w, p, cluster, static_cast<cudaStream_t>(stream));
+        run<T, decltype(world)::value>(w, p, cluster, ctas, static_cast<cudaStream_t>(stream));
       });
     }
   });

@@ -4,7 +4,7 @@
 //
 // Vectors of a call are numbered in 32 bits: they fit a slot.
 //
-// A rank's symmetric buffer is [3 generations][world sources][slot_bytes]. Call e uses generation e % 3 and clears
+// A rank's symmetric buffer is [3 generations][world - 1 sources][slot_bytes]. Call e uses generation e % 3 and clears
 // (fills with the sentinel) generation (e - 1) % 3, which its own call e - 1 has read to the end. A peer writes there
 // again in call e + 2, for which it must have received this rank's push of call e + 1, which this stream issues after
 // the kernel that cleared has completed.
@@ -39,7 +39,8 @@ struct Lamport {
   bool early;  // see Grid
 
   __device__ __forceinline__ uint4* slot(int of_rank, unsigned generation, int source) const {
-    return reinterpret_cast<uint4*>(bases[of_rank] + (generation * world + source) * slot_bytes);
+    const unsigned index = source - (source > of_rank);  // a rank has no slot for itself
+    return reinterpret_cast<uint4*>(bases[of_rank] + (generation * (world - 1) + index) * slot_bytes);
   }
 };
 
@@ -66,21 +67,28 @@ __device__ __forceinline__ bool has_sentinel(const uint4& v) {
   return v.x == kSentinel || v.y == kSentinel || v.z == kSentinel || v.w == kSentinel;
 }
 
-// The beginning of every kernel here: takes the number of this call, lets the next kernel of the stream become resident
-// where grids are small enough for that (Grid::early; else it starts when this one's CTAs leave), and waits for the
-// kernel before. What comes before the wait costs no time where that one is still at work.
+// The number of this call.
+__device__ __forceinline__ unsigned long long next_epoch(const Lamport& l) {
+  const unsigned long long mine = blockIdx.x == 0 ? kArrivalsPerCall - (gridDim.x - 1) : 1;
+  return atomicAdd(&l.control->arrivals, mine) / kArrivalsPerCall;
+}
+
+// The beginning of every kernel here: waits for the kernel before. Where grids are small enough (Grid::early) it takes
+// the number of this call first, which costs no time while that kernel is still at work, and lets the next kernel of the
+// stream become resident; a larger grid starts when the CTAs before it leave, and takes its number with its other loads
+// (begin_call).
 //
 // The number may be taken before the wait because calls take theirs one after the other: this kernel was started by a
 // kernel all of whose CTAs had triggered or ended, and so on back to the call before, whose CTAs trigger when their
 // atomicAdd has returned. Both are atomics on one word, so this one comes later in its order, too.
 __device__ __forceinline__ unsigned long long begin_kernel(const Lamport& l) {
-  __shared__ unsigned long long epoch;
-  if (threadIdx.x == 0) {
-    const unsigned long long mine = blockIdx.x == 0 ? kArrivalsPerCall - (gridDim.x - 1) : 1;
-    epoch = atomicAdd(&l.control->arrivals, mine) / kArrivalsPerCall;
+  unsigned long long epoch = 0;  // thread 0 tells the others in begin_call
+  if (l.early) {
+    if (threadIdx.x == 0) epoch = next_epoch(l);
+    // The number is there before any thread triggers: a use of it that ends in the barrier.
+    __syncthreads_or(epoch == ~0ull);
+    dependency_trigger();
   }
-  __syncthreads();  // the number is there before any thread triggers
-  if (l.early) dependency_trigger();
   dependency_wait();
   return epoch;
 }
@@ -102,10 +110,13 @@ __device__ __forceinline__ Call begin_call(const Lamport& l, unsigned long long 
     // Relaxed: earlier calls' writes are visible because their kernels have completed (stream order, or
     // dependency_wait); within this call only used[epoch % 3] changes, which no CTA of this call reads, and `aborted`,
     // which is looked at again in every long wait.
-    const unsigned generation = epoch % 3;
+    const unsigned long long used[3] = {load_relaxed_gpu(&l.control->used[0]), load_relaxed_gpu(&l.control->used[1]),
+                                        load_relaxed_gpu(&l.control->used[2])};
     call.failed = load_relaxed_gpu(&l.control->aborted) != 0;
-    call.previous = load_relaxed_gpu(&l.control->used[(generation + 2) % 3]);
+    if (!l.early) epoch = next_epoch(l);
+    const unsigned generation = epoch % 3;
     call.epoch = epoch;
+    call.previous = generation == 0 ? used[2] : generation == 1 ? used[0] : used[1];
     if (blockIdx.x == 0) l.control->used[generation] = bytes;
   }
   __syncthreads();
@@ -160,7 +171,7 @@ __device__ __forceinline__ bool gather_and_sum(const Lamport& l, const Call& cal
   constexpr int kSize = Vec<T>::kSize;
   const int world = kWorld ? kWorld : l.world;
   const unsigned next_source = static_cast<unsigned>(l.slot_bytes / 16);
-  const uint4* const slots = l.slot(l.rank, call.epoch % 3, 0);
+  const uint4* const slots = l.slot(l.rank, call.epoch % 3, l.rank == 0);  // the first that there is
 
   // Two ranks: one slot to read, and a + b is b + a.
   constexpr int kAtOnce = kWorld == 2 ? 1 : kWorld == 4 ? 4 : 2;
@@ -176,7 +187,10 @@ __device__ __forceinline__ bool gather_and_sum(const Lamport& l, const Call& cal
         if (kAtOnce > 1 && (source >= world || source == l.rank)) continue;
 #pragma unroll
         for (int u = 0; u < kVecs; ++u) {
-          if (v + u * stride < vectors) came[k][u] = load_relaxed_sys(slots + source * next_source + v + u * stride);
+          if (v + u * stride < vectors) {
+            const unsigned index = kAtOnce == 1 ? 0 : source - (source > l.rank);
+            came[k][u] = load_relaxed_sys(slots + index * next_source + v + u * stride);
+          }
         }
       }
 #pragma unroll

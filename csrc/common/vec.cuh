@@ -87,6 +87,13 @@ __device__ __forceinline__ Vec<T> load_once_written(const T* p) {
   return v;
 }
 
+// Kept in L1, and not through the read-only path: for what this kernel reads again, which the kernel before may have
+// written.
+template <typename T>
+__device__ __forceinline__ Vec<T> load(const T* p) {
+  return {*reinterpret_cast<const uint4*>(p)};
+}
+
 // Loads what many CTAs of a multiprocessor read (weights): kept in L1. Same conditions as `load_once`.
 template <typename T>
 __device__ __forceinline__ Vec<T> load_shared_read(const T* p) {

@@ -14,9 +14,13 @@ from . import tuning
 from .capabilities import agree
 from .collectives import all_gather_object
 
-# The largest payload of one kernel; larger ones take several. Three generations of one slot for each rank: 96 MiB a GPU
-# at two ranks.
-SLOT_BYTES = 16 << 20
+# Slots of all ranks together; the largest payload of one kernel, two-shot, is half of it, and larger ones take several.
+# Three generations of one slot for each peer: 96 MiB a GPU at two ranks, 168 MiB at eight.
+SLOTS_BYTES = 64 << 20
+
+
+def slot_bytes_for(world: int) -> int:
+    return SLOTS_BYTES // world // 16 * 16
 
 
 class AllReduceWorkspace:
@@ -28,13 +32,16 @@ class AllReduceWorkspace:
         timeout_seconds: bound of every wait for a peer inside a kernel.
     """
 
-    def __init__(self, pg: dist.ProcessGroup, timeout_seconds: float, slot_bytes: int = SLOT_BYTES) -> None:
+    def __init__(self, pg: dist.ProcessGroup, timeout_seconds: float) -> None:
         import torch.distributed._symmetric_memory as symmetric_memory
 
         extension, device = _ext.extension(), torch.device("cuda", torch.cuda.current_device())
+        slot_bytes = slot_bytes_for(pg.size())
         size = extension.all_reduce_workspace_bytes(pg.size(), slot_bytes)
-        self.pg, self.device, self.slot_bytes = pg, device, slot_bytes
+        self.pg, self.device, self.device_index, self.slot_bytes = pg, device, device.index, slot_bytes
         self._choices: dict[tuple[str, int], tuning.Choice] = {}
+        # (op, dtype, elements) -> the launcher's arguments, for ops._direct.
+        self.known: dict[tuple, tuple] = {}
         hopper = agree(pg).compute_capability[0] == 9
         self._most_row_bytes = extension.all_reduce_max_norm_row_bytes if hopper else 0
         self._buffer = symmetric_memory.empty(size, dtype=torch.uint8, device=device)

@@ -1,18 +1,19 @@
 """The short way to a kernel: eager calls whose group, size and dtype have been through the long way before.
 
 torch's dispatcher, the checks and the choice of implementation cost several times the launch itself. A call may leave
-them out if they would find nothing new: plain CUDA tensors, nobody tracing, a group whose workspace exists. What is
-left out decides nothing between ranks: the tuning table's choice is the same either way.
+them out if they would find nothing new: plain CUDA tensors, nobody tracing, a size and dtype that the long way took a
+kernel for. What is left out decides nothing between ranks: the tuning table's choice is the same either way.
 """
 
 from __future__ import annotations
 
 import torch
 
-from ..comm.workspace import AllReduceWorkspace, by_group
+from ..comm.workspace import AllReduceWorkspace, by_group, existing_workspace
 from ._debug import debugging
 from ._dispatch import current_mode
 
+_is_compiling = torch.compiler.is_compiling
 _modes_active = torch._C._len_torch_dispatch_stack  # torch.utils._python_dispatch reads it, too
 # torch.cuda.current_stream makes an object: 1.5 us. CPU builds of torch have neither.
 raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
@@ -20,22 +21,31 @@ raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
 
 def workspace_for(group) -> AllReduceWorkspace | None:
     """The workspace behind `group=` if the short way may be taken now."""
-    if torch.compiler.is_compiling():
+    if _is_compiling():
         return None
     workspace = by_group.get(group)
-    if workspace is None or _modes_active() or current_mode() == "reference" or debugging():
+    if workspace is None or _modes_active() or debugging() or current_mode() == "reference":
         return None
     return workspace
 
 
-def plain(x: torch.Tensor, like: torch.Tensor | None = None) -> bool:
-    """Whether a kernel can read `x` as it is: a CUDA tensor, contiguous, aligned, no subclass, no gradient; and of the
-    dtype, device and shape of `like`."""
+def plain(x: torch.Tensor, device_index: int) -> bool:
+    """Whether a kernel can read `x` as it is: on that GPU, contiguous, aligned, no subclass, no gradient."""
     return (
         type(x) is torch.Tensor
-        and x.is_cuda
+        and x.get_device() == device_index
         and x.is_contiguous()
         and not x.requires_grad
-        and x.data_ptr() % 16 == 0
-        and (like is None or (x.dtype is like.dtype and x.device == like.device and x.shape == like.shape))
+        and not x.data_ptr() & 15
     )
+
+
+def may_remember(pg) -> bool:
+    """After the long way: whether it may have taken a kernel, so that the next such call may go the short way."""
+    return not _is_compiling() and not _modes_active() and existing_workspace(pg) is not None
+
+
+def remember(group, pg, key: tuple, arguments: tuple) -> None:
+    """The long way takes a kernel for calls like `key`: the launcher's `arguments` that do not change."""
+    workspace = by_group[group] = existing_workspace(pg)
+    workspace.known[key] = arguments

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import functools
 import logging
 import os
 import warnings
@@ -24,8 +25,9 @@ _log = logging.getLogger("fused_parallel")
 _told: set[tuple[str, str]] = set()
 
 
+@functools.cache
 def environment_mode() -> str:
-    """The mode that the environment variable FUSED_PARALLEL asks for (`auto` when unset)."""
+    """The mode that the environment variable FUSED_PARALLEL asks for (`auto` when unset); read once a process."""
     mode = os.environ.get("FUSED_PARALLEL", "auto")
     if mode not in MODES:
         raise ValueError(f"FUSED_PARALLEL={mode!r} in the environment: must be one of {', '.join(MODES)}")

@@ -9,7 +9,7 @@ from .. import _ext
 from ..comm import collectives
 from ..comm.groups import group_from_name, resolve_group
 from ..comm.tuning import ONE, TWO, Choice
-from ..comm.workspace import AllReduceWorkspace, by_group, existing_workspace, why_no_workspace, workspace_of
+from ..comm.workspace import AllReduceWorkspace, why_no_workspace, workspace_of
 from ..reference import all_reduce as reference
 from . import _direct
 from ._debug import check_agreement
@@ -184,18 +184,22 @@ def all_reduce(x: torch.Tensor, *, group, out: torch.Tensor | None = None) -> to
         PeerTimeoutError: a rank died or did not answer within the group's timeout.
     """
     workspace = _direct.workspace_for(group)
-    if workspace is not None and out is None and _direct.plain(x) and x.dtype in _ext.DTYPE_CODES:
-        choice = workspace.choice("all_reduce", x.numel() * x.element_size())
-        if choice.algorithm != "library" and x.get_device() == workspace.device.index:
+    if workspace is not None and out is None and _direct.plain(x, index := workspace.device_index):
+        known = workspace.known.get(("all_reduce", x.dtype, x.numel()))
+        if known is not None:
             out = torch.empty_like(x)
-            launch_all_reduce(x, out, workspace, choice)
+            try:
+                workspace.native.all_reduce(x.data_ptr(), out.data_ptr(), *known, _direct.raw_stream(index))
+            except RuntimeError:
+                workspace.check()
+                raise
             return out
     check_floating("all_reduce", ("out",), x=x, out=out)
     pg = resolve_group(group)
     name = pg.group_name
     if out is None:
         out = _all_reduce_op(x, name)
-        remember_workspace(group, pg)
+        _remember(x, group, pg)
         return out
     if out.shape != x.shape:
         raise ValueError(f"all_reduce: out has shape {tuple(out.shape)}, x has {tuple(x.shape)}; they must be equal")
@@ -203,10 +207,11 @@ def all_reduce(x: torch.Tensor, *, group, out: torch.Tensor | None = None) -> to
     return out
 
 
-def remember_workspace(group, pg: dist.ProcessGroup) -> None:
-    """The long way is done: if it made a workspace for `group`, the next calls may go the short one (`_direct`)."""
-    if not torch.compiler.is_compiling() and (workspace := existing_workspace(pg)) is not None:
-        by_group[group] = workspace
+def _remember(x: torch.Tensor, group, pg: dist.ProcessGroup) -> None:
+    if _direct.may_remember(pg) and (choice := kernel_choice("all_reduce", x, pg)) is not None:
+        n, code = x.numel(), _ext.DTYPE_CODES[x.dtype]
+        arguments = (n, choice.algorithm == "two_shot", choice.threads, choice.ctas, code)
+        _direct.remember(group, pg, ("all_reduce", x.dtype, n), arguments)
 
 
 def reduce_scatter(x: torch.Tensor, *, group) -> torch.Tensor:

@@ -13,7 +13,7 @@ from . import _direct
 from ._debug import check_agreement
 from ._library import check_floating, register
 from .add_rms_norm import add_norm, check_norm
-from .all_reduce import aligned, all_reduce_, kernel_choice, remember_workspace, why_not_fused
+from .all_reduce import aligned, all_reduce_, kernel_choice, why_not_fused
 
 
 def _why_not_fused(x: torch.Tensor, pg: dist.ProcessGroup) -> str | None:
@@ -24,6 +24,12 @@ def _why_not_fused(x: torch.Tensor, pg: dist.ProcessGroup) -> str | None:
         return None
     most = _ext.extension().all_reduce_max_norm_row_bytes
     return f"its kernel is for Hopper GPUs and rows of a multiple of 16 up to {most} bytes, not of {row}"
+
+
+def _arguments(x: torch.Tensor, eps: float, choice: Choice) -> tuple:
+    """The launcher's arguments between the addresses and the stream."""
+    hidden = x.shape[-1]
+    return x.numel() // hidden, hidden, eps, choice.cluster, choice.ctas, _ext.DTYPE_CODES[x.dtype]
 
 
 def launch_reduce_norm(
@@ -37,18 +43,13 @@ def launch_reduce_norm(
     """The kernel on contiguous, aligned tensors."""
     workspace.check()
     normed, new_residual = torch.empty_like(x), torch.empty_like(x)
-    hidden = x.shape[-1]
     workspace.native.all_reduce_add_rms_norm(
         x.data_ptr(),
         residual.data_ptr(),
         weight.data_ptr(),
         normed.data_ptr(),
         new_residual.data_ptr(),
-        x.numel() // hidden,
-        hidden,
-        eps,
-        choice.cluster,
-        _ext.DTYPE_CODES[x.dtype],
+        *_arguments(x, eps, choice),
         _direct.raw_stream(workspace.device.index),
     )
     return normed, new_residual
@@ -113,23 +114,34 @@ def all_reduce_add_rms_norm(
     workspace = _direct.workspace_for(group)
     if (
         workspace is not None
-        and _direct.plain(x)
-        and _direct.plain(residual, like=x)
-        and _direct.plain(weight)
-        and weight.dtype is x.dtype
-        and weight.shape == x.shape[-1:]
-        and x.dtype in _ext.DTYPE_CODES
-        and x.get_device() == weight.get_device() == workspace.device.index
-        and eps > 0
-        and x.numel()
-        and workspace.takes_rows(x.shape[-1] * x.element_size())
+        and _direct.plain(x, index := workspace.device_index)
+        and _direct.plain(residual, index)
+        and _direct.plain(weight, index)
+        and x.dtype is residual.dtype is weight.dtype
+        and x.shape == residual.shape
     ):
-        choice = workspace.choice("all_reduce_add_rms_norm", x.numel() * x.element_size())
-        if choice.algorithm != "library":
-            return launch_reduce_norm(x, residual, weight, eps, workspace, choice)
+        known = workspace.known.get(("all_reduce_add_rms_norm", x.dtype, x.shape, weight.shape, eps))
+        if known is not None:
+            normed, new_residual = torch.empty_like(x), torch.empty_like(x)
+            try:
+                workspace.native.all_reduce_add_rms_norm(
+                    x.data_ptr(),
+                    residual.data_ptr(),
+                    weight.data_ptr(),
+                    normed.data_ptr(),
+                    new_residual.data_ptr(),
+                    *known,
+                    _direct.raw_stream(index),
+                )
+            except RuntimeError:
+                workspace.check()
+                raise
+            return normed, new_residual
     check_floating("all_reduce_add_rms_norm", x=x, residual=residual, weight=weight)
     check_norm("all_reduce_add_rms_norm", x.shape, residual, weight, eps)
     pg = resolve_group(group)
     out = _op(x, residual, weight, eps, pg.group_name)
-    remember_workspace(group, pg)
+    if _direct.may_remember(pg) and (choice := kernel_choice("all_reduce_add_rms_norm", x, pg, _why_not_fused)):
+        key = ("all_reduce_add_rms_norm", x.dtype, x.shape, weight.shape, eps)
+        _direct.remember(group, pg, key, _arguments(x, eps, choice))
     return out

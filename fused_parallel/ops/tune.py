@@ -33,9 +33,12 @@ def rows_tried(quick: bool) -> list[int]:
 def candidates(op: str, world: int, rows: int, multiprocessors: int) -> list[Choice]:
     """What is tried for a payload of `rows` rows."""
     if op == "all_reduce_add_rms_norm":
-        return [*(Choice("one_shot", cluster=cluster) for cluster in (1, 2, 4, 8)), tuning.LIBRARY]
+        kernels = [Choice("one_shot", cluster=cluster) for cluster in (1, 2, 4, 8)]
+        if rows > 32:  # the largest grids that let the next kernel become resident
+            kernels += [Choice("one_shot", cluster=1, ctas=multiprocessors // 2 // n) for n in (1, 2)]
+        return [*kernels, tuning.LIBRARY]
     # At two ranks two-shot sends as much and waits twice: only for what it saves in memory traffic.
-    algorithms = ["one_shot"] if world == 2 and rows <= 64 else ["one_shot", "two_shot"]
+    algorithms = ["one_shot"] if world == 2 and rows <= 32 else ["one_shot", "two_shot"]
     if rows <= 16:
         grids = [(64, 0), (128, 0), (256, 0)]
     else:

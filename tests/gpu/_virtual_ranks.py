@@ -59,6 +59,7 @@ class VirtualRanks:
             hidden=x.shape[-1],
             eps=eps,
             cluster=cluster,
+            ctas=0,
             dtype=_ext.DTYPE_CODES[x.dtype],
             stream=self.streams[rank].cuda_stream,
         )
