@@ -202,12 +202,13 @@ class Bench:
         bytes: int,
         floor_us: float | None,
         check: Callable[[tuple], float],
+        tolerance: float | None = None,
         **timing,
     ) -> None:
         """Check `fn` with `check(fresh inputs)`, which gives this rank's relative error, then time it in all modes.
 
-        `timing` goes to `time_collective`. Results beyond the tolerance give no row and fail the benchmark. What does
-        not run in a mode is not tried in that mode again.
+        `timing` goes to `time_collective`. Results beyond the tolerance (default: twice the dtype's) give no row and
+        fail the benchmark. What does not run in a mode is not tried in that mode again.
         """
         name = f"{op} {impl} {results.shape_key(**shape)}"
         error = self.attempt(name, lambda: check(inputs(0)))
@@ -215,7 +216,7 @@ class Bench:
             return
         error = max(self.everyone(float("inf") if math.isnan(error) else error))
         # Backends round after each addition, ours once: room for the former.
-        if not error <= 2 * RELATIVE_ERROR[self.dtype]:
+        if not error <= (tolerance or 2 * RELATIVE_ERROR[self.dtype]):
             self.wrong.append(f"{name}: relative error {error:.1e}")
             self.say("WRONG", self.wrong[-1])
             return

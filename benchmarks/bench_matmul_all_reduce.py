@@ -4,14 +4,17 @@
 
 Without torchrun it starts one rank a GPU. Operations and rows:
 
-    matmul_all_reduce      x [M, K], weight [N, K] per rank -> [M, N], summed      cublas, cublas_nccl
-    matmul_reduce_scatter  the same -> [M / W, N]                                  cublas, cublas_nccl, torch_fused
-    all_gather_matmul      x [M / W, K], weight [N, K] per rank -> [M, N]          cublas, cublas_nccl, torch_fused
+    matmul_all_reduce               x [M, K], weight [N, K] per rank -> [M, N], summed
+    matmul_all_reduce_add_rms_norm  the same, the residual added, normalised
+    matmul_reduce_scatter           the same as the first -> [M / W, N]
+    all_gather_matmul               x [M / W, K], weight [N, K] per rank -> [M, N]
 
-`cublas` is the matmul alone (on the gathered x), `cublas_nccl` matmul and NCCL one after the other, `torch_fused`
-torch's fused_matmul_reduce_scatter and fused_all_gather_matmul. Where W does not divide M only the first operation is
-measured. `bytes` are operands and result of one rank's matmul. `floor_us` = launch + the longest of computing the
-matmul, moving `bytes` through memory, and the collective's bytes over the link: all three could happen at once.
+`fused` is this library's operation, `cublas` the matmul alone (on the gathered x), `cublas_nccl` matmul and NCCL one
+after the other (then the add_rms_norm kernel), `cublas_allreduce` the matmul and this library's all-reduce (with the
+norm), `torch_fused` torch's fused_matmul_reduce_scatter and fused_all_gather_matmul. Where W does not divide M the last
+two operations are not measured. `bytes` are operands and result of one rank's matmul. `floor_us` = launch + the longest
+of computing the matmul, moving `bytes` through memory, and the collective's bytes over the link: all three could happen
+at once.
 """
 
 from __future__ import annotations
@@ -20,17 +23,20 @@ import argparse
 import functools
 
 import torch
+import torch.distributed as dist
 import torch.distributed._symmetric_memory  # registers torch.ops.symm_mem.fused_*
 import torch.nn.functional as F
 from _common import Bench, main, parser, relative
 
+import fused_parallel as fp
 from fused_parallel.comm import collectives
 from fused_parallel.testing.timer import rotation_sets
 
 ROWS = (1, 8, 16, 32, 64, 128, 256, 512, 2048, 8192, 16384)
 DEPTHS = (4096, 14336)
 CHECKED_ROWS = 64
-OPS = ("matmul_all_reduce", "matmul_reduce_scatter", "all_gather_matmul")
+OPS = ("matmul_all_reduce", "matmul_all_reduce_add_rms_norm", "matmul_reduce_scatter", "all_gather_matmul")
+EPS = 1e-5
 
 
 class _Shape:
@@ -92,10 +98,50 @@ def _matmul_all_reduce(s: _Shape) -> None:
     def with_nccl(x, weight):
         return collectives.all_reduce_(F.linear(x, weight), pg)
 
+    def with_ours(x, weight):
+        out = F.linear(x, weight)
+        return fp.all_reduce(out, group=pg, out=out)
+
+    def fused(x, weight):
+        return fp.matmul_all_reduce(x, weight, group=pg)
+
     op = "matmul_all_reduce"
     s.measure(op, s.blas, F.linear, s.full, lambda v: relative(F.linear(*v)[s.checked], s.local(*v)), 0)
-    check = lambda v: relative(with_nccl(*v)[s.checked], s.summed(*v))  # noqa: E731
-    s.measure(op, s.blas_and_backend, with_nccl, s.full, check, sent)
+    for impl, fn in ((s.blas_and_backend, with_nccl), (f"{s.blas}_allreduce", with_ours), ("fused", fused)):
+        s.measure(op, impl, fn, s.full, lambda v, fn=fn: relative(fn(*v)[s.checked], s.summed(*v)), sent)
+
+
+def _matmul_all_reduce_add_rms_norm(s: _Shape) -> None:
+    pg, world, bench = s.bench.pg, s.bench.world, s.bench
+    sent = 2 * (world - 1) * s.m * s.n // world
+    norm = bench.random(s.n, seed=-99)
+    dist.broadcast(norm, 0, group=pg)
+
+    def inputs(i: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        residual = bench.random(s.m, s.n, seed=-100 - i)
+        dist.broadcast(residual, 0, group=pg)
+        return *s.full(i), residual
+
+    def with_nccl(x, weight, residual):
+        return fp.add_rms_norm(collectives.all_reduce_(F.linear(x, weight), pg), residual, norm, EPS)
+
+    def with_ours(x, weight, residual):
+        return fp.all_reduce_add_rms_norm(F.linear(x, weight), residual, norm, EPS, group=pg)
+
+    def fused(x, weight, residual):
+        return fp.matmul_all_reduce_add_rms_norm(x, weight, residual, norm, EPS, group=pg)
+
+    def check(values, fn) -> float:
+        x, weight, residual = values
+        new = s.summed(x, weight) + residual[s.checked].double()
+        normed = new * (new.square().mean(-1, keepdim=True) + EPS).rsqrt() * norm.double()
+        got_normed, got_new = fn(*values)
+        return max(relative(got_normed[s.checked], normed), relative(got_new[s.checked], new))
+
+    op = "matmul_all_reduce_add_rms_norm"
+    s.measure(op, s.blas, lambda x, w, _: F.linear(x, w), inputs, lambda v: 0.0, 0)  # checked above
+    for impl, fn in ((s.blas_and_backend, with_nccl), (f"{s.blas}_allreduce", with_ours), ("fused", fused)):
+        s.measure(op, impl, fn, inputs, functools.partial(check, fn=fn), sent)
 
 
 def _matmul_reduce_scatter(s: _Shape) -> None:
@@ -108,9 +154,12 @@ def _matmul_reduce_scatter(s: _Shape) -> None:
     def torch_fused(x, weight):
         return torch.ops.symm_mem.fused_matmul_reduce_scatter(x, weight.t(), "sum", 0, pg.group_name)
 
+    def fused(x, weight):
+        return fp.matmul_reduce_scatter(x, weight, group=pg)
+
     op = "matmul_reduce_scatter"
     s.measure(op, s.blas, F.linear, s.full, lambda v: relative(F.linear(*v)[s.checked], s.local(*v)), 0)
-    for impl, fn in ((s.blas_and_backend, with_nccl), ("torch_fused", torch_fused)):
+    for impl, fn in ((s.blas_and_backend, with_nccl), ("torch_fused", torch_fused), ("fused", fused)):
         s.measure(op, impl, fn, s.full, lambda v, fn=fn: s.scattered(fn(*v), s.summed(*v)), sent)
 
 
@@ -128,13 +177,22 @@ def _all_gather_matmul(s: _Shape) -> None:
         x, weight = values
         return relative(fn(*values)[s.checked], s.local(collectives.all_gather(x, pg), weight))
 
+    def fused(x, weight):
+        return fp.all_gather_matmul(x, weight, group=pg)
+
     op = "all_gather_matmul"
     s.measure(op, s.blas, F.linear, s.full, lambda v: relative(F.linear(*v)[s.checked], s.local(*v)), 0)
-    for impl, fn in ((s.blas_and_backend, with_nccl), ("torch_fused", torch_fused)):
+    for impl, fn in ((s.blas_and_backend, with_nccl), ("torch_fused", torch_fused), ("fused", fused)):
         s.measure(op, impl, fn, s.part_of, functools.partial(check, fn), sent)
 
 
-_RUN = dict(zip(OPS, (_matmul_all_reduce, _matmul_reduce_scatter, _all_gather_matmul), strict=True))
+_RUN = dict(
+    zip(
+        OPS,
+        (_matmul_all_reduce, _matmul_all_reduce_add_rms_norm, _matmul_reduce_scatter, _all_gather_matmul),
+        strict=True,
+    )
+)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -146,7 +204,7 @@ def run(arguments: argparse.Namespace) -> int:
         for m in arguments.M:
             shape = _Shape(bench, m, k, n, weights)
             for op in arguments.ops:
-                if op != "matmul_all_reduce" and m % bench.world:
+                if op in OPS[2:] and m % bench.world:
                     continue
                 _RUN[op](shape)
     return bench.finish()

@@ -27,6 +27,10 @@ struct AllReduceWorkspace {
   // the last waits for it; two streams in one capture are refused. What graphs replay is the caller's to order.
   void order(void* stream);
 
+  // The caller has made `stream` wait for the stream of the last operation: what comes next may be on it, in the same
+  // capture, too.
+  void move_to(void* stream);
+
   int rank, world, device, max_threads;
   bool hopper;  // clusters and programmatic dependent launch
   std::vector<std::uintptr_t> bases;
@@ -76,17 +80,19 @@ void all_reduce(AllReduceWorkspace& workspace, const void* x, void* out, std::in
 // normed = rms_norm(new_residual) * weight, new_residual = residual + sum over ranks of x; [rows, hidden] each,
 // contiguous, 16-byte aligned, hidden a multiple of 16 bytes and at most 64 KiB. `cluster`: CTAs a row, 1, 2, 4 or 8;
 // `ctas`: of the grid, at most; 0: the default for the shape. What does not fit a slot goes in several calls.
+// `next`, `next_bytes`: what the kernel after this one reads, weights, to be brought into the L2 meanwhile; or null.
 void all_reduce_add_rms_norm(AllReduceWorkspace& workspace, const void* x, const void* residual, const void* weight,
                              void* normed, void* new_residual, std::int64_t rows, std::int64_t hidden, float eps,
-                             int cluster, int ctas, int dtype, void* stream);
+                             int cluster, int ctas, const void* next, std::int64_t next_bytes, int dtype,
+                             void* stream);
 
 // out[elements] = this rank's part of the sum over ranks of x[world * elements].
-void reduce_scatter(AllReduceWorkspace& workspace, const void* x, void* out, std::int64_t elements, int dtype,
-                    void* stream);
+void reduce_scatter(AllReduceWorkspace& workspace, const void* x, void* out, std::int64_t elements, int ctas,
+                    int dtype, void* stream);
 
 // out[world * elements] = all ranks' x[elements], in rank order. Both take parts of a multiple of 16 bytes, at most
-// slot_bytes.
-void all_gather(AllReduceWorkspace& workspace, const void* x, void* out, std::int64_t elements, int dtype,
+// slot_bytes; `ctas`: of the grid, at most (0: the default).
+void all_gather(AllReduceWorkspace& workspace, const void* x, void* out, std::int64_t elements, int ctas, int dtype,
                 void* stream);
 
 }  // namespace fp

@@ -39,6 +39,10 @@ void bind_all_reduce(py::module_& m) {
       .def("failure", &AllReduceWorkspace::failure)
       .def("failed_rank", &AllReduceWorkspace::failed_rank)
       .def(
+          "order", [](AllReduceWorkspace& w, Address stream) { w.order(pointer(stream)); }, py::arg("stream"))
+      .def(
+          "move_to", [](AllReduceWorkspace& w, Address stream) { w.move_to(pointer(stream)); }, py::arg("stream"))
+      .def(
           "reset", [](const AllReduceWorkspace& w, Address stream) { fp::all_reduce_reset(w, pointer(stream)); },
           py::arg("stream"))
       .def(
@@ -51,25 +55,27 @@ void bind_all_reduce(py::module_& m) {
           py::arg("dtype"), py::arg("stream"))
       .def(
           "reduce_scatter",
-          [](AllReduceWorkspace& w, Address x, Address out, std::int64_t elements, int dtype, Address stream) {
-            fp::reduce_scatter(w, pointer(x), pointer(out), elements, dtype, pointer(stream));
+          [](AllReduceWorkspace& w, Address x, Address out, std::int64_t elements, int ctas, int dtype, Address stream) {
+            fp::reduce_scatter(w, pointer(x), pointer(out), elements, ctas, dtype, pointer(stream));
           },
-          py::arg("x"), py::arg("out"), py::arg("elements"), py::arg("dtype"), py::arg("stream"))
+          py::arg("x"), py::arg("out"), py::arg("elements"), py::arg("ctas"), py::arg("dtype"), py::arg("stream"))
       .def(
           "all_gather",
-          [](AllReduceWorkspace& w, Address x, Address out, std::int64_t elements, int dtype, Address stream) {
-            fp::all_gather(w, pointer(x), pointer(out), elements, dtype, pointer(stream));
+          [](AllReduceWorkspace& w, Address x, Address out, std::int64_t elements, int ctas, int dtype, Address stream) {
+            fp::all_gather(w, pointer(x), pointer(out), elements, ctas, dtype, pointer(stream));
           },
-          py::arg("x"), py::arg("out"), py::arg("elements"), py::arg("dtype"), py::arg("stream"))
+          py::arg("x"), py::arg("out"), py::arg("elements"), py::arg("ctas"), py::arg("dtype"), py::arg("stream"))
       .def(
           "all_reduce_add_rms_norm",
           [](AllReduceWorkspace& w, Address x, Address residual, Address weight, Address normed, Address new_residual,
-             std::int64_t rows, std::int64_t hidden, float eps, int cluster, int ctas, int dtype, Address stream) {
+             std::int64_t rows, std::int64_t hidden, float eps, int cluster, int ctas, Address next,
+             std::int64_t next_bytes, int dtype, Address stream) {
             fp::all_reduce_add_rms_norm(w, pointer(x), pointer(residual), pointer(weight), pointer(normed),
-                                        pointer(new_residual), rows, hidden, eps, cluster, ctas, dtype, pointer(stream));
+                                        pointer(new_residual), rows, hidden, eps, cluster, ctas, pointer(next), next_bytes, dtype,
+                                        pointer(stream));
           },
           py::arg("x"), py::arg("residual"), py::arg("weight"), py::arg("normed"), py::arg("new_residual"),
-          py::arg("rows"), py::arg("hidden"), py::arg("eps"), py::arg("cluster"), py::arg("ctas"), py::arg("dtype"), py::arg("stream"));
+          py::arg("rows"), py::arg("hidden"), py::arg("eps"), py::arg("cluster"), py::arg("ctas"), py::arg("next"), py::arg("next_bytes"), py::arg("dtype"), py::arg("stream"));
 }
 
 void bind_operations(py::module_& m) {

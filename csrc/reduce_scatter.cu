@@ -83,8 +83,8 @@ __global__ void __launch_bounds__(kThreads, 2) all_gather_push(const __grid_cons
 }
 
 template <typename Launch>
-void checked(AllReduceWorkspace& w, const char* name, const void* x, const void* out, std::int64_t elements, int dtype,
-             void* stream, Launch&& launch) {
+void checked(AllReduceWorkspace& w, const char* name, const void* x, const void* out, std::int64_t elements, int ctas,
+             int dtype, void* stream, Launch&& launch) {
   if (elements == 0) return;
   const DeviceGuard guard(w.device);
   dispatch_dtype(static_cast<DType>(dtype), [&](auto* null) {
@@ -97,14 +97,15 @@ void checked(AllReduceWorkspace& w, const char* name, const void* x, const void*
     }
     w.order(stream);
     const int share = static_cast<int>(bytes / 16);
-    launch(null, share, grid_for(w, share));
+    launch(null, share, grid_for(w, share, 0, ctas));
   });
 }
 
 }  // namespace
 
-void reduce_scatter(AllReduceWorkspace& w, const void* x, void* out, std::int64_t elements, int dtype, void* stream) {
-  checked(w, "reduce_scatter", x, out, elements, dtype, stream,
+void reduce_scatter(AllReduceWorkspace& w, const void* x, void* out, std::int64_t elements, int ctas, int dtype,
+                    void* stream) {
+  checked(w, "reduce_scatter", x, out, elements, ctas, dtype, stream,
           [&](auto* null, int share, const Grid& grid) {
             using T = std::remove_pointer_t<decltype(null)>;
             const Params<T> p = {lamport_of(w, kReduceScatter, grid.early), static_cast<const T*>(x), static_cast<T*>(out), share};
@@ -115,8 +116,9 @@ void reduce_scatter(AllReduceWorkspace& w, const void* x, void* out, std::int64_
           });
 }
 
-void all_gather(AllReduceWorkspace& w, const void* x, void* out, std::int64_t elements, int dtype, void* stream) {
-  checked(w, "all_gather", x, out, elements, dtype, stream, [&](auto* null, int share, const Grid& grid) {
+void all_gather(AllReduceWorkspace& w, const void* x, void* out, std::int64_t elements, int ctas, int dtype,
+                void* stream) {
+  checked(w, "all_gather", x, out, elements, ctas, dtype, stream, [&](auto* null, int share, const Grid& grid) {
     using T = std::remove_pointer_t<decltype(null)>;
     const Params<T> p = {lamport_of(w, kAllGather, grid.early), static_cast<const T*>(x), static_cast<T*>(out), share};
     dispatch_world(w.world, [&](auto world) {

@@ -3,5 +3,6 @@
 from .collectives import CommunicationTimer
 from .groups import finalize, init, resolve_group
 from .launch import RankPool, launch
+from .symmetric import symmetric_empty
 
-__all__ = ["CommunicationTimer", "RankPool", "finalize", "init", "launch", "resolve_group"]
+__all__ = ["CommunicationTimer", "RankPool", "finalize", "init", "launch", "resolve_group", "symmetric_empty"]

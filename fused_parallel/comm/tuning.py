@@ -22,19 +22,23 @@ class Choice(NamedTuple):
     algorithm: "one_shot", "two_shot", or "library" (torch.distributed, and what follows as an operation of its own).
     threads: of a CTA, ctas: in the grid, at most; cluster: CTAs that share a row (with the norm). 0: the kernel's
     default.
+    For matmuls: "blocks" of `rows` rows, communicated by `ctas` CTAs beside the next block's matmul, or "whole", the
+    matmul and then the collective.
     """
 
     algorithm: str
     threads: int = 0
     ctas: int = 0
     cluster: int = 0
+    rows: int = 0
 
 
-# op -> (most bytes of one rank's payload, or None for all larger ones; choice), ascending.
+# op -> (most bytes of one rank's payload, or None for all larger ones; choice), ascending. The payload is what a
+# collective's input holds; of all_gather_matmul, what it gathers.
 Table = dict[str, list[tuple[int | None, Choice]]]
 
 _MB = 1 << 20
-ONE, TWO, LIBRARY = Choice("one_shot"), Choice("two_shot"), Choice("library")
+ONE, TWO, LIBRARY, WHOLE = (Choice(name) for name in ("one_shot", "two_shot", "library", "whole"))
 
 
 def default_table(world: int) -> Table:
@@ -48,10 +52,15 @@ def default_table(world: int) -> Table:
         all_reduce = [(_MB // world, ONE), (None, TWO)]
         # Only one-shot keeps the sums for the norm.
         with_norm = [(4 * _MB // world, ONE), (None, LIBRARY)]
+    matmuls = [(12 * _MB, WHOLE), (None, Choice("blocks", ctas=16, rows=1024))]
     return {
         "all_reduce": all_reduce,
         "all_reduce_add_rms_norm": with_norm,
         "reduce_scatter": [(None, ONE)],
+        "matmul_all_reduce": matmuls,
+        "matmul_all_reduce_add_rms_norm": matmuls,
+        "matmul_reduce_scatter": matmuls,
+        "all_gather_matmul": matmuls,
         "all_gather": [(None, ONE)],
     }
 

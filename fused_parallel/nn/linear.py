@@ -123,9 +123,16 @@ class RowParallelLinear(ShardedModule):
         else:
             self.register_parameter("bias", None)
 
-    def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None, norm: RMSNorm | None = None):
+    def forward(
+        self,
+        x: torch.Tensor,
+        residual: torch.Tensor | None = None,
+        norm: RMSNorm | None = None,
+        prefetch: torch.Tensor | None = None,
+    ):
         """x [..., local in] -> out [..., out_features], whole on every rank. With `residual` [..., out_features]:
-        residual + out; with `norm` (an RMSNorm), too: (norm(sum), sum) for sum = residual + out, in one operation."""
+        residual + out; with `norm` (an RMSNorm), too: (norm(sum), sum) for sum = residual + out, in one operation, which
+        brings a part of `prefetch`, the next layer's weight, into the L2 meanwhile."""
         if not self.input_is_parallel:
             x = take_part(x, self.shards["weight"])
         if norm is not None and residual is None:
@@ -134,7 +141,14 @@ class RowParallelLinear(ShardedModule):
             out = ops.matmul_all_reduce(x, self.weight, self.bias, group=self.group)
             return out if residual is None else residual + out
         return ops.matmul_all_reduce_add_rms_norm(
-            x, self.weight, residual, norm.weight, norm.variance_epsilon, self.bias, group=self.group
+            x,
+            self.weight,
+            residual,
+            norm.weight,
+            norm.variance_epsilon,
+            self.bias,
+            group=self.group,
+            prefetch=prefetch,
         )
 
 

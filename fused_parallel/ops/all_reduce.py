@@ -13,7 +13,7 @@ from ..comm.workspace import AllReduceWorkspace, why_no_workspace, workspace_of
 from ..reference import all_reduce as reference
 from . import _direct
 from ._debug import check_agreement
-from ._dispatch import NO_KERNEL, choose_fused, choose_library
+from ._dispatch import choose_fused, choose_library
 from ._library import check_floating, register
 
 
@@ -39,12 +39,6 @@ def kernel_choice(op: str, x: torch.Tensor, pg: dist.ProcessGroup, why_not=why_n
     return TWO if op == "all_reduce" and pg.size() > 2 else ONE
 
 
-def say_no_kernel(op: str, x: torch.Tensor, pg: dist.ProcessGroup) -> None:
-    """Of an operation without a kernel: tell so once, or raise under fp.use("fused"); not where there is one rank."""
-    if pg.size() > 1:
-        choose_fused(op, NO_KERNEL, on_gpu=x.is_cuda)
-
-
 def aligned(x: torch.Tensor) -> torch.Tensor:
     """`x`, or a copy of it, contiguous and aligned to 16 bytes."""
     x = x.contiguous()
@@ -62,7 +56,7 @@ def launch_all_reduce(x: torch.Tensor, out: torch.Tensor, workspace: AllReduceWo
         choice.threads,
         choice.ctas,
         _ext.DTYPE_CODES[x.dtype],
-        _direct.raw_stream(workspace.device.index),
+        _direct.raw_stream(workspace.device_index),
     )
 
 
@@ -112,36 +106,49 @@ def _why_no_part(part: torch.Tensor, pg: dist.ProcessGroup) -> str | None:
     return None if fits else f"its kernel takes parts of a multiple of 16 up to {most} bytes"
 
 
-def _launch_part(op: str, x: torch.Tensor, out: torch.Tensor, pg: dist.ProcessGroup) -> torch.Tensor:
-    workspace = workspace_of(pg)
+def launch_part(
+    op: str, x: torch.Tensor, out: torch.Tensor, workspace: AllReduceWorkspace, ctas: int = 0
+) -> torch.Tensor:
+    """`op` "reduce_scatter" or "all_gather" of the contiguous, aligned x into out."""
     workspace.check()
-    x = aligned(x)
     getattr(workspace.native, op)(
         x.data_ptr(),
         out.data_ptr(),
         min(x.numel(), out.numel()),
+        ctas,
         _ext.DTYPE_CODES[x.dtype],
-        _direct.raw_stream(workspace.device.index),
+        _direct.raw_stream(workspace.device_index),
     )
     return out
+
+
+def reduce_scatter_(x: torch.Tensor, pg: dist.ProcessGroup) -> torch.Tensor:
+    """The operation without checks and without torch's dispatcher, for operations that end in it."""
+    if pg.size() > 1:
+        out = x.new_empty((x.shape[0] // pg.size(), *x.shape[1:]))
+        if kernel_choice("reduce_scatter", out, pg, _why_no_part) is not None:
+            return launch_part("reduce_scatter", aligned(x), out, workspace_of(pg))
+    return collectives.reduce_scatter(x, pg)
+
+
+def all_gather_(x: torch.Tensor, pg: dist.ProcessGroup) -> torch.Tensor:
+    """As `reduce_scatter_`."""
+    if kernel_choice("all_gather", x, pg, _why_no_part) is not None:
+        out = x.new_empty((x.shape[0] * pg.size(), *x.shape[1:]))
+        return launch_part("all_gather", aligned(x), out, workspace_of(pg))
+    return collectives.all_gather(x, pg)
 
 
 def _reduce_scatter(x: torch.Tensor, group_name: str) -> torch.Tensor:
     pg = group_from_name(group_name)
     check_agreement("reduce_scatter", pg, x)
-    if pg.size() > 1:
-        out = x.new_empty((x.shape[0] // pg.size(), *x.shape[1:]))
-        if kernel_choice("reduce_scatter", out, pg, _why_no_part) is not None:
-            return _launch_part("reduce_scatter", x, out, pg)
-    return collectives.reduce_scatter(x, pg)
+    return reduce_scatter_(x, pg)
 
 
 def _all_gather(x: torch.Tensor, group_name: str) -> torch.Tensor:
     pg = group_from_name(group_name)
     check_agreement("all_gather", pg, x)
-    if kernel_choice("all_gather", x, pg, _why_no_part) is not None:
-        return _launch_part("all_gather", x, x.new_empty((x.shape[0] * pg.size(), *x.shape[1:])), pg)
-    return collectives.all_gather(x, pg)
+    return all_gather_(x, pg)
 
 
 _all_reduce_op = register(

@@ -1,30 +1,38 @@
-"""matmul_reduce_scatter and all_gather_matmul: the two halves of sequence-parallel tensor parallelism."""
+"""matmul_reduce_scatter and all_gather_matmul: the two halves of sequence-parallel tensor parallelism.
+
+As in matmul_all_reduce, many rows go in blocks whose communication is hidden behind torch's matmuls.
+"""
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
 
-from ..comm import collectives
 from ..comm.groups import group_from_name, resolve_group
+from ..comm.workspace import workspace_of
+from . import _blocks
 from ._debug import check_agreement
 from ._library import check_floating, register
-from .all_reduce import check_divisible, say_no_kernel
-from .matmul_all_reduce import check_matmul
+from .all_reduce import aligned, all_gather_, check_divisible, reduce_scatter_
+from .matmul_all_reduce import block_choice, check_matmul
 
 
 def _reduce_scatter(x: torch.Tensor, weight: torch.Tensor, group_name: str) -> torch.Tensor:
     pg = group_from_name(group_name)
     check_agreement("matmul_reduce_scatter", pg, x, weight)
-    say_no_kernel("matmul_reduce_scatter", x, pg)
-    return collectives.reduce_scatter(F.linear(x, weight), pg)
+    choice = block_choice("matmul_reduce_scatter", len(x), weight.shape[0] * x.element_size(), x, pg)
+    if choice is None:
+        return reduce_scatter_(F.linear(x, weight), pg)
+    return _blocks.matmul_reduce_scatter(x.contiguous(), weight, workspace_of(pg), choice)
 
 
 def _all_gather(x: torch.Tensor, weight: torch.Tensor, group_name: str) -> torch.Tensor:
     pg = group_from_name(group_name)
     check_agreement("all_gather_matmul", pg, x, weight)
-    say_no_kernel("all_gather_matmul", x, pg)
-    return F.linear(collectives.all_gather(x, pg), weight)
+    choice = block_choice("all_gather_matmul", len(x) * pg.size(), x.shape[1] * x.element_size(), x, pg)
+    if choice is None:
+        return F.linear(all_gather_(x, pg), weight)
+    return _blocks.all_gather_matmul(aligned(x), weight, workspace_of(pg), choice)
 
 
 _reduce_scatter_op = register(

@@ -60,6 +60,8 @@ class VirtualRanks:
             eps=eps,
             cluster=cluster,
             ctas=0,
+            next=weight.data_ptr(),
+            next_bytes=weight.nbytes,
             dtype=_ext.DTYPE_CODES[x.dtype],
             stream=self.streams[rank].cuda_stream,
         )
@@ -70,6 +72,7 @@ class VirtualRanks:
             x=x.data_ptr(),
             out=out.data_ptr(),
             elements=min(x.numel(), out.numel()),
+            ctas=0,
             dtype=_ext.DTYPE_CODES[x.dtype],
             stream=self.streams[rank].cuda_stream,
         )

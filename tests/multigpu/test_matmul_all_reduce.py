@@ -1,0 +1,146 @@
+"""Matmuls by blocks, their communication beside them, on two GPUs: float64, equal bits, graphs, skew, two layers."""
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import fused_parallel as fp
+from fused_parallel.comm.capabilities import agree
+from fused_parallel.comm.tuning import Choice
+from fused_parallel.comm.workspace import workspace_of
+from fused_parallel.testing.spawn import run_ranks
+from fused_parallel.testing.tolerances import assert_close
+
+OPS = ("matmul_all_reduce", "matmul_all_reduce_add_rms_norm", "matmul_reduce_scatter", "all_gather_matmul")
+EPS = 1e-5
+
+
+def use_blocks(group, rows: int, ctas: int = 8) -> None:
+    """Let all sizes go in blocks of `rows` rows."""
+    pg = group.get_group()
+    fp.all_reduce(torch.ones(8, device="cuda"), group=group)  # makes the workspace
+    for op in OPS:
+        agree(pg).tuning[op] = [(None, Choice("blocks", ctas=ctas, rows=rows))]
+    workspace_of(pg)._choices.clear()
+
+
+class Problem:
+    """Whole operands, alike on all ranks, and this rank's parts."""
+
+    def __init__(self, group, m: int, k: int, n: int, dtype, seed: int = 0):
+        generator = torch.Generator().manual_seed(seed)
+        rank, world = group.get_local_rank(), group.size()
+
+        def make(*shape, scale=1.0):
+            return (torch.randn(shape, generator=generator) * scale).to("cuda", dtype)
+
+        self.group, self.rank, self.world = group, rank, world
+        self.x, self.weight = make(m, world * k), make(n, world * k, scale=(world * k) ** -0.5)
+        self.residual, self.norm, self.bias = make(m, n), make(n), make(n)
+        self.xk, self.wk = (t.chunk(world, -1)[rank].contiguous() for t in (self.x, self.weight))
+        self.rows = self.x.chunk(world, 0)[rank].contiguous()
+
+    def run(self):
+        g = {"group": self.group}
+        out = [fp.matmul_all_reduce(self.xk, self.wk, **g), fp.matmul_all_reduce(self.xk, self.wk, self.bias, **g)]
+        out += fp.matmul_all_reduce_add_rms_norm(self.xk, self.wk, self.residual, self.norm, EPS, **g)
+        out += fp.matmul_all_reduce_add_rms_norm(self.xk, self.wk, self.residual, self.norm, EPS, self.bias, **g)
+        if len(self.x) % self.world == 0:
+            out.append(fp.matmul_reduce_scatter(self.xk, self.wk, **g))
+            out.append(fp.all_gather_matmul(self.rows, self.weight, **g))
+        return out
+
+    def expected(self):
+        product = self.x.double() @ self.weight.double().t()
+
+        def normed(new):
+            return [new * (new.square().mean(-1, keepdim=True) + EPS).rsqrt() * self.norm.double(), new]
+
+        out = [product, product + self.bias.double(), *normed(product + self.residual.double())]
+        out += normed(product + self.bias.double() + self.residual.double())
+        if len(self.x) % self.world == 0:
+            out += [product.chunk(self.world, 0)[self.rank], product]
+        return out
+
+
+def shapes(mesh, dtype):
+    group = mesh["tp"]
+    for rows in (64, 48, 1024):
+        use_blocks(group, rows)
+        for m, k, n in (
+            (1, 64, 128),
+            (3, 100, 72),
+            (127, 256, 128),
+            (64, 2880, 2880),
+            (130, 512, 136),
+            (4097, 128, 7168),
+        ):
+            problem = Problem(group, m, k, n, dtype, seed=m)
+            got = problem.run()
+            for out, expected in zip(got, problem.expected(), strict=True):
+                assert_close(out, expected, factor=4)
+            again = problem.run()
+            assert all(torch.equal(a, b) for a, b in zip(got, again, strict=True)), (m, k, n)
+            for out in got[:6]:  # what all ranks hold
+                both = fp.all_gather(out.reshape(-1), group=group).view(2, -1)
+                assert torch.equal(both[0], both[1]), (m, k, n)
+    fp.check()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_shapes(dtype):
+    run_ranks(shapes, 2, dtype, device="cuda")
+
+
+def replays(mesh, count: int):
+    """Two layers in one graph, inputs changed in place, ranks delayed at random, other collectives between."""
+    group = mesh["tp"]
+    use_blocks(group, 64)
+    first, second = Problem(group, 256, 128, 512, torch.bfloat16, 1), Problem(group, 192, 512, 256, torch.bfloat16, 2)
+
+    def body():
+        return [*first.run(), fp.all_reduce(first.residual, group=group), *second.run()]
+
+    body()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = body()
+    sleeps = torch.randint(0, 300_000, (count,), generator=torch.Generator().manual_seed(dist.get_rank())).tolist()
+    for step in range(count):
+        for problem in (first, second):
+            fresh = Problem(group, len(problem.x), problem.xk.shape[1], len(problem.weight), torch.bfloat16, step)
+            problem.xk.copy_(fresh.xk), problem.rows.copy_(fresh.rows), problem.x.copy_(fresh.x)
+        for out in captured:
+            out.fill_(float("nan"))
+        torch.cuda._sleep(sleeps[step])
+        graph.replay()
+        eager = body() if step % 5 == 0 else None
+        if eager is not None:
+            assert all(torch.equal(a, b) for a, b in zip(captured, eager, strict=True)), step
+        for got, problem in ((captured[:8], first), (captured[9:], second)):
+            for out, expected in zip(got, Problem.expected(problem), strict=True):
+                assert_close(out, expected, factor=4)
+    fp.check()
+
+
+def test_replays_under_skew():
+    run_ranks(replays, 2, 60, device="cuda")
+
+
+def compiled_mlp(mesh):
+    group = mesh["tp"]
+    use_blocks(group, 32)
+    torch.manual_seed(0)
+    mlp = fp.nn.ParallelMLP(256, 512, group=group, device="cuda", dtype=torch.bfloat16)
+    sizes = {"gate": (512, 256), "up": (512, 256), "down": (256, 512)}
+    mlp.load_state_dict({f"{n}_proj.weight": torch.randn(s).bfloat16() / 16 for n, s in sizes.items()})
+    x = torch.randn(100, 256).to("cuda", torch.bfloat16)
+    with torch.no_grad():
+        expected = mlp(x)
+        got = torch.compile(mlp, fullgraph=True)(x)
+    assert_close(got, expected.double(), factor=2)
+
+
+def test_compiled_mlp():
+    run_ranks(compiled_mlp, 2, device="cuda")
