@@ -45,9 +45,14 @@ def default_table(world: int) -> Table:
     """Measured for two ranks (H100, NVLink); for more a guess, by the bytes they send: one-shot (W - 1) payloads,
     two-shot 2 (W - 1) / W of one."""
     if world == 2:
-        all_reduce = [(3 * _MB // 2, ONE), (None, TWO)]
-        with_norm = [(3 * _MB // 4, Choice("one_shot", cluster=8)), (6 * _MB, Choice("one_shot", cluster=1))]
-        with_norm.append((None, Choice("one_shot", cluster=2)))
+        all_reduce = [
+            (3 * _MB // 4, ONE),
+            (3 * _MB, Choice("two_shot", 256, 132)),  # as many as let the next kernel become resident
+            (24 * _MB, TWO),
+            (None, Choice("one_shot", 128)),
+        ]
+        with_norm = [(96 << 10, Choice("one_shot", cluster=8)), (3 * _MB // 4, Choice("one_shot", cluster=4))]
+        with_norm.append((None, Choice("one_shot", cluster=1)))
     else:
         all_reduce = [(_MB // world, ONE), (None, TWO)]
         # Only one-shot keeps the sums for the norm.

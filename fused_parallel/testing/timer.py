@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -200,8 +201,14 @@ class _Subject:
             if self.pg is not None and self.pg.size() > 1:
                 dist.barrier(group=self.pg)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, stream=self.stream):
-                self._run()
+            # A graph of an earlier subject that is collected meanwhile breaks the capture.
+            gc.collect()
+            gc.disable()
+            try:
+                with torch.cuda.graph(graph, stream=self.stream):
+                    self._run()
+            finally:
+                gc.enable()
             if self.after_capture is not None:
                 self.after_capture()
         return graph

@@ -131,16 +131,35 @@ def test_streamed_layers_survive_an_interrupted_pass(seed):
         fp.nn.StreamedLayers({}, device="cpu")
 
 
-def test_kv_cache_write_and_rollback(seed):
+def test_kv_cache_lengths(seed):
     cache = fp.nn.KVCache(2, 3, 8, 2, 4, dtype=torch.float32)
     cache.lens.copy_(torch.tensor([0, 2, 5]))
-    k = torch.randn(3, 2, 2, 4)
-    cache.write(1, k, -k, cache.positions(2))
-    for b, start in enumerate((0, 2, 5)):
-        assert torch.equal(cache.k[1, b, start : start + 2], k[b]) and torch.equal(cache.v[1, b, start + 1], -k[b, 1])
-    assert cache.k[0].abs().sum() == 0 and cache.lens.tolist() == [0, 2, 5] and cache.capacity == 8
+    assert cache.positions(2).tolist() == [[0, 1], [2, 3], [5, 6]]
+    assert cache.capacity == 8 and cache.batch == 3 and cache.nbytes == 2 * 2 * 3 * 8 * 2 * 4 * 4
+    cache.check_room(3)
+    with pytest.raises(ValueError, match="4 more tokens do not fit"):
+        cache.check_room(4)
     cache.reset()
-    assert cache.lens.tolist() == [0, 0, 0] and cache.nbytes == 2 * 2 * 3 * 8 * 2 * 4 * 4
+    assert cache.lens.tolist() == [0, 0, 0]
+
+
+def rank_attention(mesh):
+    torch.manual_seed(5)
+    attention = fp.nn.ParallelAttention(12, 4, 2, 6, group=mesh["tp"])
+    for parameter in attention.parameters():
+        parameter.normal_()
+    rotary, found = fp.nn.RotaryEmbedding(6, 1e4), []
+    x, positions = torch.randn(2, 3, 12), torch.tensor([[0, 1, 2], [4, 5, 6]])
+    for lens in (None, torch.tensor([3, 7], dtype=torch.int32)):
+        cache = fp.nn.KVCache(1, 2, 8, 2, 6, dtype=torch.float32)
+        out = attention(x, *rotary(positions, x.dtype), cache, positions, lens=lens)
+        found.append((out, cache.k, cache.v))
+    return found
+
+
+def test_attention_computes_lengths_that_are_not_given():
+    of_none, of_given = run_ranks(rank_attention, 1)[0]
+    assert all(torch.equal(a, b) for a, b in zip(of_none, of_given, strict=True))
 
 
 def rank_compiled(mesh):

@@ -141,6 +141,7 @@ def test_matmul_all_reduce_on_cpu_ranks(tmp_path):
     even, odd = "M=130;K=32;N=48", "M=3;K=32;N=48"
     assert shapes == {
         "matmul_all_reduce": [even, odd],
+        "matmul_all_reduce_add_rms_norm": [even, odd],
         "matmul_reduce_scatter": [even],
         "all_gather_matmul": [even],
     }

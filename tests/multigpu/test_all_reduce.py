@@ -73,8 +73,9 @@ def sums(mesh, dtype):
             got, got_new = fp.all_reduce_add_rms_norm(x, residual, weight, EPS, group=group)
             assert torch.equal(got_new, new), (rows, hidden)
             assert_close(got, normed)
-        bits = fp.all_gather(got.view(-1), group=group).view(world, -1)
-        assert torch.equal(bits[0], bits[1])
+        theirs = got.clone()
+        dist.broadcast(theirs, 0)
+        assert torch.equal(theirs, got)
     fp.check()
 
 
@@ -269,22 +270,25 @@ def test_lost_peer_is_named_within_one_timeout(how, mode):
         pool.kill()
 
 
-def host_time(mesh):
+def host_times(mesh):
+    """Microseconds of host time of a call: ours, NCCL's."""
     group = mesh["tp"]
     x = torch.randn(8, 8192, device="cuda", dtype=torch.bfloat16)
-    for _ in range(50):
-        fp.all_reduce(x, group=group)
-    times = []
-    for _ in range(30):
-        torch.cuda.synchronize()
-        dist.barrier()
-        begin = time.perf_counter()
-        for _ in range(20):
-            fp.all_reduce(x, group=group)
-        times.append((time.perf_counter() - begin) / 20 * 1e6)
-    return sorted(times)[15]
+    medians = []
+    for function in (lambda: fp.all_reduce(x, group=group), lambda: dist.all_reduce(x)):
+        times = []
+        for _ in range(30):
+            torch.cuda.synchronize()
+            dist.barrier()
+            begin = time.perf_counter()
+            for _ in range(20):
+                function()
+            times.append((time.perf_counter() - begin) / 20 * 1e6)
+        medians.append(sorted(times)[15])
+    return medians
 
 
 def test_host_time_of_an_eager_call():
-    """8 us are promised (docs/all_reduce.md has what was measured); half as much again is left for the host at hand."""
-    assert max(run_ranks(fused(host_time), 2, device="cuda")) < 12
+    """Hosts differ, so it is held against NCCL's on the same one; docs/all_reduce.md has what was measured."""
+    for ours, nccl in run_ranks(fused(host_times), 2, device="cuda"):
+        assert ours < 0.75 * nccl, (ours, nccl)
