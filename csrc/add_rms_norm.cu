@@ -9,6 +9,8 @@
 #include "common/check.h"
 #include "common/device.h"
 #include "common/dtype.cuh"
+#include "common/launch.h"
+#include "common/signal.cuh"
 #include "common/vec.cuh"
 
 // The sum of squares is taken in one order, whatever kernel and launch shape a call gets: each vector of 16 bytes in
@@ -77,10 +79,7 @@ template <typename T, int kVecs, bool kWarpRows, int kMaxThreads>
 __global__ void __launch_bounds__(kMaxThreads) row_in_registers(const Params<T> p) {
   __shared__ float slots[kSlots];
   std::int64_t row = blockIdx.x;
-  if constexpr (kWarpRows) {
-    row = row * blockDim.y + threadIdx.y;
-    if (row >= p.rows) return;
-  }
+  if constexpr (kWarpRows) row = row * blockDim.y + threadIdx.y;
   const int lane = threadIdx.x % kWarp;
   // This thread's vector i begins `i * step` elements after its first and exists where i * step < left.
   const int first = threadIdx.x * Vec<T>::kSize;
@@ -90,19 +89,29 @@ __global__ void __launch_bounds__(kMaxThreads) row_in_registers(const Params<T> 
   const T* weight_at = p.weight + first;
   const std::int64_t at = row * p.hidden + first;
 
+  // The rest was just written and is in the L2; the weight has been pushed out since the last token.
+  if constexpr (kVecs == 1) {
+    if (left > 0) prefetch(weight_at);
+  }
+  dependency_wait();
+  dependency_trigger();
+  if constexpr (kWarpRows) {
+    if (row >= p.rows) return;
+  }
+
   Vec<T> sum[kVecs], residual[kVecs], weight[kVecs];
   const auto load_weight = [&] {
 #pragma unroll
     for (int i = 0; i < kVecs; ++i) {
-      weight[i] = i * step < left ? load_shared_read(weight_at + i * step) : zero_vec<T>();
+      weight[i] = i * step < left ? load(weight_at + i * step) : zero_vec<T>();
     }
   };
 #pragma unroll
-  for (int i = 0; i < kVecs; ++i) sum[i] = i * step < left ? load_once(x + i * step) : zero_vec<T>();
+  for (int i = 0; i < kVecs; ++i) sum[i] = i * step < left ? load_once_written(x + i * step) : zero_vec<T>();
   if (p.residual != nullptr) {
 #pragma unroll
     for (int i = 0; i < kVecs; ++i) {
-      residual[i] = i * step < left ? load_once(p.residual + at + i * step) : zero_vec<T>();
+      residual[i] = i * step < left ? load_once_written(p.residual + at + i * step) : zero_vec<T>();
     }
   }
   // Few vectors a thread mean few rows, whose time is that of their loads: start them all. With many rows the weights
@@ -150,6 +159,8 @@ __global__ void __launch_bounds__(kGenericThreads) row_by_elements(const Params<
   static_assert(kSlots % kWarps == 0, "a slot must belong to one warp");
   __shared__ float slots[kSlots];
   for (int s = threadIdx.x; s < kSlots; s += kGenericThreads) slots[s] = 0.0f;
+  dependency_wait();
+  dependency_trigger();
   __syncthreads();
 
   const std::int64_t row = blockIdx.x;
@@ -186,19 +197,6 @@ __global__ void __launch_bounds__(kGenericThreads) row_by_elements(const Params<
   }
 }
 
-template <typename T>
-void launch(void (*kernel)(Params<T>), const Params<T>& p, dim3 block, cudaStream_t stream) {
-  const std::int64_t ctas = (p.rows + block.y - 1) / block.y;
-  if (ctas > std::numeric_limits<int>::max()) {
-    throw std::runtime_error("add_rms_norm: " + std::to_string(p.rows) + " rows are too many for one launch");
-  }
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(static_cast<unsigned>(ctas));
-  config.blockDim = block;
-  config.stream = stream;
-  FP_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, p));
-}
-
 int threads_for(int vectors, int vectors_per_thread) {
   const int threads = (vectors + vectors_per_thread - 1) / vectors_per_thread;
   return (threads + kWarp - 1) / kWarp * kWarp;
@@ -212,18 +210,21 @@ void run(const Params<T>& p, int device, cudaStream_t stream) {
                        is_vec_aligned(p.residual) && is_vec_aligned(p.weight) && is_vec_aligned(p.out) &&
                        is_vec_aligned(p.new_residual);
   const DeviceGuard guard(device);
+  const auto launch = [&](auto kernel, dim3 block, int registers = 64) {
+    launch_local(kernel, p, (p.rows + block.y - 1) / block.y, block, device, stream, "add_rms_norm", registers);
+  };
   if (!aligned || vectors > 8 * 512) {
-    launch<T>(row_by_elements<T>, p, dim3(kGenericThreads), stream);
+    launch(row_by_elements<T>, dim3(kGenericThreads));
   } else if (vectors <= 4 * kWarp) {
-    launch<T>(row_in_registers<T, 4, true, 128>, p, dim3(kWarp, 4), stream);
+    launch(row_in_registers<T, 4, true, 128>, dim3(kWarp, 4));
   } else if (vectors <= 1024 &&
              p.rows * threads_for(vectors, 1) <= kThreadsPerMultiprocessor * multiprocessor_count(device)) {
     // All rows at once, and none waits for another: the more threads a row has, the sooner it is done.
-    launch<T>(row_in_registers<T, 1, false, 1024>, p, dim3(threads_for(vectors, 1)), stream);
+    launch(row_in_registers<T, 1, false, 1024>, dim3(threads_for(vectors, 1)));
   } else if (vectors <= 4 * 512) {
-    launch<T>(row_in_registers<T, 4, false, 512>, p, dim3(threads_for(vectors, 4)), stream);
+    launch(row_in_registers<T, 4, false, 512>, dim3(threads_for(vectors, 4)));
   } else {
-    launch<T>(row_in_registers<T, 8, false, 512>, p, dim3(threads_for(vectors, 8)), stream);
+    launch(row_in_registers<T, 8, false, 512>, dim3(threads_for(vectors, 8)), 128);
   }
 }
 

@@ -12,6 +12,9 @@
 #ifdef FP_WITH_CUDA
 #include "add_rms_norm.h"
 #include "all_reduce.h"
+#include "matmul_all_reduce.h"
+#include "rotary_cache_write.h"
+#include "silu_mul.h"
 #include "verify.h"
 #endif
 
@@ -78,6 +81,33 @@ void bind_all_reduce(py::module_& m) {
           py::arg("rows"), py::arg("hidden"), py::arg("eps"), py::arg("cluster"), py::arg("ctas"), py::arg("next"), py::arg("next_bytes"), py::arg("dtype"), py::arg("stream"));
 }
 
+void bind_matmul_all_reduce(py::module_& m) {
+  using fp::MatmulWorkspace;
+  m.attr("matmul_tile_rows") = fp::kTileRows;
+  m.def("matmul_workspace_bytes", &fp::matmul_workspace_bytes, py::arg("tiles"));
+  py::class_<MatmulWorkspace>(m, "MatmulWorkspace")
+      .def(py::init<fp::AllReduceWorkspace&, std::vector<Address>, std::int64_t, Address>(), py::keep_alive<1, 2>(),
+           py::arg("group"), py::arg("bases"), py::arg("tiles"), py::arg("control"))
+      .def("most_rows", &fp::matmul_most_rows, py::arg("n"), py::arg("scatter"))
+      .def(
+          "matmul_all_reduce",
+          [](MatmulWorkspace& w, Address x, Address weight, Address out, std::int64_t m, std::int64_t n, std::int64_t k,
+             bool scatter, int dtype, Address stream) {
+            fp::matmul_all_reduce(w, pointer(x), pointer(weight), pointer(out), m, n, k, scatter, dtype,
+                                  pointer(stream));
+          },
+          py::arg("x"), py::arg("weight"), py::arg("out"), py::arg("m"), py::arg("n"), py::arg("k"),
+          py::arg("scatter"), py::arg("dtype"), py::arg("stream"));
+  m.def(
+      "matmul_only",
+      [](Address x, Address weight, Address out, std::int64_t m, std::int64_t n, std::int64_t k, int dtype, int device,
+         Address stream) {
+        fp::matmul_only(pointer(x), pointer(weight), pointer(out), m, n, k, dtype, device, pointer(stream));
+      },
+      py::arg("x"), py::arg("weight"), py::arg("out"), py::arg("m"), py::arg("n"), py::arg("k"), py::arg("dtype"),
+      py::arg("device"), py::arg("stream"));
+}
+
 void bind_operations(py::module_& m) {
   m.def(
       "add_rms_norm",
@@ -89,6 +119,48 @@ void bind_operations(py::module_& m) {
       py::arg("x"), py::arg("residual"), py::arg("weight"), py::arg("out"), py::arg("new_residual"), py::arg("rows"),
       py::arg("hidden"), py::arg("x_row_stride"), py::arg("eps"), py::arg("dtype"), py::arg("device"),
       py::arg("stream"));
+  m.def(
+      "silu_mul",
+      [](Address x, Address out, std::int64_t rows, std::int64_t size, std::int64_t x_row_stride, int dtype, int device,
+         Address stream) {
+        fp::silu_mul(pointer(x), pointer(out), rows, size, x_row_stride, dtype, device, pointer(stream));
+      },
+      py::arg("x"), py::arg("out"), py::arg("rows"), py::arg("size"), py::arg("x_row_stride"), py::arg("dtype"),
+      py::arg("device"), py::arg("stream"));
+  m.def(
+      "rotary_cache_write",
+      [](Address q, Address k, Address v, Address cos, Address sin, Address positions, Address q_out, Address k_cache,
+         Address v_cache, const fp::Strides& q_strides, const fp::Strides& k_strides, const fp::Strides& v_strides,
+         const fp::Strides& k_cache_strides, const fp::Strides& v_cache_strides, std::int64_t batch,
+         std::int64_t tokens, std::int64_t q_heads, std::int64_t kv_heads, std::int64_t dim, std::int64_t capacity,
+         int dtype, int device, Address stream) {
+        fp::RotaryCacheWrite a = {};
+        a.q = pointer(q);
+        a.k = pointer(k);
+        a.v = pointer(v);
+        a.cos = pointer(cos);
+        a.sin = pointer(sin);
+        a.positions = static_cast<std::int64_t*>(pointer(positions));
+        a.q_out = pointer(q_out);
+        a.k_cache = pointer(k_cache);
+        a.v_cache = pointer(v_cache);
+        a.q_strides = q_strides;
+        a.k_strides = k_strides;
+        a.v_strides = v_strides;
+        a.k_cache_strides = k_cache_strides;
+        a.v_cache_strides = v_cache_strides;
+        a.batch = batch;
+        a.tokens = tokens;
+        a.q_heads = q_heads;
+        a.kv_heads = kv_heads;
+        a.dim = dim;
+        a.capacity = capacity;
+        fp::rotary_cache_write(a, dtype, device, pointer(stream));
+      },
+      py::arg("q"), py::arg("k"), py::arg("v"), py::arg("cos"), py::arg("sin"), py::arg("positions"), py::arg("q_out"),
+      py::arg("k_cache"), py::arg("v_cache"), py::arg("q_strides"), py::arg("k_strides"), py::arg("v_strides"),
+      py::arg("k_cache_strides"), py::arg("v_cache_strides"), py::arg("batch"), py::arg("tokens"), py::arg("q_heads"),
+      py::arg("kv_heads"), py::arg("dim"), py::arg("capacity"), py::arg("dtype"), py::arg("device"), py::arg("stream"));
 }
 
 void bind_verify(py::module_& m) {
@@ -148,6 +220,7 @@ PYBIND11_MODULE(_C, m) {
   m.attr("cuda_built") = true;
   bind_operations(m);
   bind_all_reduce(m);
+  bind_matmul_all_reduce(m);
   bind_verify(m);
 #else
   m.attr("cuda_built") = false;

@@ -94,16 +94,6 @@ __device__ __forceinline__ Vec<T> load(const T* p) {
   return {*reinterpret_cast<const uint4*>(p)};
 }
 
-// Loads what many CTAs of a multiprocessor read (weights): kept in L1. Same conditions as `load_once`.
-template <typename T>
-__device__ __forceinline__ Vec<T> load_shared_read(const T* p) {
-  Vec<T> v;
-  asm volatile("ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(v.raw.x), "=r"(v.raw.y), "=r"(v.raw.z), "=r"(v.raw.w)
-               : "l"(p));
-  return v;
-}
-
 // Brings what will be read into the L2. Allowed before dependency_wait: nothing is read, and the L2 is where the kernel
 // before this one writes, too.
 __device__ __forceinline__ void prefetch(const void* p) {

@@ -22,8 +22,8 @@ class Choice(NamedTuple):
     algorithm: "one_shot", "two_shot", or "library" (torch.distributed, and what follows as an operation of its own).
     threads: of a CTA, ctas: in the grid, at most; cluster: CTAs that share a row (with the norm). 0: the kernel's
     default.
-    For matmuls: "blocks" of `rows` rows, communicated by `ctas` CTAs beside the next block's matmul, or "whole", the
-    matmul and then the collective.
+    Of matmuls: "persistent", the kernel that exchanges tiles; "blocks" of `rows` rows (all_gather_matmul), gathered by
+    `ctas` CTAs beside the matmul; or "whole", matmul and collective one after the other.
     """
 
     algorithm: str
@@ -57,7 +57,7 @@ def default_table(world: int) -> Table:
         all_reduce = [(_MB // world, ONE), (None, TWO)]
         # Only one-shot keeps the sums for the norm.
         with_norm = [(4 * _MB // world, ONE), (None, LIBRARY)]
-    matmuls = [(12 * _MB, WHOLE), (None, Choice("blocks", ctas=16, rows=1024))]
+    matmuls = [(6 * _MB, WHOLE), (None, Choice("persistent"))]
     return {
         "all_reduce": all_reduce,
         "all_reduce_add_rms_norm": with_norm,
@@ -65,7 +65,7 @@ def default_table(world: int) -> Table:
         "matmul_all_reduce": matmuls,
         "matmul_all_reduce_add_rms_norm": matmuls,
         "matmul_reduce_scatter": matmuls,
-        "all_gather_matmul": matmuls,
+        "all_gather_matmul": [(24 * _MB, WHOLE), (None, Choice("blocks", ctas=32, rows=2048))],
         "all_gather": [(None, ONE)],
     }
 

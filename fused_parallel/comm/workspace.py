@@ -19,6 +19,11 @@ from .collectives import all_gather_object
 SLOTS_BYTES = 64 << 20
 
 
+# Slots for tiles of the matmul kernel (csrc/matmul_all_reduce.cu), twice: 128 MiB a GPU, made when a matmul first uses
+# it. At two ranks 4096 rows of 8192 columns go in one launch.
+MATMUL_TILES = 1024
+
+
 def slot_bytes_for(world: int) -> int:
     return SLOTS_BYTES // world // 16 * 16
 
@@ -33,29 +38,22 @@ class AllReduceWorkspace:
     """
 
     def __init__(self, pg: dist.ProcessGroup, timeout_seconds: float) -> None:
-        import torch.distributed._symmetric_memory as symmetric_memory
-
         extension, device = _ext.extension(), torch.device("cuda", torch.cuda.current_device())
         slot_bytes = slot_bytes_for(pg.size())
-        size = extension.all_reduce_workspace_bytes(pg.size(), slot_bytes)
         self.pg, self.device, self.device_index, self.slot_bytes = pg, device, device.index, slot_bytes
         self._choices: dict[tuple[str, int], tuning.Choice] = {}
         # (op, dtype, elements) -> the launcher's arguments, for ops._direct.
         self.known: dict[tuple, tuple] = {}
         # Collectives beside a matmul (ops._blocks): their few CTAs go first where multiprocessors become free.
         self.side_stream = torch.cuda.Stream(device, priority=-1)
-        hopper = agree(pg).compute_capability[0] == 9
-        self._most_row_bytes = extension.all_reduce_max_norm_row_bytes if hopper else 0
-        self._buffer = symmetric_memory.empty(size, dtype=torch.uint8, device=device)
-        self._handle = symmetric_memory.rendezvous(self._buffer, pg.group_name)
-        self.native, self._owned = make_native(
-            pg.rank(), list(self._handle.buffer_ptrs), slot_bytes, timeout_seconds, device
-        )
+        self.hopper = agree(pg).compute_capability[0] == 9
+        self._most_row_bytes = extension.all_reduce_max_norm_row_bytes if self.hopper else 0
+        self._handles, self._matmul = [], None
+        buffer, bases = self._symmetric(extension.all_reduce_workspace_bytes(pg.size(), slot_bytes))
+        self.native, self._owned = make_native(pg.rank(), bases, slot_bytes, timeout_seconds, device)
+        self._owned += (buffer,)
         self.native.reset(torch.cuda.current_stream(device).cuda_stream)
-        # No rank may push before every rank's buffer holds the sentinel.
-        torch.cuda.synchronize(device)
-        dist.barrier(group=pg, device_ids=[device.index])
-        torch.cuda.synchronize(device)
+        self._meet()  # no rank may push before every rank's buffer holds the sentinel
 
     def choice(self, op: str, bytes: int) -> tuning.Choice:
         """What the group's table says of a payload; looked up once for each size."""
@@ -63,6 +61,38 @@ class AllReduceWorkspace:
         if found is None:
             found = self._choices[op, bytes] = tuning.choose(agree(self.pg).tuning, op, bytes)
         return found
+
+    def matmul(self):
+        """The extension's MatmulWorkspace; made at the first call, which is collective and may not be captured."""
+        if self._matmul is None:
+            if torch.cuda.is_current_stream_capturing():
+                raise RuntimeError(
+                    "the first matmul_all_reduce or matmul_reduce_scatter of many rows makes its workspace, which "
+                    "cannot be captured in a CUDA graph: run the operation once before the capture"
+                )
+            extension = _ext.extension()
+            buffer, bases = self._symmetric(extension.matmul_workspace_bytes(MATMUL_TILES))
+            buffer.zero_()
+            control = torch.zeros(8, dtype=torch.uint8, device=self.device)
+            self._meet()  # no rank may set a flag before every rank's are zero
+            self._owned += (buffer, control)
+            self._matmul = extension.MatmulWorkspace(self.native, bases, MATMUL_TILES, control.data_ptr())
+        return self._matmul
+
+    def _symmetric(self, size: int) -> tuple[torch.Tensor, list[int]]:
+        """A buffer of `size` bytes on every rank, and its addresses here by rank."""
+        import torch.distributed._symmetric_memory as symmetric_memory
+
+        buffer = symmetric_memory.empty(size, dtype=torch.uint8, device=self.device)
+        handle = symmetric_memory.rendezvous(buffer, self.pg.group_name)
+        self._handles.append(handle)
+        return buffer, list(handle.buffer_ptrs)
+
+    def _meet(self) -> None:
+        """Return when the GPUs of all ranks have done what they were given before."""
+        torch.cuda.synchronize(self.device)
+        dist.barrier(group=self.pg, device_ids=[self.device.index])
+        torch.cuda.synchronize(self.device)
 
     def takes_rows(self, bytes: int) -> bool:
         """Whether the kernel with the norm takes rows of `bytes` bytes."""

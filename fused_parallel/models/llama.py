@@ -23,6 +23,7 @@ from ..nn import (
     RotaryEmbedding,
     VocabParallelEmbedding,
 )
+from ..nn.attention import lens_after
 from ..pipeline import split_layers
 from .checkpoint import Checkpoint, load_weights
 from .config import DTYPES, LlamaConfig
@@ -30,7 +31,8 @@ from .config import DTYPES, LlamaConfig
 
 class LlamaDecoderLayer(nn.Module):
     """One layer; `index` is its place in this stage's KV cache. forward gets the normed input and the running residual,
-    and returns both for what follows: normed by `next_norm`, or un-normed where that is None (end of a stage)."""
+    and returns both for what follows: normed by `next_norm`, or un-normed where that is None (end of a stage).
+    """One layer; `index` is its place in this stage's KV cache. forward gets the normed input and the running residual,
 
     def __init__(self, config: LlamaConfig, index: int, *, group, device, dtype) -> None:
         super().__init__()
@@ -49,11 +51,23 @@ class LlamaDecoderLayer(nn.Module):
         self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps, device=device, dtype=dtype)
         self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps, device=device, dtype=dtype)
 
-    def forward(self, x, residual, cos, sin, cache, positions, next_norm: RMSNorm | None):
-        x, residual = self.self_attn(x, cos, sin, cache, positions, residual, self.post_attention_layernorm)
+    def forward(
+        self, x, residual, cos, sin, cache, positions, lens, next_norm: RMSNorm | None, next_weight: torch.Tensor | None
+    ):
+        x, residual = self.self_attn(
+            x,
+            cos,
+            sin,
+            cache,
+            positions,
+            residual,
+            self.post_attention_layernorm,
+            lens,
+            prefetch=self.mlp.gate_up_proj.weight,
+        )
         if next_norm is None:
             return None, self.mlp(x, residual)
-        return self.mlp(x, residual, next_norm)
+        return self.mlp(x, residual, next_norm, prefetch=next_weight)
 
 
 class LlamaModel(nn.Module):
@@ -72,12 +86,15 @@ class LlamaModel(nn.Module):
         """Ids [B, S] on the first stage, else the previous stage's hidden states [B, S, hidden] -> hidden states,
         normed on the last stage."""
         residual = x if self.embed_tokens is None else self.embed_tokens(x)
+        # What all layers share is computed once.
         cos, sin = self.rotary_emb(positions, residual.dtype)
+        lens = lens_after(positions)
         layers = list(self.layers.values())
         norms = [layer.input_layernorm for layer in layers[1:]] + [self.norm]
+        weights = [layer.self_attn.qkv_proj.weight for layer in layers[1:]] + [None]
         normed = layers[0].input_layernorm(residual)
-        for layer, norm in zip(layers, norms, strict=True):
-            normed, residual = layer(normed, residual, cos, sin, cache, positions, norm)
+        for layer, norm, weight in zip(layers, norms, weights, strict=True):
+            normed, residual = layer(normed, residual, cos, sin, cache, positions, lens, norm, weight)
         return residual if self.norm is None else normed
 
 

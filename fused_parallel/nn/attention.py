@@ -11,7 +11,11 @@ from .heads import HeadLayout
 from .kv_cache import KVCache
 from .linear import ColumnParallelLinear, RowParallelLinear
 from .rms_norm import RMSNorm
-from .rotary import apply_rotary
+
+
+def lens_after(positions: torch.Tensor) -> torch.Tensor:
+    """int32 [B]: how many tokens each sequence's cache holds with the new ones at `positions` [B, S]."""
+    return (positions[:, -1] + 1).to(torch.int32)
 
 
 class QKVParallelLinear(ColumnParallelLinear):
@@ -60,7 +64,8 @@ class ParallelAttention(nn.Module):
     Loads state dicts with q_proj, k_proj, v_proj and o_proj; q, k and v are held merged in `qkv_proj`. forward: x
     [B, S, hidden], cos and sin [B, S, head_dim], the cache and the tokens' positions [B, S] -> [B, S, hidden]; with
     `residual` and `norm`, (norm(sum), sum) for sum = residual + output. The S tokens are written to the cache; its
-    `lens` stay as they are.
+    `lens` stay as they are. `lens` int32 [B], the tokens in the cache with the new ones, can be given where it serves
+    many layers; default: the last token's position + 1. `prefetch`: the next layer's weight, as in RowParallelLinear.
     """
 
     def __init__(
@@ -91,10 +96,11 @@ class ParallelAttention(nn.Module):
         positions: torch.Tensor,
         residual: torch.Tensor | None = None,
         norm: RMSNorm | None = None,
+        lens: torch.Tensor | None = None,
+        prefetch: torch.Tensor | None = None,
     ):
         q, k, v = self.qkv_proj(x)
-        q, k = apply_rotary(q, cos, sin), apply_rotary(k, cos, sin)
-        cache.write(self.layer, k, v, positions)
-        lens = (positions[:, -1] + 1).to(torch.int32)
-        out = ops.verify_attention(q, cache.k[self.layer], cache.v[self.layer], lens)
-        return self.o_proj(out.flatten(2), residual, norm)
+        k_cache, v_cache = cache.k[self.layer], cache.v[self.layer]
+        q = ops.rotary_cache_write(q, k, v, cos, sin, k_cache, v_cache, positions)
+        out = ops.verify_attention(q, k_cache, v_cache, lens_after(positions) if lens is None else lens)
+        return self.o_proj(out.flatten(2), residual, norm, prefetch)

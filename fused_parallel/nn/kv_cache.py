@@ -6,7 +6,8 @@ import torch
 
 
 class KVCache:
-    """Keys and values of `batch` sequences in `num_layers` layers, each up to `capacity` tokens, contiguous.
+    """Keys and values of `batch` sequences in `num_layers` layers, each up to `capacity` tokens, contiguous; written by
+    `fp.rotary_cache_write`, read by `fp.verify_attention`.
 
     Args:
         num_layers, batch, capacity: sizes; this rank's layers only.
@@ -26,7 +27,6 @@ class KVCache:
         self.k = torch.zeros(shape, device=device, dtype=dtype)
         self.v = torch.zeros(shape, device=device, dtype=dtype)
         self.lens = torch.zeros(batch, dtype=torch.int32, device=device)
-        self._rows = torch.arange(batch, device=device).unsqueeze(1)
 
     @property
     def capacity(self) -> int:
@@ -52,11 +52,6 @@ class KVCache:
             raise ValueError(
                 f"{new} more tokens do not fit a KV cache of {self.capacity} tokens that holds {most}; make it larger"
             )
-
-    def write(self, layer: int, k: torch.Tensor, v: torch.Tensor, positions: torch.Tensor) -> None:
-        """Store k and v [batch, new, num_kv_heads, head_dim] of one layer at `positions` [batch, new]; `lens` stays."""
-        self.k[layer][self._rows, positions] = k
-        self.v[layer][self._rows, positions] = v
 
     def reset(self) -> None:
         """Forget all sequences."""

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
+from .. import ops
 from ._shards import merge_siblings
 from .linear import ColumnParallelLinear, RowParallelLinear
 from .rms_norm import RMSNorm
@@ -16,7 +16,8 @@ class ParallelMLP(nn.Module):
 
     Loads state dicts with gate_proj, up_proj and down_proj; gate and up are held merged in `gate_up_proj`. An
     intermediate size that the group does not divide is padded with zeros. forward: x [..., hidden] -> [..., hidden];
-    with `residual` and `norm`, (norm(sum), sum) for sum = residual + output.
+    with `residual` and `norm`, (norm(sum), sum) for sum = residual + output. `prefetch`: the
+    next layer's weight, as in RowParallelLinear.
     """
 
     def __init__(self, hidden_size: int, intermediate_size: int, bias: bool = False, *, group, device=None, dtype=None):
@@ -34,6 +35,11 @@ class ParallelMLP(nn.Module):
         self.down_proj = RowParallelLinear(intermediate_size, hidden_size, bias, **kwargs)
         merge_siblings(self)
 
-    def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None, norm: RMSNorm | None = None):
-        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
-        return self.down_proj(F.silu(gate) * up, residual, norm)
+    def forward(
+        self,
+        x: torch.Tensor,
+        residual: torch.Tensor | None = None,
+        norm: RMSNorm | None = None,
+        prefetch: torch.Tensor | None = None,
+    ):
+        return self.down_proj(ops.silu_mul(self.gate_up_proj(x)), residual, norm, prefetch)

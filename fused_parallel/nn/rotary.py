@@ -47,10 +47,3 @@ class RotaryEmbedding(nn.Module):
         angle = positions.unsqueeze(-1).float() * self.inv_freq
         angle = torch.cat((angle, angle), dim=-1)
         return angle.cos().to(dtype), angle.sin().to(dtype)
-
-
-def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotate x [B, S, heads, head_dim] by cos and sin [B, S, head_dim] (halves convention, as transformers)."""
-    first, second = x.chunk(2, dim=-1)
-    rotated = torch.cat((-second, first), dim=-1)
-    return x * cos.unsqueeze(2) + rotated * sin.unsqueeze(2)

@@ -6,7 +6,9 @@ from .all_reduce import all_gather, all_reduce, reduce_scatter
 from .all_reduce_add_rms_norm import all_reduce_add_rms_norm
 from .matmul_all_reduce import matmul_all_reduce, matmul_all_reduce_add_rms_norm
 from .matmul_reduce_scatter import all_gather_matmul, matmul_reduce_scatter
+from .rotary_cache_write import rotary_cache_write
 from .sample import sample
+from .silu_mul import silu_mul
 from .verify import VerifyResult, verify
 from .verify_attention import verify_attention
 from .verify_tree import verify_tree
@@ -23,7 +25,9 @@ __all__ = [
     "matmul_reduce_scatter",
     "reduce_scatter",
     "rms_norm",
+    "rotary_cache_write",
     "sample",
+    "silu_mul",
     "use",
     "verify",
     "verify_attention",

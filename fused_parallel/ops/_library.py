@@ -10,6 +10,8 @@ from collections.abc import Callable
 
 import torch
 
+from .. import _ext
+
 _LIBRARY = torch.library.Library("fused_parallel", "DEF")
 
 
@@ -60,3 +62,14 @@ def check_no_grad(op: str, **tensors: torch.Tensor | None) -> None:
                 f"{op}: {name} requires a gradient, and this library has no backward pass; "
                 f"call it under torch.no_grad() or torch.inference_mode(), or pass {name}.detach()"
             )
+
+
+def why_no_kernel_for(x: torch.Tensor) -> str | None:
+    """Why a kernel of this GPU alone cannot run on `x`; None if it can."""
+    return _ext.why_no_kernels() if x.is_cuda else f"there is a kernel for CUDA tensors only, not for {x.device.type}"
+
+
+def as_rows(x: torch.Tensor) -> torch.Tensor:
+    """`x` as [rows, size] with contiguous elements in a row: a view where the strides allow one, else a copy."""
+    rows = x.reshape(-1, x.shape[-1]) if x.numel() else x.new_empty(0, x.shape[-1])
+    return rows if rows.stride(1) == 1 else rows.contiguous()

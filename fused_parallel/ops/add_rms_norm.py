@@ -11,22 +11,12 @@ import torch
 from .. import _ext
 from ..reference import add_rms_norm as reference
 from ._dispatch import choose_fused
-from ._library import check_floating, register
-
-
-def _why_not_fused(x: torch.Tensor) -> str | None:
-    return _ext.why_no_kernels() if x.is_cuda else f"there is a kernel for CUDA tensors only, not for {x.device.type}"
-
-
-def _as_rows(x: torch.Tensor) -> torch.Tensor:
-    """`x` as [rows, hidden] with contiguous elements in a row: a view where the strides allow one, else a copy."""
-    rows = x.reshape(-1, x.shape[-1]) if x.numel() else x.new_empty(0, x.shape[-1])
-    return rows if rows.stride(1) == 1 else rows.contiguous()
+from ._library import as_rows, check_floating, register, why_no_kernel_for
 
 
 def _launch(x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float):
     """Run the kernel on the current stream of x's device; returns (normed, new_residual or None)."""
-    rows = _as_rows(x)
+    rows = as_rows(x)
     normed = torch.empty_like(x, memory_format=torch.contiguous_format)
     new_residual = None if residual is None else torch.empty_like(normed)
     # Kept in names until after the launch: a temporary would give its memory back before the kernel is queued.
@@ -50,7 +40,7 @@ def _launch(x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor
 
 
 def _rms_norm_impl(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    if choose_fused("rms_norm", _why_not_fused(x), on_gpu=x.is_cuda):
+    if choose_fused("rms_norm", why_no_kernel_for(x), on_gpu=x.is_cuda):
         return _launch(x, None, weight, eps)[0]
     return reference.rms_norm(x, weight, eps)
 
@@ -61,7 +51,7 @@ def _rms_norm_fake(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.T
 
 def add_norm(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float):
     """The operation without checks and without torch's dispatcher; other operations end in it, too."""
-    if choose_fused("add_rms_norm", _why_not_fused(x), on_gpu=x.is_cuda):
+    if choose_fused("add_rms_norm", why_no_kernel_for(x), on_gpu=x.is_cuda):
         return _launch(x, residual, weight, eps)
     return reference.add_rms_norm(x, residual, weight, eps)
 

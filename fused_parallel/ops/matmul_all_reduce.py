@@ -1,20 +1,22 @@
 """matmul_all_reduce and matmul_all_reduce_add_rms_norm: a row-parallel linear layer with what follows it.
 
-The matmul is torch's, its result is rounded to the dtype before it travels. Many rows go in blocks, each one's sum
-hidden behind the next one's matmul (`_blocks`); few rows, and all where the kernels over peer memory cannot run, as a
-matmul and the operation that follows, which chooses its implementation itself.
+Many rows go to one persistent kernel, whose tiles travel while the next are computed (csrc/matmul_all_reduce.cu). Few
+rows, and all where that kernel cannot run, are torch's matmul and the operation that follows, which chooses its
+implementation itself. Either way a rank's partial product is rounded to the dtype before it travels.
 """
 
 from __future__ import annotations
+
+import itertools
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
+from .. import _ext
 from ..comm.groups import group_from_name, resolve_group
-from ..comm.tuning import Choice
 from ..comm.workspace import workspace_of
-from . import _blocks
+from . import _direct
 from ._debug import check_agreement
 from ._dispatch import choose_fused
 from ._library import check_floating, register
@@ -23,31 +25,65 @@ from .all_reduce import aligned, all_reduce_, why_not_fused
 from .all_reduce_add_rms_norm import reduce_add_norm
 
 
-def block_choice(op: str, rows: int, row_bytes: int, x: torch.Tensor, pg: dist.ProcessGroup) -> Choice | None:
-    """How to communicate `rows` rows of `row_bytes` bytes in blocks beside the matmul; None: after it (or before)."""
+def takes_kernel(op: str, x: torch.Tensor, weight: torch.Tensor, pg: dist.ProcessGroup, scatter: bool = False) -> bool:
+    """Whether `op` of x [M, K] and weight [N, K] goes to the persistent kernel; from what all ranks share."""
     if pg.size() == 1 or not choose_fused(op, lambda: why_not_fused(x, pg), on_gpu=x.is_cuda):
-        return None
+        return False
     workspace = workspace_of(pg)
-    choice = workspace.choice(op, rows * row_bytes)
-    if choice.algorithm != "blocks" or row_bytes % 16 or rows <= choice.rows // 2:
-        return None
-    return choice if choice.rows * row_bytes <= workspace.slot_bytes else None
+    (m, k), n = x.shape, weight.shape[0]
+    if workspace.choice(op, m * n * x.element_size()).algorithm != "persistent" or not workspace.hopper:
+        return False
+    if x.element_size() != 2 or k % 8 or n % 8 or k == 0 or m <= _ext.extension().matmul_tile_rows * (pg.size() - 1):
+        return False
+    return m <= workspace.matmul().most_rows(n, scatter) if scatter else workspace.matmul().most_rows(n, False) > 0
+
+
+def launch_matmul(x: torch.Tensor, weight: torch.Tensor, pg: dist.ProcessGroup, scatter: bool) -> torch.Tensor:
+    """The kernel on x [M, K] and weight [N, K]: their product summed over the ranks, [M, N], or with `scatter` this
+    rank's [M / W, N] of it."""
+    workspace = workspace_of(pg)
+    workspace.check()
+    native, tile = workspace.matmul(), _ext.extension().matmul_tile_rows
+    x, weight = aligned(x), aligned(weight)
+    (m, k), n = x.shape, weight.shape[0]
+    out = x.new_empty(m // pg.size() if scatter else m, n)
+    # As few launches as fit the slots, of about as many rows each.
+    tile_rows = -(-m // tile)
+    launches = 1 if scatter else -(-tile_rows // (native.most_rows(n, False) // tile))
+    bounds = [min(tile_rows * i // launches * tile, m) for i in range(launches + 1)]
+    for first, end in itertools.pairwise(bounds):
+        native.matmul_all_reduce(
+            x.data_ptr() + first * k * x.element_size(),
+            weight.data_ptr(),
+            out.data_ptr() + first * n * x.element_size(),
+            end - first,
+            n,
+            k,
+            scatter,
+            _ext.DTYPE_CODES[x.dtype],
+            _direct.raw_stream(workspace.device_index),
+        )
+    return out
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:
-    return x.reshape(-1, x.shape[-1])
+    return x.reshape(-1, x.shape[-1]) if x.numel() else x.new_empty(0, x.shape[-1])
+
+
+def _product(op: str, x: torch.Tensor, weight: torch.Tensor, pg: dist.ProcessGroup) -> torch.Tensor | None:
+    """The summed product by the kernel, or None."""
+    rows = _rows(x)
+    if not takes_kernel(op, rows, weight, pg):
+        return None
+    return launch_matmul(rows, weight, pg, scatter=False).view(*x.shape[:-1], weight.shape[0])
 
 
 def _impl(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, group_name: str) -> torch.Tensor:
     pg = group_from_name(group_name)
     check_agreement("matmul_all_reduce", pg, x, weight, bias)
-    n = weight.shape[0]
-    rows = x.numel() // x.shape[-1] if x.shape[-1] else 0
-    choice = block_choice("matmul_all_reduce", rows, n * x.element_size(), x, pg)
-    if choice is None:
+    out = _product("matmul_all_reduce", x, weight, pg)
+    if out is None:
         out = all_reduce_(F.linear(x, weight), pg)
-    else:
-        out = _blocks.matmul_all_reduce(_rows(x), weight, workspace_of(pg), choice).view(*x.shape[:-1], n)
     return out if bias is None else out.add_(bias)
 
 
@@ -55,18 +91,13 @@ def _impl_norm(x, weight, residual, norm_weight, eps: float, bias, prefetch, gro
     op = "matmul_all_reduce_add_rms_norm"
     pg = group_from_name(group_name)
     check_agreement(op, pg, x, weight, residual, norm_weight, bias)
-    if bias is not None:
-        return add_norm(_impl(x, weight, None, group_name).add_(bias), residual, norm_weight, eps)
-    n = weight.shape[0]
-    rows = x.numel() // x.shape[-1] if x.shape[-1] else 0
-    choice = block_choice(op, rows, n * x.element_size(), x, pg)
-    if choice is None or not workspace_of(pg).takes_rows(n * x.element_size()):
-        return reduce_add_norm(F.linear(x, weight), residual, norm_weight, eps, pg, prefetch)
-    whole = aligned(residual), aligned(norm_weight)
-    out = _blocks.matmul_all_reduce_add_rms_norm(
-        _rows(x), weight, _rows(whole[0]), whole[1], eps, workspace_of(pg), choice
-    )
-    return tuple(t.view(residual.shape) for t in out)
+    out = _product(op, x, weight, pg)
+    if out is None:
+        partial = F.linear(x, weight)
+        if bias is None:
+            return reduce_add_norm(partial, residual, norm_weight, eps, pg, prefetch)
+        out = all_reduce_(partial, pg)
+    return add_norm(out if bias is None else out.add_(bias), residual, norm_weight, eps)
 
 
 def _fake(x, weight, bias, group_name):
@@ -115,8 +146,8 @@ def matmul_all_reduce(
         TypeError, ValueError: bad dtype, shape or group.
         PeerTimeoutError: a rank died or did not answer within the group's timeout.
 
-    Runs on the current stream, many rows also on a side stream that is forked from it and joined again; capturable in
-    CUDA graphs; traced by torch.compile as one node.
+    Runs on the current stream; capturable in CUDA graphs (after a first call with many rows, which makes the memory
+    that tiles travel through); traced by torch.compile as one node.
     """
     check_floating("matmul_all_reduce", ("bias",), x=x, weight=weight, bias=bias)
     check_matmul("matmul_all_reduce", x, weight, bias)

@@ -1,6 +1,7 @@
 """matmul_reduce_scatter and all_gather_matmul: the two halves of sequence-parallel tensor parallelism.
 
-As in matmul_all_reduce, many rows go in blocks whose communication is hidden behind torch's matmuls.
+Many rows of the first go to the persistent kernel of matmul_all_reduce; of the second in blocks that are gathered
+beside torch's matmuls (`_blocks`).
 """
 
 from __future__ import annotations
@@ -12,27 +13,31 @@ from ..comm.groups import group_from_name, resolve_group
 from ..comm.workspace import workspace_of
 from . import _blocks
 from ._debug import check_agreement
+from ._dispatch import choose_fused
 from ._library import check_floating, register
-from .all_reduce import aligned, all_gather_, check_divisible, reduce_scatter_
-from .matmul_all_reduce import block_choice, check_matmul
+from .all_reduce import aligned, all_gather_, check_divisible, reduce_scatter_, why_not_fused
+from .matmul_all_reduce import check_matmul, launch_matmul, takes_kernel
 
 
 def _reduce_scatter(x: torch.Tensor, weight: torch.Tensor, group_name: str) -> torch.Tensor:
     pg = group_from_name(group_name)
     check_agreement("matmul_reduce_scatter", pg, x, weight)
-    choice = block_choice("matmul_reduce_scatter", len(x), weight.shape[0] * x.element_size(), x, pg)
-    if choice is None:
-        return reduce_scatter_(F.linear(x, weight), pg)
-    return _blocks.matmul_reduce_scatter(x.contiguous(), weight, workspace_of(pg), choice)
+    if takes_kernel("matmul_reduce_scatter", x, weight, pg, scatter=True):
+        return launch_matmul(x, weight, pg, scatter=True)
+    return reduce_scatter_(F.linear(x, weight), pg)
 
 
 def _all_gather(x: torch.Tensor, weight: torch.Tensor, group_name: str) -> torch.Tensor:
+    op = "all_gather_matmul"
     pg = group_from_name(group_name)
-    check_agreement("all_gather_matmul", pg, x, weight)
-    choice = block_choice("all_gather_matmul", len(x) * pg.size(), x.shape[1] * x.element_size(), x, pg)
-    if choice is None:
-        return F.linear(all_gather_(x, pg), weight)
-    return _blocks.all_gather_matmul(aligned(x), weight, workspace_of(pg), choice)
+    check_agreement(op, pg, x, weight)
+    if pg.size() > 1 and choose_fused(op, lambda: why_not_fused(x, pg), on_gpu=x.is_cuda):
+        workspace, row_bytes = workspace_of(pg), x.shape[1] * x.element_size()
+        choice = workspace.choice(op, len(x) * pg.size() * row_bytes)
+        block = choice.rows // pg.size()
+        if choice.algorithm == "blocks" and row_bytes % 16 == 0 and 0 < block * row_bytes <= workspace.slot_bytes:
+            return _blocks.all_gather_matmul(aligned(x), weight, workspace, choice)
+    return F.linear(all_gather_(x, pg), weight)
 
 
 _reduce_scatter_op = register(

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from _rotary_cases import oracle, random_inputs
 
 import fused_parallel as fp
 from fused_parallel.testing.tolerances import assert_close
@@ -10,38 +11,6 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 # B, S, Hq, Hkv, D, C
 SHAPES = [(1, 1, 8, 1, 128, 16), (3, 5, 4, 2, 64, 9), (2, 3, 3, 3, 6, 7), (2, 1, 1, 1, 2, 1), (0, 2, 4, 2, 8, 4)]
 SHAPES += [(2, 0, 4, 2, 8, 4), (2, 2, 4, 2, 8, 0), (1, 127, 5, 1, 80, 127)]
-
-
-def oracle(q, k, v, cos, sin, k_cache, v_cache, positions):
-    """(rotated q, k cache, v cache) in float64, token by token."""
-    cos, sin = cos.double().unsqueeze(2), sin.double().unsqueeze(2)
-
-    def rotate(x):
-        first, second = x.double().chunk(2, -1)
-        return x.double() * cos + torch.cat((-second, first), -1) * sin
-
-    keys, k_cache, v_cache = rotate(k), k_cache.double(), v_cache.double()
-    for b in range(q.shape[0]):
-        for s, position in enumerate(positions[b].tolist()):
-            if 0 <= position < k_cache.shape[1]:
-                k_cache[b, position], v_cache[b, position] = keys[b, s], v[b, s].double()
-    return rotate(q), k_cache, v_cache
-
-
-def draw_positions(batch, new, capacity, beyond=0):
-    """Different ones for each token of a sequence, from -beyond to capacity + beyond."""
-    count = max(new, capacity + 2 * beyond)
-    return torch.rand(batch, count).argsort(1)[:, :new] - beyond
-
-
-def random_inputs(shape, dtype, beyond=0):
-    """q, k and v as views of a merged projection's output; caches that hold something."""
-    batch, new, q_heads, kv_heads, dim, capacity = shape
-    merged = torch.randn(batch, new, (q_heads + 2 * kv_heads) * dim, dtype=dtype).unflatten(-1, (-1, dim))
-    q, k, v = merged.split((q_heads, kv_heads, kv_heads), 2)
-    cos, sin = torch.randn(2, batch, new, dim).cos().to(dtype), torch.randn(2, batch, new, dim).sin().to(dtype)
-    k_cache, v_cache = torch.randn(2, batch, capacity, kv_heads, dim, dtype=dtype)
-    return q, k, v, cos[0], sin[1], k_cache, v_cache, draw_positions(batch, new, capacity, beyond)
 
 
 @pytest.mark.parametrize("beyond", [0, 3])

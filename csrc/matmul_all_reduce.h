@@ -1,0 +1,42 @@
+// Matmul with the exchange of its tiles inside: matmul_all_reduce, matmul_reduce_scatter. Hopper only.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "all_reduce.h"
+
+namespace fp {
+
+constexpr int kTileRows = 128, kTileColumns = 256;
+constexpr std::int64_t kTileBytes = kTileRows * kTileColumns * 2;
+
+// One rank's view of the memory that tiles travel through: on every rank, at `bases`, matmul_workspace_bytes(tiles)
+// bytes of symmetric memory, zeros at first. `control`: 8 bytes of this rank's own device memory, zeros. Waits are
+// bounded and failures recorded as the group's (`group`, which must outlive this).
+struct MatmulWorkspace {
+  MatmulWorkspace(AllReduceWorkspace& group, std::vector<std::uintptr_t> bases, std::int64_t tiles,
+                  std::uintptr_t control);
+
+  AllReduceWorkspace& group;
+  std::vector<std::uintptr_t> bases;
+  std::int64_t tiles;
+  std::uintptr_t control;
+};
+
+std::int64_t matmul_workspace_bytes(std::int64_t tiles);
+
+// Rows of one launch, at most, for N columns: what fits `tiles` slots.
+std::int64_t matmul_most_rows(const MatmulWorkspace& workspace, std::int64_t n, bool scatter);
+
+// out[m, n] = sum over ranks of x[m, k] * weight[n, k]^T; with `scatter` only this rank's m / world rows of it. fp16 or
+// bf16, contiguous, aligned to 16 bytes, k and n multiples of 8; m at most matmul_most_rows and, with `scatter`, a
+// multiple of world; m large enough for a row of tiles for every rank.
+void matmul_all_reduce(MatmulWorkspace& workspace, const void* x, const void* weight, void* out, std::int64_t m,
+                       std::int64_t n, std::int64_t k, bool scatter, int dtype, void* stream);
+
+// The same kernel without any exchange, to measure the matmul by itself.
+void matmul_only(const void* x, const void* weight, void* out, std::int64_t m, std::int64_t n, std::int64_t k,
+                 int dtype, int device, void* stream);
+
+}  // namespace fp

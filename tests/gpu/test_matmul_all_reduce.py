@@ -1,0 +1,167 @@
+"""The persistent matmul kernel: by itself, and with its exchange between virtual ranks of one GPU."""
+
+import time
+
+import pytest
+import torch
+from _virtual_ranks import VirtualRanks
+
+from fused_parallel import _ext
+from fused_parallel.testing.tolerances import assert_close
+
+pytestmark = [
+    pytest.mark.skipif(_ext.why_no_kernels() is not None, reason=f"no CUDA kernels: {_ext.why_no_kernels()}"),
+    pytest.mark.skipif(
+        torch.cuda.is_available() and torch.cuda.get_device_capability()[0] != 9, reason="the kernel needs a Hopper"
+    ),
+]
+
+TILES = 512
+
+
+class VirtualMatmuls(VirtualRanks):
+    """VirtualRanks with the memory that tiles travel through."""
+
+    def __init__(self, world: int, timeout_seconds: float = 20.0):
+        super().__init__(world, timeout_seconds=timeout_seconds)
+        size = _ext.extension().matmul_workspace_bytes(TILES)
+        self.staging = [torch.zeros(size, dtype=torch.uint8, device=self.device) for _ in range(world)]
+        self.controls = [torch.zeros(8, dtype=torch.uint8, device=self.device) for _ in range(world)]
+        bases = [t.data_ptr() for t in self.staging]
+        self.matmuls = [
+            _ext.extension().MatmulWorkspace(native, bases, TILES, control.data_ptr())
+            for native, control in zip(self.native, self.controls, strict=True)
+        ]
+        torch.cuda.synchronize()
+
+    def matmul(self, rank: int, x, weight, out, scatter: bool) -> None:
+        self.matmuls[rank].matmul_all_reduce(
+            x=x.data_ptr(),
+            weight=weight.data_ptr(),
+            out=out.data_ptr(),
+            m=x.shape[0],
+            n=weight.shape[0],
+            k=x.shape[1],
+            scatter=scatter,
+            dtype=_ext.DTYPE_CODES[x.dtype],
+            stream=self.streams[rank].cuda_stream,
+        )
+
+    def run(self, xs, weights, scatter: bool):
+        rows = len(xs[0]) // self.world if scatter else len(xs[0])
+        outs = [x.new_full((rows, len(weights[0])), float("nan")) for x in xs]
+        self.start()
+        for rank in range(self.world):
+            self.matmul(rank, xs[rank], weights[rank], outs[rank], scatter)
+        self.finish()
+        return outs
+
+
+def operands(world: int, m: int, k: int, n: int, dtype):
+    xs = [torch.randn(m, k, device="cuda").to(dtype) for _ in range(world)]
+    weights = [(torch.randn(n, k, device="cuda") * (world * k) ** -0.5).to(dtype) for _ in range(world)]
+    return xs, weights
+
+
+def expected(xs, weights):
+    """float64 sum of the partials, each rounded to the dtype, as they travel."""
+    return sum((x.double() @ w.double().t()).to(x.dtype).double() for x, w in zip(xs, weights, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_matmul_only(dtype, seed):
+    stream = torch.cuda.current_stream().cuda_stream
+    shapes = [(1, 8, 8), (127, 64, 256), (128, 64, 256), (129, 72, 264), (300, 2880, 2880), (2048, 512, 1000)]
+    for m, k, n in [*shapes, (4097, 1024, 512)]:
+        (x,), (weight,) = operands(1, m, k, n, dtype)
+        out = x.new_full((m, n), float("nan"))
+        arguments = (x.data_ptr(), weight.data_ptr(), out.data_ptr(), m, n, k, _ext.DTYPE_CODES[dtype])
+        _ext.extension().matmul_only(*arguments, torch.cuda.current_device(), stream)
+        assert_close(out, x.double() @ weight.double().t())
+
+
+@pytest.mark.parametrize("scatter", [False, True])
+@pytest.mark.parametrize("world", [2, 3, 4])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_sums(world, scatter, dtype, seed):
+    ranks = VirtualMatmuls(world)
+    shapes = [(128 * world, 64, 256), (world * 171, 200, 264), (1536, 512, 1000), (world * 128, 2880, 2880)]
+    for m, k, n in shapes * 2:
+        if m > ranks.matmuls[0].most_rows(n, scatter):
+            continue
+        if scatter:
+            m = m // world * world
+        xs, weights = operands(world, m, k, n, dtype)
+        outs = ranks.run(xs, weights, scatter)
+        whole = expected(xs, weights)
+        for rank, out in enumerate(outs):
+            assert_close(out, whole.chunk(world)[rank] if scatter else whole, factor=2)
+            assert scatter or torch.equal(out, outs[0])
+        again = ranks.run(xs, weights, scatter)
+        assert all(torch.equal(a, b) for a, b in zip(outs, again, strict=True))
+    ranks.check()
+
+
+def test_graph_with_changing_inputs_and_skew(seed):
+    """Replays of chained calls of two shapes with all-reduces between, each rank delayed at random."""
+    ranks = VirtualMatmuls(2)
+    problems = [operands(2, 512, 256, 512, torch.bfloat16), operands(2, 384, 512, 256, torch.bfloat16)]
+    outs = [[x.new_empty(len(xs[0]), len(ws[0])) for x in xs] for xs, ws in problems]
+    summed = [torch.empty_like(out) for out in outs[0]]
+
+    def body(sleeps):
+        ranks.start()
+        for rank in range(2):
+            with torch.cuda.stream(ranks.streams[rank]):
+                torch.cuda._sleep(sleeps[rank])
+            for (xs, ws), out in zip(problems, outs, strict=True):
+                ranks.matmul(rank, xs[rank], ws[rank], out[rank], False)
+                ranks.launch(rank, outs[0][rank], summed[rank], two_shot=False)
+        ranks.finish()
+
+    body((0, 0))
+    torch.cuda.synchronize()
+    graphs = []
+    for sleeps in torch.randint(0, 100_000, (8, 2)).tolist():
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            body(sleeps)
+        graphs.append(graph)
+    for replay in range(100):
+        for xs, _ in problems:
+            for x in xs:
+                x.normal_()
+        for tensor in (*outs[0], *outs[1], *summed):
+            tensor.fill_(float("nan"))
+        graphs[replay % len(graphs)].replay()
+        for (xs, ws), out in zip(problems, outs, strict=True):
+            assert_close(out[0], expected(xs, ws), factor=2)
+            assert torch.equal(out[0], out[1]), replay
+        assert torch.equal(summed[0], outs[0][0] * 2) and torch.equal(summed[0], summed[1])
+    ranks.check()
+
+
+def test_missing_rank_is_named_within_the_timeout():
+    ranks = VirtualMatmuls(2, timeout_seconds=0.5)
+    xs, ws = operands(2, 512, 256, 512, torch.bfloat16)
+    out = torch.empty(512, 512, device="cuda", dtype=torch.bfloat16)
+    torch.cuda.synchronize()
+    begin = time.monotonic()
+    ranks.start()
+    ranks.matmul(0, xs[0], ws[0], out, False)
+    torch.cuda.synchronize()
+    assert 0.4 < time.monotonic() - begin < 1.5
+    assert ranks.native[0].failure() == "matmul_all_reduce on rank 0 waited in vain for rank 1 (call 1)"
+    with pytest.raises(RuntimeError, match="waited in vain for rank 1"):
+        ranks.matmul(0, xs[0], ws[0], out, False)
+
+
+def test_errors():
+    ranks = VirtualMatmuls(2)
+    xs, ws = operands(2, 256, 64, 256, torch.bfloat16)
+    with pytest.raises(RuntimeError, match="100 rows; must be from 129 to"):
+        ranks.matmul(0, xs[0][:100], ws[0], xs[0], False)
+    with pytest.raises(RuntimeError, match="only float16 and bfloat16"):
+        ranks.matmul(0, xs[0].float(), ws[0].float(), xs[0].float(), False)
+    with pytest.raises(RuntimeError, match="n and k must be multiples of 8"):
+        ranks.matmul(0, xs[0][:, :60].contiguous(), ws[0][:, :60].contiguous(), xs[0], False)
