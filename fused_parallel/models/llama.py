@@ -31,8 +31,8 @@ from .config import DTYPES, LlamaConfig
 
 class LlamaDecoderLayer(nn.Module):
     """One layer; `index` is its place in this stage's KV cache. forward gets the normed input and the running residual,
-    and returns both for what follows: normed by `next_norm`, or un-normed where that is None (end of a stage).
-    """One layer; `index` is its place in this stage's KV cache. forward gets the normed input and the running residual,
+    and returns both for what follows: normed by `next_norm`, or un-normed where that is None (end of a stage). The
+    all-reduces bring a part of the following weight into the L2; `next_weight` is the next layer's."""
 
     def __init__(self, config: LlamaConfig, index: int, *, group, device, dtype) -> None:
         super().__init__()
