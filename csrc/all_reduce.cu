@@ -255,7 +255,8 @@ AllReduceWorkspace::AllReduceWorkspace(int rank_, std::vector<std::uintptr_t> ba
   if (world < 2 || world > kMaxWorld || rank < 0 || rank >= world || slot_bytes < 32 || slot_bytes % 16 != 0 ||
       max_threads < kThreads || timeout_seconds <= 0) {
     throw std::runtime_error("AllReduceWorkspace: rank " + std::to_string(rank) + " of " + std::to_string(world) +
-                             ", slot_bytes=" + std::to_string(slot_bytes) + ", max_threads=" + std::to_string(max_threads));
+                             ", slot_bytes=" + std::to_string(slot_bytes) +
+                             ", max_threads=" + std::to_string(max_threads));
   }
   hopper = runs_hopper_code(device);
 }
@@ -271,8 +272,9 @@ int AllReduceWorkspace::failed_rank() const {
 std::string AllReduceWorkspace::failure() const {
   if (failed_rank() < 0) return "";
   const volatile AbortRecord* r = reinterpret_cast<const AbortRecord*>(record);
-  static const char* const names[] = {"all_reduce (one-shot)", "all_reduce (two-shot)", "all_reduce_add_rms_norm",
-                                      "reduce_scatter", "all_gather", "matmul_all_reduce"};
+  static const char* const names[] = {
+      "all_reduce (one-shot)", "all_reduce (two-shot)", "all_reduce_add_rms_norm", "reduce_scatter", "all_gather",
+      "matmul_all_reduce"};
   const char* name = r->operation < 6 ? names[r->operation] : "an operation";
   return std::string(name) + " on rank " + std::to_string(rank) + " waited in vain for rank " +
          std::to_string(r->rank) + " (call " + std::to_string(static_cast<unsigned long long>(r->epoch)) + ")";

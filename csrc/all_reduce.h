@@ -23,8 +23,9 @@ struct AllReduceWorkspace {
   std::string failure() const;
   int failed_rank() const;  // -1: none
 
-  // Called before each launch; throws if the group has failed. Operations of one group share counters and may not overlap: one on another stream than
-  // the last waits for it; two streams in one capture are refused. What graphs replay is the caller's to order.
+  // Called before each launch; throws if the group has failed. Operations of one group share counters and may not
+  // overlap: one on another stream than the last waits for it; two streams in one capture are refused. What graphs
+  // replay is the caller's to order.
   void order(void* stream);
 
   // The caller has made `stream` wait for the stream of the last operation: what comes next may be on it, in the same
@@ -83,12 +84,11 @@ void all_reduce(AllReduceWorkspace& workspace, const void* x, void* out, std::in
 // `next`, `next_bytes`: what the kernel after this one reads, weights, to be brought into the L2 meanwhile; or null.
 void all_reduce_add_rms_norm(AllReduceWorkspace& workspace, const void* x, const void* residual, const void* weight,
                              void* normed, void* new_residual, std::int64_t rows, std::int64_t hidden, float eps,
-                             int cluster, int ctas, const void* next, std::int64_t next_bytes, int dtype,
-                             void* stream);
+                             int cluster, int ctas, const void* next, std::int64_t next_bytes, int dtype, void* stream);
 
 // out[elements] = this rank's part of the sum over ranks of x[world * elements].
-void reduce_scatter(AllReduceWorkspace& workspace, const void* x, void* out, std::int64_t elements, int ctas,
-                    int dtype, void* stream);
+void reduce_scatter(AllReduceWorkspace& workspace, const void* x, void* out, std::int64_t elements, int ctas, int dtype,
+                    void* stream);
 
 // out[world * elements] = all ranks' x[elements], in rank order. Both take parts of a multiple of 16 bytes, at most
 // slot_bytes; `ctas`: of the grid, at most (0: the default).

@@ -59,7 +59,9 @@ struct ClusterSum {
   float sums[2][kMostWarps * kCluster];
   alignas(8) unsigned long long arrived[2];
 
-  __device__ static unsigned shared_address(const void* p) { return static_cast<unsigned>(__cvta_generic_to_shared(p)); }
+  __device__ static unsigned shared_address(const void* p) {
+    return static_cast<unsigned>(__cvta_generic_to_shared(p));
+  }
 
   __device__ void begin() {
     if constexpr (kCluster > 1) {
@@ -134,7 +136,8 @@ struct ClusterSum {
 #endif
 
 template <typename T, int kWorld, int kVecs, int kCluster>
-__global__ void __launch_bounds__(kVecs == 1 ? kMaxThreads : kMaxThreads / 2, kVecs) one_shot_norm(const __grid_constant__ Params<T> p) {
+__global__ void __launch_bounds__(kVecs == 1 ? kMaxThreads : kMaxThreads / 2, kVecs)
+    one_shot_norm(const __grid_constant__ Params<T> p) {
 #if FP_HAS_CLUSTERS
   const Lamport& l = p.lamport;
   const int part = blockIdx.x % kCluster;
@@ -158,8 +161,7 @@ __global__ void __launch_bounds__(kVecs == 1 ? kMaxThreads : kMaxThreads / 2, kV
 #pragma unroll
     for (int u = 0; u < kVecs; ++u) {
       const int v = first + u * stride;
-      if (v < p.vectors)
-        out[u] = load_once_written(tensor + (of_row * p.vectors + v) * Vec<T>::kSize);
+      if (v < p.vectors) out[u] = load_once_written(tensor + (of_row * p.vectors + v) * Vec<T>::kSize);
     }
   };
   const auto push_row = [&](unsigned generation, int of_row, Vec<T>(&values)[kVecs]) {
@@ -179,8 +181,8 @@ __global__ void __launch_bounds__(kVecs == 1 ? kMaxThreads : kMaxThreads / 2, kV
     push_row(generation, row, mine);
     load_row(p.residual, row, residual);
   }
-  // Not before dependency_wait: the kernel before this one may have made the weight. Behind the pushes it costs nothing.
-  // Kept over all rows, where the registers allow it.
+  // Not before dependency_wait: the kernel before this one may have made the weight. Behind the pushes it costs
+  // nothing. Kept over all rows, where the registers allow it.
   if constexpr (kVecs == 1) load_row(p.weight, 0, weight);
   const unsigned thread = blockIdx.x * blockDim.x + threadIdx.x;
   clear_previous(l, call, thread, gridDim.x * blockDim.x);

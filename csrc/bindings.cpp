@@ -58,15 +58,15 @@ void bind_all_reduce(py::module_& m) {
           py::arg("dtype"), py::arg("stream"))
       .def(
           "reduce_scatter",
-          [](AllReduceWorkspace& w, Address x, Address out, std::int64_t elements, int ctas, int dtype, Address stream) {
+          [](AllReduceWorkspace& w, Address x, Address out, std::int64_t elements, int ctas, int dtype,
+             Address stream) {
             fp::reduce_scatter(w, pointer(x), pointer(out), elements, ctas, dtype, pointer(stream));
           },
           py::arg("x"), py::arg("out"), py::arg("elements"), py::arg("ctas"), py::arg("dtype"), py::arg("stream"))
       .def(
           "all_gather",
-          [](AllReduceWorkspace& w, Address x, Address out, std::int64_t elements, int ctas, int dtype, Address stream) {
-            fp::all_gather(w, pointer(x), pointer(out), elements, ctas, dtype, pointer(stream));
-          },
+          [](AllReduceWorkspace& w, Address x, Address out, std::int64_t elements, int ctas, int dtype,
+             Address stream) { fp::all_gather(w, pointer(x), pointer(out), elements, ctas, dtype, pointer(stream)); },
           py::arg("x"), py::arg("out"), py::arg("elements"), py::arg("ctas"), py::arg("dtype"), py::arg("stream"))
       .def(
           "all_reduce_add_rms_norm",
@@ -74,11 +74,12 @@ void bind_all_reduce(py::module_& m) {
              std::int64_t rows, std::int64_t hidden, float eps, int cluster, int ctas, Address next,
              std::int64_t next_bytes, int dtype, Address stream) {
             fp::all_reduce_add_rms_norm(w, pointer(x), pointer(residual), pointer(weight), pointer(normed),
-                                        pointer(new_residual), rows, hidden, eps, cluster, ctas, pointer(next), next_bytes, dtype,
-                                        pointer(stream));
+                                        pointer(new_residual), rows, hidden, eps, cluster, ctas, pointer(next),
+                                        next_bytes, dtype, pointer(stream));
           },
           py::arg("x"), py::arg("residual"), py::arg("weight"), py::arg("normed"), py::arg("new_residual"),
-          py::arg("rows"), py::arg("hidden"), py::arg("eps"), py::arg("cluster"), py::arg("ctas"), py::arg("next"), py::arg("next_bytes"), py::arg("dtype"), py::arg("stream"));
+          py::arg("rows"), py::arg("hidden"), py::arg("eps"), py::arg("cluster"), py::arg("ctas"), py::arg("next"),
+          py::arg("next_bytes"), py::arg("dtype"), py::arg("stream"));
 }
 
 void bind_matmul_all_reduce(py::module_& m) {
@@ -96,8 +97,8 @@ void bind_matmul_all_reduce(py::module_& m) {
             fp::matmul_all_reduce(w, pointer(x), pointer(weight), pointer(out), m, n, k, scatter, dtype,
                                   pointer(stream));
           },
-          py::arg("x"), py::arg("weight"), py::arg("out"), py::arg("m"), py::arg("n"), py::arg("k"),
-          py::arg("scatter"), py::arg("dtype"), py::arg("stream"));
+          py::arg("x"), py::arg("weight"), py::arg("out"), py::arg("m"), py::arg("n"), py::arg("k"), py::arg("scatter"),
+          py::arg("dtype"), py::arg("stream"));
   m.def(
       "matmul_only",
       [](Address x, Address weight, Address out, std::int64_t m, std::int64_t n, std::int64_t k, int dtype, int device,

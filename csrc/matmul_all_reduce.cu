@@ -29,15 +29,15 @@ constexpr int kDepth = 64;  // of an operand tile: 128 bytes, the width of the s
 constexpr int kStages = 4;
 constexpr int kConsumers = 2;
 constexpr int kThreads = 128 * (1 + kConsumers);
-constexpr int kGroupRows = 8;      // rows of tiles that are worked on together: their operands share the L2
-constexpr int kPassColumns = 64;   // of the result that pass through shared memory at a time
-constexpr int kHalfRows = 64;      // of a consumer
+constexpr int kGroupRows = 8;     // rows of tiles that are worked on together: their operands share the L2
+constexpr int kPassColumns = 64;  // of the result that pass through shared memory at a time
+constexpr int kHalfRows = 64;     // of a consumer
 constexpr unsigned kStageBytes = (kTileRows + kTileColumns) * kDepth * 2;
 constexpr unsigned kPassBytes = kHalfRows * kPassColumns * 2;
 constexpr unsigned kSharedBytes = 1024 + kStages * kStageBytes + kConsumers * 2 * kPassBytes;
 
-// Where tiles travel through; see MatmulWorkspace. Call e uses the half e % 2 of the slots: a peer that is in call e + 2
-// has seen this rank in call e + 1, and so at the end of call e.
+// Where tiles travel through; see MatmulWorkspace. Call e uses the half e % 2 of the slots: a peer that is in call e +
+// 2 has seen this rank in call e + 1, and so at the end of call e.
 struct Exchange {
   unsigned char* bases[kMaxWorld];
   unsigned long long* arrivals;  // as Control::arrivals
@@ -64,9 +64,9 @@ struct Params {
   CUtensorMap x, weight;
   Exchange exchange;
   T* out;
-  int n, depths;             // depths: steps of kDepth along K
-  int tile_columns;          // tiles along N
-  int first_row[kMaxWorld + 1];  // of each owner
+  int n, depths;                  // depths: steps of kDepth along K
+  int tile_columns;               // tiles along N
+  int first_row[kMaxWorld + 1];   // of each owner
   int first_tile[kMaxWorld + 1];  // of each owner in the order of work: rank + 1, rank + 2, ..., rank
   bool scatter;
 };
@@ -276,12 +276,14 @@ __device__ __forceinline__ void multiply(const Params<T>& p, unsigned char* stag
       const unsigned char* x = stages + stage * kStageBytes;
       const std::uint64_t a = tile_descriptor(x + consumer * kHalfRows * kDepth * 2);
       const std::uint64_t b = tile_descriptor(x + kTileRows * kDepth * 2);
+      wgmma_pin(d);
       wgmma_fence();
 #pragma unroll
       for (int step = 0; step < kDepth / 16; ++step) {
         wgmma_64x256x16<T>(d, a + step * 2, b + step * 2, depth > 0 || step > 0);
       }
       wgmma_commit();
+      wgmma_pin(d);
       if (depth > 0) {
         wgmma_wait<1>();  // the stage before has been read
         if (lane == 0) barrier_arrive(&empty[previous]);
@@ -290,6 +292,7 @@ __device__ __forceinline__ void multiply(const Params<T>& p, unsigned char* stag
       if (++stage == kStages) stage = 0, parity ^= 1;
     }
     wgmma_wait<0>();
+    wgmma_pin(d);
     if (lane == 0) barrier_arrive(&empty[previous]);
     exchange_tile(p, tile, d, consumer, passes, epoch, start, failed);
   }
@@ -348,7 +351,8 @@ CUtensorMap tensor_map(const void* p, std::int64_t rows, std::int64_t columns, i
   static const Encode encode = [] {
     void* found = nullptr;
     cudaDriverEntryPointQueryResult result;
-    FP_CUDA_CHECK(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault, &result));
+    FP_CUDA_CHECK(
+        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault, &result));
     if (found == nullptr) throw std::runtime_error("the driver has no cuTensorMapEncodeTiled");
     return reinterpret_cast<Encode>(found);
   }();
@@ -357,8 +361,9 @@ CUtensorMap tensor_map(const void* p, std::int64_t rows, std::int64_t columns, i
   const cuuint64_t strides[] = {static_cast<cuuint64_t>(columns) * 2};
   const cuuint32_t box[] = {kDepth, static_cast<cuuint32_t>(box_rows)}, steps[] = {1, 1};
   const CUresult result =
-      encode(&map, static_cast<DType>(dtype) == DType::kBFloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
-                                                                 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
+      encode(&map,
+             static_cast<DType>(dtype) == DType::kBFloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
+                                                           : CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
              2, const_cast<void*>(p), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
              CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (result != CUDA_SUCCESS) {
@@ -378,8 +383,9 @@ void launch(Params<T>& p, const void* x, const void* weight, std::int64_t m, std
   const int world = p.exchange.world, rank = p.exchange.rank;
   if (m < 1 || n < 1 || k < 1 || n % 8 != 0 || k % 8 != 0 || !is_vec_aligned(x) || !is_vec_aligned(weight) ||
       !is_vec_aligned(p.out) || !runs_hopper_code(device)) {
-    throw std::runtime_error("matmul_all_reduce: m=" + std::to_string(m) + ", n=" + std::to_string(n) + ", k=" +
-                             std::to_string(k) + ": n and k must be multiples of 8, tensors aligned to 16 bytes, the "
+    throw std::runtime_error("matmul_all_reduce: m=" + std::to_string(m) + ", n=" + std::to_string(n) +
+                             ", k=" + std::to_string(k) +
+                             ": n and k must be multiples of 8, tensors aligned to 16 bytes, the "
                              "GPU a Hopper");
   }
   p.x = tensor_map(x, m, k, kTileRows, dtype);
@@ -395,10 +401,9 @@ void launch(Params<T>& p, const void* x, const void* weight, std::int64_t m, std
   }
   static thread_local int prepared = -1;  // the attribute is kept by the device
   if (prepared != device) {
-    FP_CUDA_CHECK(cudaFuncSetAttribute(matmul_push<__nv_bfloat16>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                       kSharedBytes));
     FP_CUDA_CHECK(
-        cudaFuncSetAttribute(matmul_push<__half>, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes));
+        cudaFuncSetAttribute(matmul_push<__nv_bfloat16>, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes));
+    FP_CUDA_CHECK(cudaFuncSetAttribute(matmul_push<__half>, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes));
     prepared = device;
   }
   cudaLaunchAttribute attribute = {};

@@ -105,15 +105,15 @@ void checked(AllReduceWorkspace& w, const char* name, const void* x, const void*
 
 void reduce_scatter(AllReduceWorkspace& w, const void* x, void* out, std::int64_t elements, int ctas, int dtype,
                     void* stream) {
-  checked(w, "reduce_scatter", x, out, elements, ctas, dtype, stream,
-          [&](auto* null, int share, const Grid& grid) {
-            using T = std::remove_pointer_t<decltype(null)>;
-            const Params<T> p = {lamport_of(w, kReduceScatter, grid.early), static_cast<const T*>(x), static_cast<T*>(out), share};
-            dispatch_world(w.world, [&](auto world) {
-              launch_dependent(reduce_scatter_push<T, decltype(world)::value>, p, grid.ctas, grid.threads, 1, w.hopper,
-                               static_cast<cudaStream_t>(stream));
-            });
-          });
+  checked(w, "reduce_scatter", x, out, elements, ctas, dtype, stream, [&](auto* null, int share, const Grid& grid) {
+    using T = std::remove_pointer_t<decltype(null)>;
+    const Params<T> p = {lamport_of(w, kReduceScatter, grid.early), static_cast<const T*>(x), static_cast<T*>(out),
+                         share};
+    dispatch_world(w.world, [&](auto world) {
+      launch_dependent(reduce_scatter_push<T, decltype(world)::value>, p, grid.ctas, grid.threads, 1, w.hopper,
+                       static_cast<cudaStream_t>(stream));
+    });
+  });
 }
 
 void all_gather(AllReduceWorkspace& w, const void* x, void* out, std::int64_t elements, int ctas, int dtype,

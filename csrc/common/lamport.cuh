@@ -74,9 +74,9 @@ __device__ __forceinline__ unsigned long long next_epoch(const Lamport& l) {
 }
 
 // The beginning of every kernel here: waits for the kernel before. Where grids are small enough (Grid::early) it takes
-// the number of this call first, which costs no time while that kernel is still at work, and lets the next kernel of the
-// stream become resident; a larger grid starts when the CTAs before it leave, and takes its number with its other loads
-// (begin_call).
+// the number of this call first, which costs no time while that kernel is still at work, and lets the next kernel of
+// the stream become resident; a larger grid starts when the CTAs before it leave, and takes its number with its other
+// loads (begin_call).
 //
 // The number may be taken before the wait because calls take theirs one after the other: this kernel was started by a
 // kernel all of whose CTAs had triggered or ended, and so on back to the call before, whose CTAs trigger when their
@@ -151,8 +151,8 @@ __device__ __forceinline__ void push(const Lamport& l, unsigned generation, int 
 
 // Poll this rank's slot of `source` until its vector `v` has come. False after a failed wait: the record says so, and
 // the value must not be used.
-__device__ __forceinline__ bool poll(const Lamport& l, const Call& call, unsigned long long& start, int source,
-                                     int v, uint4& value) {
+__device__ __forceinline__ bool poll(const Lamport& l, const Call& call, unsigned long long& start, int source, int v,
+                                     uint4& value) {
   const uint4* p = l.slot(l.rank, call.epoch % 3, source) + v;
   for (unsigned spins = 1;; ++spins) {
     value = load_relaxed_sys(p);
@@ -161,13 +161,13 @@ __device__ __forceinline__ bool poll(const Lamport& l, const Call& call, unsigne
   }
 }
 
-// totals[u] = the sum in rank order, in fp32, rounded once, of this rank's vectors `mine` and what the peers pushed. All
-// peers' slots, several at a time, are read at once, again and again until every word has come: one trip to memory
+// totals[u] = the sum in rank order, in fp32, rounded once, of this rank's vectors `mine` and what the peers pushed.
+// All peers' slots, several at a time, are read at once, again and again until every word has come: one trip to memory
 // where the values are there. False after a failed wait, as `poll`.
 template <typename T, int kWorld, int kVecs>
-__device__ __forceinline__ bool gather_and_sum(const Lamport& l, const Call& call, unsigned long long& start,
-                                               int v, int stride, int vectors,
-                                               const Vec<T> (&mine)[kVecs], Vec<T> (&totals)[kVecs]) {
+__device__ __forceinline__ bool gather_and_sum(const Lamport& l, const Call& call, unsigned long long& start, int v,
+                                               int stride, int vectors, const Vec<T> (&mine)[kVecs],
+                                               Vec<T> (&totals)[kVecs]) {
   constexpr int kSize = Vec<T>::kSize;
   const int world = kWorld ? kWorld : l.world;
   const unsigned next_source = static_cast<unsigned>(l.slot_bytes / 16);

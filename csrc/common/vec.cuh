@@ -100,9 +100,9 @@ __device__ __forceinline__ void prefetch(const void* p) {
   asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
 }
 
-// What the kernel after next reads (weights), brought into the L2 while this one waits for the link: `segments` pieces of
-// kSegment bytes, `stride` bytes apart, so that whatever tiles that kernel takes, each finds the same share of its data
-// there. A hint: it may be late or lost, and reads nothing, so it may run beside a kernel that writes there.
+// What the kernel after next reads (weights), brought into the L2 while this one waits for the link: `segments` pieces
+// of kSegment bytes, `stride` bytes apart, so that whatever tiles that kernel takes, each finds the same share of its
+// data there. A hint: it may be late or lost, and reads nothing, so it may run beside a kernel that writes there.
 struct SpreadPrefetch {
   static constexpr unsigned kSegment = 2048;
   const char* p;
