@@ -9,12 +9,12 @@ Without torchrun it starts one rank a GPU. Operations and rows:
     matmul_reduce_scatter           the same as the first -> [M / W, N]
     all_gather_matmul               x [M / W, K], weight [N, K] per rank -> [M, N]
 
-`fused` is this library's operation, `cublas` the matmul alone (on the gathered x), `cublas_nccl` matmul and NCCL one
-after the other (then the add_rms_norm kernel), `cublas_allreduce` the matmul and this library's all-reduce (with the
-norm), `torch_fused` torch's fused_matmul_reduce_scatter and fused_all_gather_matmul. Where W does not divide M the last
-two operations are not measured. `bytes` are operands and result of one rank's matmul. `floor_us` = launch + the longest
-of computing the matmul, moving `bytes` through memory, and the collective's bytes over the link: all three could happen
-at once.
+`fused` is this library's operation, `matmul_only` its kernel for many rows without the exchange, `cublas` torch's
+matmul alone (on the gathered x), `cublas_nccl` matmul and NCCL one after the other (then the add_rms_norm kernel),
+`cublas_allreduce` the matmul and this library's all-reduce (with the norm), `torch_fused` torch's
+fused_matmul_reduce_scatter and fused_all_gather_matmul. Where W does not divide M the last two operations are not
+measured. `bytes` are operands and result of one rank's matmul. `floor_us` = launch + the longest of computing the
+matmul, moving `bytes` through memory, and the collective's bytes over the link: all three could happen at once.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ import torch.nn.functional as F
 from _common import Bench, main, parser, relative
 
 import fused_parallel as fp
+from fused_parallel import _ext
 from fused_parallel.comm import collectives
 from fused_parallel.testing.timer import rotation_sets
 
@@ -105,7 +106,24 @@ def _matmul_all_reduce(s: _Shape) -> None:
     def fused(x, weight):
         return fp.matmul_all_reduce(x, weight, group=pg)
 
+    def alone(x, weight):
+        out = x.new_empty(x.shape[0], weight.shape[0])
+        _ext.extension().matmul_only(
+            x=x.data_ptr(),
+            weight=weight.data_ptr(),
+            out=out.data_ptr(),
+            m=x.shape[0],
+            n=weight.shape[0],
+            k=x.shape[1],
+            dtype=_ext.DTYPE_CODES[x.dtype],
+            device=x.device.index,
+            stream=torch.cuda.current_stream(x.device).cuda_stream,
+        )
+        return out
+
     op = "matmul_all_reduce"
+    if s.bench.device.type == "cuda":
+        s.measure(op, "matmul_only", alone, s.full, lambda v: relative(alone(*v)[s.checked], s.local(*v)), 0)
     s.measure(op, s.blas, F.linear, s.full, lambda v: relative(F.linear(*v)[s.checked], s.local(*v)), 0)
     for impl, fn in ((s.blas_and_backend, with_nccl), (f"{s.blas}_allreduce", with_ours), ("fused", fused)):
         s.measure(op, impl, fn, s.full, lambda v, fn=fn: relative(fn(*v)[s.checked], s.summed(*v)), sent)

@@ -234,10 +234,6 @@ void AllReduceWorkspace::order(void* stream) {
   last_capture_ = capture;
 }
 
-void AllReduceWorkspace::move_to(void* stream) {
-  last_stream_ = stream;
-}
-
 AllReduceWorkspace::AllReduceWorkspace(int rank_, std::vector<std::uintptr_t> bases_, std::int64_t slot_bytes_,
                                        std::uintptr_t control_, std::uintptr_t record_, double timeout_seconds,
                                        int device_, int max_threads_)

@@ -28,10 +28,6 @@ struct AllReduceWorkspace {
   // replay is the caller's to order.
   void order(void* stream);
 
-  // The caller has made `stream` wait for the stream of the last operation: what comes next may be on it, in the same
-  // capture, too.
-  void move_to(void* stream);
-
   int rank, world, device, max_threads;
   bool hopper;  // clusters and programmatic dependent launch
   std::vector<std::uintptr_t> bases;

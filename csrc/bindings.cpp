@@ -5,6 +5,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
 #include <cstdint>
 
 #include "build_info.h"  // written by CMake
@@ -16,6 +17,7 @@
 #include "rotary_cache_write.h"
 #include "silu_mul.h"
 #include "verify.h"
+#include "verify_attention.h"
 #endif
 
 namespace py = pybind11;
@@ -41,10 +43,6 @@ void bind_all_reduce(py::module_& m) {
            py::arg("device"), py::arg("max_threads"))
       .def("failure", &AllReduceWorkspace::failure)
       .def("failed_rank", &AllReduceWorkspace::failed_rank)
-      .def(
-          "order", [](AllReduceWorkspace& w, Address stream) { w.order(pointer(stream)); }, py::arg("stream"))
-      .def(
-          "move_to", [](AllReduceWorkspace& w, Address stream) { w.move_to(pointer(stream)); }, py::arg("stream"))
       .def(
           "reset", [](const AllReduceWorkspace& w, Address stream) { fp::all_reduce_reset(w, pointer(stream)); },
           py::arg("stream"))
@@ -209,6 +207,67 @@ void bind_verify(py::module_& m) {
       py::arg("num_draft_tokens_bytes"), py::arg("batch"), py::arg("k"), py::arg("width"), py::arg("method"),
       py::arg("noise_stream"), py::arg("target_dtype"), py::arg("draft_dtype"), py::arg("device"), py::arg("stream"));
 }
+
+fp::VerifyAttentionShape attention_shape(int batch, int new_tokens, int heads, int kv_heads, int head_dim,
+                                         int capacity) {
+  fp::VerifyAttentionShape shape;
+  shape.batch = batch;
+  shape.new_tokens = new_tokens;
+  shape.heads = heads;
+  shape.kv_heads = kv_heads;
+  shape.head_dim = head_dim;
+  shape.capacity = capacity;
+  return shape;
+}
+
+void bind_verify_attention(py::module_& m) {
+  using Strides3 = std::array<std::int64_t, 3>;
+  m.attr("verify_attention_max_new_tokens") = fp::kAttentionMaxNewTokens;
+  m.def(
+      "verify_attention_scratch_bytes",
+      [](int batch, int new_tokens, int heads, int kv_heads, int head_dim, int capacity, int device) {
+        return fp::verify_attention_scratch_bytes(
+            attention_shape(batch, new_tokens, heads, kv_heads, head_dim, capacity), device);
+      },
+      py::arg("batch"), py::arg("new_tokens"), py::arg("heads"), py::arg("kv_heads"), py::arg("head_dim"),
+      py::arg("capacity"), py::arg("device"));
+  m.def(
+      "verify_attention",
+      [](Address q, Address k, Address v, Address cache_lens, Address block_table, Address tree_mask, Address out,
+         Address scratch, const Strides3& q_strides, const Strides3& k_strides, const Strides3& v_strides,
+         std::int64_t block_table_stride, int page, float scale, int batch, int new_tokens, int heads, int kv_heads,
+         int head_dim, int capacity, int dtype, int device, Address stream) {
+        fp::VerifyAttentionArguments a = {};
+        static_cast<fp::VerifyAttentionShape&>(a) =
+            attention_shape(batch, new_tokens, heads, kv_heads, head_dim, capacity);
+        a.q = pointer(q);
+        a.k = pointer(k);
+        a.v = pointer(v);
+        a.cache_lens = static_cast<int*>(pointer(cache_lens));
+        a.block_table = static_cast<int*>(pointer(block_table));
+        a.tree_mask = static_cast<bool*>(pointer(tree_mask));
+        a.out = pointer(out);
+        a.scratch = pointer(scratch);
+        a.q_batch_stride = q_strides[0];
+        a.q_token_stride = q_strides[1];
+        a.q_head_stride = q_strides[2];
+        a.k_block_stride = k_strides[0];
+        a.k_token_stride = k_strides[1];
+        a.k_head_stride = k_strides[2];
+        a.v_block_stride = v_strides[0];
+        a.v_token_stride = v_strides[1];
+        a.v_head_stride = v_strides[2];
+        a.block_table_stride = block_table_stride;
+        a.page = page;
+        a.scale = scale;
+        fp::verify_attention(a, dtype, device, pointer(stream));
+      },
+      py::arg("q"), py::arg("k"), py::arg("v"), py::arg("cache_lens"), py::arg("block_table"), py::arg("tree_mask"),
+      py::arg("out"), py::arg("scratch"), py::arg("q_strides"), py::arg("k_strides"), py::arg("v_strides"),
+      py::arg("block_table_stride"), py::arg("page"), py::arg("scale"), py::arg("batch"), py::arg("new_tokens"),
+      py::arg("heads"), py::arg("kv_heads"), py::arg("head_dim"), py::arg("capacity"), py::arg("dtype"),
+      py::arg("device"), py::arg("stream"));
+}
 #endif
 
 }  // namespace
@@ -223,6 +282,7 @@ PYBIND11_MODULE(_C, m) {
   bind_all_reduce(m);
   bind_matmul_all_reduce(m);
   bind_verify(m);
+  bind_verify_attention(m);
 #else
   m.attr("cuda_built") = false;
 #endif

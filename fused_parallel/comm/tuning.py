@@ -22,19 +22,17 @@ class Choice(NamedTuple):
     algorithm: "one_shot", "two_shot", or "library" (torch.distributed, and what follows as an operation of its own).
     threads: of a CTA, ctas: in the grid, at most; cluster: CTAs that share a row (with the norm). 0: the kernel's
     default.
-    Of matmuls: "persistent", the kernel that exchanges tiles; "blocks" of `rows` rows (all_gather_matmul), gathered by
-    `ctas` CTAs beside the matmul; or "whole", matmul and collective one after the other.
+    Of matmuls: "persistent", the kernel that exchanges tiles, or "whole", matmul and collective one after the other.
     """
 
     algorithm: str
     threads: int = 0
     ctas: int = 0
     cluster: int = 0
-    rows: int = 0
 
 
 # op -> (most bytes of one rank's payload, or None for all larger ones; choice), ascending. The payload is what a
-# collective's input holds; of all_gather_matmul, what it gathers.
+# collective's input holds.
 Table = dict[str, list[tuple[int | None, Choice]]]
 
 _MB = 1 << 20
@@ -65,7 +63,6 @@ def default_table(world: int) -> Table:
         "matmul_all_reduce": matmuls,
         "matmul_all_reduce_add_rms_norm": matmuls,
         "matmul_reduce_scatter": matmuls,
-        "all_gather_matmul": [(24 * _MB, WHOLE), (None, Choice("blocks", ctas=32, rows=2048))],
         "all_gather": [(None, ONE)],
     }
 

@@ -44,8 +44,6 @@ class AllReduceWorkspace:
         self._choices: dict[tuple[str, int], tuning.Choice] = {}
         # (op, dtype, elements) -> the launcher's arguments, for ops._direct.
         self.known: dict[tuple, tuple] = {}
-        # Collectives beside a matmul (ops._blocks): their few CTAs go first where multiprocessors become free.
-        self.side_stream = torch.cuda.Stream(device, priority=-1)
         self.hopper = agree(pg).compute_capability[0] == 9
         self._most_row_bytes = extension.all_reduce_max_norm_row_bytes if self.hopper else 0
         self._handles, self._matmul = [], None

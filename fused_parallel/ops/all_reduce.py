@@ -106,16 +106,14 @@ def _why_no_part(part: torch.Tensor, pg: dist.ProcessGroup) -> str | None:
     return None if fits else f"its kernel takes parts of a multiple of 16 up to {most} bytes"
 
 
-def launch_part(
-    op: str, x: torch.Tensor, out: torch.Tensor, workspace: AllReduceWorkspace, ctas: int = 0
-) -> torch.Tensor:
+def launch_part(op: str, x: torch.Tensor, out: torch.Tensor, workspace: AllReduceWorkspace) -> torch.Tensor:
     """`op` "reduce_scatter" or "all_gather" of the contiguous, aligned x into out."""
     workspace.check()
     getattr(workspace.native, op)(
         x.data_ptr(),
         out.data_ptr(),
         min(x.numel(), out.numel()),
-        ctas,
+        0,  # the default grid
         _ext.DTYPE_CODES[x.dtype],
         _direct.raw_stream(workspace.device_index),
     )

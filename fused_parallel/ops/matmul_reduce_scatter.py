@@ -1,7 +1,7 @@
 """matmul_reduce_scatter and all_gather_matmul: the two halves of sequence-parallel tensor parallelism.
 
-Many rows of the first go to the persistent kernel of matmul_all_reduce; of the second in blocks that are gathered
-beside torch's matmuls (`_blocks`).
+Many rows of the first go to the persistent kernel of matmul_all_reduce. The second gathers, then multiplies: gathering
+block by block beside torch's matmuls was slower (docs/matmul_all_reduce.md).
 """
 
 from __future__ import annotations
@@ -10,12 +10,9 @@ import torch
 import torch.nn.functional as F
 
 from ..comm.groups import group_from_name, resolve_group
-from ..comm.workspace import workspace_of
-from . import _blocks
 from ._debug import check_agreement
-from ._dispatch import choose_fused
 from ._library import check_floating, register
-from .all_reduce import aligned, all_gather_, check_divisible, reduce_scatter_, why_not_fused
+from .all_reduce import all_gather_, check_divisible, reduce_scatter_
 from .matmul_all_reduce import check_matmul, launch_matmul, takes_kernel
 
 
@@ -28,15 +25,8 @@ def _reduce_scatter(x: torch.Tensor, weight: torch.Tensor, group_name: str) -> t
 
 
 def _all_gather(x: torch.Tensor, weight: torch.Tensor, group_name: str) -> torch.Tensor:
-    op = "all_gather_matmul"
     pg = group_from_name(group_name)
-    check_agreement(op, pg, x, weight)
-    if pg.size() > 1 and choose_fused(op, lambda: why_not_fused(x, pg), on_gpu=x.is_cuda):
-        workspace, row_bytes = workspace_of(pg), x.shape[1] * x.element_size()
-        choice = workspace.choice(op, len(x) * pg.size() * row_bytes)
-        block = choice.rows // pg.size()
-        if choice.algorithm == "blocks" and row_bytes % 16 == 0 and 0 < block * row_bytes <= workspace.slot_bytes:
-            return _blocks.all_gather_matmul(aligned(x), weight, workspace, choice)
+    check_agreement("all_gather_matmul", pg, x, weight)
     return F.linear(all_gather_(x, pg), weight)
 
 

@@ -4,14 +4,94 @@ from __future__ import annotations
 
 import torch
 
+from .. import _ext
 from ..reference import verify_attention as reference
-from ._dispatch import NO_KERNEL, choose_fused
-from ._library import check_floating, register
+from ._dispatch import choose_fused
+from ._library import check_floating, register, why_no_kernel_for
+
+_HEAD_DIMS = (64, 128)
+
+
+def _strides(t: torch.Tensor) -> list[int]:
+    """Of all but the last dimension, in elements; 0 for dimensions of size 1, whose strides mean nothing."""
+    return [stride if size > 1 else 0 for stride, size in zip(t.stride()[:-1], t.shape[:-1], strict=True)]
+
+
+def _rows_aligned(t: torch.Tensor, bytes: int) -> bool:
+    """Whether elements of the last dimension are contiguous, and begin at multiples of `bytes`."""
+    size = t.element_size()
+    return t.stride(-1) == 1 and t.data_ptr() % bytes == 0 and all(s * size % bytes == 0 for s in _strides(t))
+
+
+def _why_not_fused(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, capacity: int) -> str | None:
+    """Why the reference must do this call. Without its sizes, as each reason is told once."""
+    if (why := why_no_kernel_for(q)) is not None:
+        return why
+    if q.dtype == torch.float32:
+        return "the kernel is for float16 and bfloat16, not for float32"
+    if q.shape[3] not in _HEAD_DIMS:
+        return f"the kernel is for heads of {' or '.join(map(str, _HEAD_DIMS))}, not of {q.shape[3]}"
+    most = _ext.extension().verify_attention_max_new_tokens
+    if q.shape[1] > most:
+        return f"the kernel takes up to {most} new tokens a sequence, and prefill has more"
+    if not (_rows_aligned(k_cache, 16) and _rows_aligned(v_cache, 16)):
+        return "the kernel reads caches in place, and their rows must be contiguous and begin at multiples of 16 bytes"
+    if capacity > 2**30 or max(k_cache.stride(1), v_cache.stride(1)) >= 2**30:
+        return "the kernel takes caches of up to 2**30 tokens a sequence, less than 2**30 elements from each other"
+    return None
+
+
+def _launch(q, k_cache, v_cache, cache_lens, block_table, tree_mask, scale: float, capacity: int) -> torch.Tensor:
+    """Run the kernels on the current stream of q's device."""
+    extension = _ext.extension()
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    # Kept in names until after the launch: a temporary would give its memory back before the kernels are queued.
+    q = q if _rows_aligned(q, 4) else q.contiguous()
+    cache_lens = cache_lens.contiguous()
+    if block_table is not None and block_table.stride(1) != 1:
+        block_table = block_table.contiguous()
+    tree_mask = None if tree_mask is None else tree_mask.contiguous()
+    batch, new, heads, dim = q.shape
+    shape = {
+        "batch": batch,
+        "new_tokens": new,
+        "heads": heads,
+        "kv_heads": k_cache.shape[2],
+        "head_dim": dim,
+        "capacity": capacity,
+        "device": q.device.index,
+    }
+    scratch_bytes = extension.verify_attention_scratch_bytes(**shape)
+    scratch = torch.empty(scratch_bytes, dtype=torch.uint8, device=q.device) if scratch_bytes else None
+    extension.verify_attention(
+        q=q.data_ptr(),
+        k=k_cache.data_ptr(),
+        v=v_cache.data_ptr(),
+        cache_lens=cache_lens.data_ptr(),
+        block_table=0 if block_table is None else block_table.data_ptr(),
+        tree_mask=0 if tree_mask is None else tree_mask.data_ptr(),
+        out=out.data_ptr(),
+        scratch=0 if scratch is None else scratch.data_ptr(),
+        q_strides=_strides(q),
+        k_strides=_strides(k_cache),
+        v_strides=_strides(v_cache),
+        block_table_stride=0 if block_table is None else block_table.stride(0),
+        page=k_cache.shape[1],
+        scale=scale,
+        dtype=_ext.DTYPE_CODES[q.dtype],
+        stream=torch.cuda.current_stream(q.device).cuda_stream,
+        **shape,
+    )
+    return out
 
 
 def _impl(q, k_cache, v_cache, cache_lens, block_table, tree_mask, scale: float) -> torch.Tensor:
-    choose_fused("verify_attention", NO_KERNEL, on_gpu=q.is_cuda)
-    return reference.verify_attention(q, k_cache, v_cache, cache_lens, block_table, tree_mask, scale)
+    capacity = k_cache.shape[1] * (1 if block_table is None else block_table.shape[1])
+    if not choose_fused("verify_attention", _why_not_fused(q, k_cache, v_cache, capacity), on_gpu=q.is_cuda):
+        return reference.verify_attention(q, k_cache, v_cache, cache_lens, block_table, tree_mask, scale)
+    if not q.numel():
+        return torch.empty_like(q, memory_format=torch.contiguous_format)
+    return _launch(q, k_cache, v_cache, cache_lens, block_table, tree_mask, scale, capacity)
 
 
 _op = register(
@@ -42,7 +122,8 @@ def verify_attention(
         cache_lens: int32 [B], tokens in the cache counting the S new ones: S <= cache_lens[b] <= capacity.
         block_table: int32 [B, n]: the pages of each sequence in order; entries past a sequence's end must still be
             valid page numbers.
-        tree_mask: bool [B, S, S]: new token i attends new token j where [b, i, j] is true, instead of j <= i.
+        tree_mask: bool [B, S, S]: new token i attends new token j where [b, i, j] is true, instead of j <= i. A token
+            that attends nothing at all gets zeros.
         scale: of the scores; default D ** -0.5.
 
     Returns:
@@ -86,6 +167,9 @@ def verify_attention(
         raise TypeError(
             f"{op}: tree_mask must be bool [{batch}, {new}, {new}], got {tree_mask.dtype} {tuple(tree_mask.shape)}"
         )
+    for name, t in (("cache_lens", cache_lens), ("block_table", block_table), ("tree_mask", tree_mask)):
+        if t is not None and t.device != q.device:
+            raise ValueError(f"{op}: {name} is on {t.device} but q is on {q.device}")
     if not torch.compiler.is_compiling() and not cache_lens.is_cuda and batch:
         low, high = int(cache_lens.min()), int(cache_lens.max())
         if low < new or high > capacity:

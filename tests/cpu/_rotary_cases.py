@@ -35,6 +35,6 @@ def random_inputs(shape, dtype, beyond=0, device="cpu"):
     merged = draw(batch, new, (q_heads + 2 * kv_heads) * dim).unflatten(-1, (-1, dim))
     q, k, v = merged.split((q_heads, kv_heads, kv_heads), 2)
     cos, sin = draw(batch, new, dim).cos(), draw(batch, new, dim).sin()  # not of one angle: each must be used rightly
-    k_cache, v_cache = draw(2, batch, capacity, kv_heads, dim)
+    k_cache, v_cache = (draw(batch, capacity, kv_heads, dim) for _ in range(2))
     positions = draw_positions(batch, new, capacity, beyond)
     return q, k, v, cos, sin, k_cache, v_cache, positions.to(device)

@@ -1,4 +1,4 @@
-"""Matmuls, communication inside or beside them, on two GPUs: float64, equal bits, graphs, skew, two layers."""
+"""Matmuls with their communication inside, on two GPUs: float64, equal bits, graphs, skew, two layers."""
 
 import pytest
 import torch
@@ -11,17 +11,16 @@ from fused_parallel.comm.workspace import workspace_of
 from fused_parallel.testing.spawn import run_ranks
 from fused_parallel.testing.tolerances import assert_close
 
-OPS = ("matmul_all_reduce", "matmul_all_reduce_add_rms_norm", "matmul_reduce_scatter", "all_gather_matmul")
+OPS = ("matmul_all_reduce", "matmul_all_reduce_add_rms_norm", "matmul_reduce_scatter")
 EPS = 1e-5
 
 
-def use_kernels(group, rows: int) -> None:
-    """Let all sizes go to the persistent kernel, and gathered ones in blocks of `rows` rows."""
+def use_kernel(group) -> None:
+    """Let all sizes that it takes go to the persistent kernel."""
     pg = group.get_group()
     fp.all_reduce(torch.ones(8, device="cuda"), group=group)  # makes the workspace
     for op in OPS:
         agree(pg).tuning[op] = [(None, Choice("persistent"))]
-    agree(pg).tuning["all_gather_matmul"] = [(None, Choice("blocks", ctas=8, rows=rows))]
     workspace_of(pg)._choices.clear()
 
 
@@ -66,26 +65,25 @@ class Problem:
 
 def shapes(mesh, dtype):
     group = mesh["tp"]
-    for rows in (64, 1024):
-        use_kernels(group, rows)
-        for m, k, n in (
-            (1, 64, 128),
-            (3, 100, 72),
-            (127, 256, 128),
-            (64, 2880, 2880),
-            (130, 512, 136),
-            (4097, 128, 7168),
-        ):
-            problem = Problem(group, m, k, n, dtype, seed=m)
-            got = problem.run()
-            for out, expected in zip(got, problem.expected(), strict=True):
-                assert_close(out, expected, factor=4)
-            again = problem.run()
-            assert all(torch.equal(a, b) for a, b in zip(got, again, strict=True)), (m, k, n)
-            for out in got[:6]:  # what all ranks hold
-                theirs = out.clone()
-                dist.broadcast(theirs, 0)
-                assert torch.equal(theirs, out), (m, k, n)
+    use_kernel(group)
+    for m, k, n in (
+        (1, 64, 128),
+        (3, 100, 72),
+        (127, 256, 128),
+        (64, 2880, 2880),
+        (130, 512, 136),
+        (4097, 128, 7168),
+    ):
+        problem = Problem(group, m, k, n, dtype, seed=m)
+        got = problem.run()
+        for out, expected in zip(got, problem.expected(), strict=True):
+            assert_close(out, expected, factor=4)
+        again = problem.run()
+        assert all(torch.equal(a, b) for a, b in zip(got, again, strict=True)), (m, k, n)
+        for out in got[:6]:  # what all ranks hold
+            theirs = out.clone()
+            dist.broadcast(theirs, 0)
+            assert torch.equal(theirs, out), (m, k, n)
     fp.check()
 
 
@@ -97,7 +95,7 @@ def test_shapes(dtype):
 def replays(mesh, count: int):
     """Two layers in one graph, inputs changed in place, ranks delayed at random, other collectives between."""
     group = mesh["tp"]
-    use_kernels(group, 64)
+    use_kernel(group)
     first, second = Problem(group, 512, 128, 512, torch.bfloat16, 1), Problem(group, 384, 512, 256, torch.bfloat16, 2)
 
     def body():
@@ -132,7 +130,7 @@ def test_replays_under_skew():
 
 def compiled_mlp(mesh):
     group = mesh["tp"]
-    use_kernels(group, 32)
+    use_kernel(group)
     torch.manual_seed(0)
     mlp = fp.nn.ParallelMLP(256, 512, group=group, device="cuda", dtype=torch.bfloat16)
     sizes = {"gate": (512, 256), "up": (512, 256), "down": (256, 512)}

@@ -1,0 +1,177 @@
+"""Attention of the newest tokens against the KV cache on one GPU: the kernels against torch's attention.
+
+    python benchmarks/bench_verify_attention.py [--shapes 32,8192,5,32,4,128] [--impls fused torch_flash]
+
+Shapes are B,ctx,q,hq,hkv,d: sequences, tokens of each in a contiguous cache (the new ones included), new tokens (1 is
+plain decode), query and KV heads, head size. Checks every implementation against float64, prints a table and appends it
+to benchmarks/results/verify_attention.csv. Peers: `torch_sdpa` with a mask and enable_gqa, as one would write it;
+`torch_folded`, the query heads of a KV head folded into rows, so that torch need not repeat keys and values;
+`torch_flash`, its flash kernel with the causal mask at the end of the context, which knows no ragged lengths. Their
+masks are made beforehand. `fused_paged` is `fused` with shuffled pages of 64 tokens. `floor_us` = the bytes of all keys
+and values over the rate at which this GPU reads its memory, measured first.
+"""
+
+import argparse
+import sys
+
+import torch
+import torch.nn.functional as F
+from _common import DTYPES, relative
+from torch.nn.attention.bias import causal_lower_right
+
+from fused_parallel.comm.probe_device import hbm
+from fused_parallel.ops._dispatch import use
+from fused_parallel.ops.verify_attention import verify_attention
+from fused_parallel.testing.results import RESULTS, append, make_row, show
+from fused_parallel.testing.timer import time_collective
+from fused_parallel.testing.tolerances import RELATIVE_ERROR
+
+SHAPES = ["32,8192,5,32,4,128", "1,32768,5,32,4,128", "32,8192,1,32,4,128", "1,32768,1,32,4,128", "1,8192,5,32,4,128"]
+SHAPES += ["1,1024,5,32,4,128", "8,8192,5,32,4,128", "32,8192,5,8,1,128", "64,4096,8,32,8,128", "32,8192,16,32,4,128"]
+SHAPES += ["32,8192,1,32,32,128", "32,8192,5,32,8,64"]
+PAGE = 64
+
+
+def make_inputs(batch, context, new, heads, kv_heads, dim, dtype):
+    """q, the caches, lengths, and the additive mask of the peers [1, 1, new, context]."""
+    q = torch.randn(batch, new, heads, dim, dtype=dtype, device="cuda")
+    k, v = torch.randn(2, batch, context, kv_heads, dim, dtype=dtype, device="cuda")
+    lens = torch.full((batch,), context, dtype=torch.int32, device="cuda")
+    hidden = torch.ones(new, context, dtype=torch.bool, device="cuda").triu(context - new + 1)
+    return q, k, v, lens, torch.zeros(1, 1, new, context, dtype=dtype, device="cuda").masked_fill(hidden, -torch.inf)
+
+
+def fused(q, k, v, lens, mask):
+    with use("fused"):
+        return verify_attention(q, k, v, lens)
+
+
+def fused_paged(q, k, v, lens, table):
+    with use("fused"):
+        return verify_attention(q, k, v, lens, block_table=table)
+
+
+def torch_sdpa(q, k, v, lens, mask):
+    heads_first = [t.transpose(1, 2) for t in (q, k, v)]
+    gqa = q.shape[2] != k.shape[2]
+    return F.scaled_dot_product_attention(*heads_first, attn_mask=mask, enable_gqa=gqa).transpose(1, 2)
+
+
+def torch_folded(q, k, v, lens, mask):
+    batch, new, heads, dim = q.shape
+    kv_heads = k.shape[2]
+    group = heads // kv_heads
+    rows = q.view(batch, new, kv_heads, group, dim).permute(0, 2, 3, 1, 4).reshape(batch, kv_heads, group * new, dim)
+    mask = mask.expand(batch, kv_heads, group * new, -1) if new == 1 else mask
+    out = F.scaled_dot_product_attention(rows, k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask)
+    return out.view(batch, kv_heads, group, new, dim).permute(0, 3, 1, 2, 4).reshape(q.shape)
+
+
+def torch_flash(q, k, v, lens, mask):
+    heads_first = [t.transpose(1, 2) for t in (q, k, v)]
+    gqa = q.shape[2] != k.shape[2]
+    bias = causal_lower_right(q.shape[1], k.shape[1]) if q.shape[1] > 1 else None
+    return F.scaled_dot_product_attention(*heads_first, attn_mask=bias, enable_gqa=gqa).transpose(1, 2)
+
+
+IMPLEMENTATIONS = {f.__name__: f for f in (fused, fused_paged, torch_sdpa, torch_folded, torch_flash)}
+
+
+def inputs_of(name, shape, dtype):
+    """A function of `time_collective` that makes `name` its inputs."""
+
+    def make(_):
+        q, k, v, lens, mask = make_inputs(*shape, dtype)
+        batch, new = shape[0], shape[2]
+        if name == "fused_paged":
+            # Random values in any order: the pages themselves need no shuffling.
+            k, v = (t.view(-1, PAGE, *t.shape[2:]) for t in (k, v))
+            return q, k, v, lens, torch.randperm(len(k), device="cuda").view(batch, -1).to(torch.int32)
+        if name == "torch_folded" and new > 1:
+            mask = mask.repeat(1, 1, shape[3] // shape[4], 1)
+        return q, k, v, lens, mask
+
+    return make
+
+
+def check(name, inputs) -> None:
+    """Raise RuntimeError unless the first and the last sequence are right."""
+    q, k, v, _, last = inputs
+    out = IMPLEMENTATIONS[name](*inputs)
+    if name == "fused_paged":
+        k, v = (t[last.long()].flatten(1, 2) for t in (k, v))
+    batch, new, heads, dim = q.shape
+    context, kv_heads = k.shape[1:3]
+    hidden = torch.ones(new, context, dtype=torch.bool, device="cuda").triu(context - new + 1)
+    for b in {0, batch - 1}:
+        queries = q[b].double().view(new, kv_heads, heads // kv_heads, dim)
+        scores = torch.einsum("shgd,nhd->hgsn", queries, k[b].double()) * dim**-0.5
+        weights = scores.masked_fill(hidden, -torch.inf).softmax(-1)
+        exact = torch.einsum("hgsn,nhd->shgd", weights, v[b].double()).flatten(1, 2)
+        error = relative(out[b], exact)
+        if not error <= 2 * RELATIVE_ERROR[q.dtype]:
+            raise RuntimeError(f"{name} is wrong: relative error {error:.1e} of sequence {b}, {tuple(q.shape)}")
+
+
+def measure(shape, args, bytes_per_us):
+    batch, context, new, heads, kv_heads, dim = shape
+    dtype = DTYPES[args.dtype]
+    moved = 2 * batch * context * kv_heads * dim * dtype.itemsize
+    rows = []
+    for name in args.impls:
+        make = inputs_of(name, shape, dtype)
+        ours = name.startswith("fused")
+        for mode in args.modes:
+            try:
+                check(name, make(0))
+                counts = {} if ours else {"calls": 4, "rounds": 10}
+                timing = time_collective(IMPLEMENTATIONS[name], inputs=make, mode=mode, **counts)
+            except (RuntimeError, ValueError) as error:
+                if ours:
+                    raise
+                print(f"not measured: {name} {shape} {mode}: {str(error)[:200]}", flush=True)
+                continue
+            keys = {"B": batch, "ctx": context, "q": new, "hq": heads, "hkv": kv_heads, "d": dim}
+            floor = moved / bytes_per_us
+            rows.append(
+                make_row(
+                    "verify_attention",
+                    name,
+                    timing,
+                    world_size=1,
+                    dtype=dtype,
+                    mode=mode,
+                    shape=keys,
+                    bytes=moved,
+                    floor_us=floor,
+                )
+            )
+            print(f"{name} {shape} {mode}: {timing.us_p50:.1f} us, {100 * floor / timing.us_p50:.0f} %", flush=True)
+        torch.cuda.empty_cache()
+    append(rows, args.results)  # at once: a run that is cut short keeps what it has
+    return rows
+
+
+@torch.no_grad()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", nargs="+", default=SHAPES, metavar="B,ctx,q,hq,hkv,d")
+    parser.add_argument("--dtype", choices=("bfloat16", "float16"), default="bfloat16")
+    parser.add_argument("--impls", nargs="+", choices=IMPLEMENTATIONS, default=list(IMPLEMENTATIONS))
+    parser.add_argument("--modes", nargs="+", choices=("graph", "eager"), default=["graph"])
+    parser.add_argument("--results", default=RESULTS, metavar="DIR")
+    args = parser.parse_args()
+    if not torch.cuda.is_available():
+        sys.exit("bench_verify_attention: needs a CUDA GPU, torch sees none")
+    memory = hbm(0, quick=True)
+    bytes_per_us = max(memory["copy_gb_per_s"], memory["read_gb_per_s"]) * 1e3
+    print(f"floor_us from {bytes_per_us * 1e-6:.2f} TB/s", flush=True)
+    torch.cuda.empty_cache()
+    rows = []
+    for shape in args.shapes:
+        rows += measure(tuple(map(int, shape.split(","))), args, bytes_per_us)
+    show(rows)
+
+
+if __name__ == "__main__":
+    main()
