@@ -6,7 +6,6 @@ Without torchrun it starts one rank a GPU. Random weights, `--context` tokens in
 of one new token each. Rows:
 
     fused                      the model as `fp.use("auto")` runs it
-    fused_no_prefetch          the same, but the all-reduce does not bring the next matmul's weight into the L2
     nccl_add_rms_norm          the same, but NCCL and then the add_rms_norm kernel after every row-parallel matmul
     flashinfer_trtllm[_early]  the same, but FlashInfer's all-reduce + residual + RMSNorm there (pip: the extra `peers`)
     no_all_reduce_only         the same, but add_rms_norm alone there: wrong sums, what the communication costs
@@ -111,17 +110,15 @@ def _plain(model: fp.LlamaForCausalLM, pg: dist.ProcessGroup, context: int) -> C
 def _variants(bench: Bench, model: fp.LlamaForCausalLM, context: int, peers) -> dict[str, tuple[Callable, Callable]]:
     """impl -> (the step, what to put in the place of the all-reduce with residual and norm)."""
 
-    def nccl(x, residual, weight, eps, pg, prefetch=None):
+    def nccl(x, residual, weight, eps, pg):
         dist.all_reduce(x, group=pg)
         return add_norm(x, residual, weight, eps)
-
-    usual = _module().reduce_add_norm
 
     def model_step(ids, cache):
         return model(ids, cache)
 
     def flashinfer(**options):
-        def reduce(x, residual, weight, eps, pg, prefetch=None):
+        def reduce(x, residual, weight, eps, pg):
             flat = x.view(-1, x.shape[-1])
             return tuple(
                 t.view_as(x)
@@ -134,8 +131,7 @@ def _variants(bench: Bench, model: fp.LlamaForCausalLM, context: int, peers) -> 
         "torch_nccl": (_plain(model, bench.pg, context), None),
         "fused": (model_step, None),
         "nccl_add_rms_norm": (model_step, nccl),
-        "fused_no_prefetch": (model_step, lambda *arguments: usual(*arguments[:5])),
-        "no_all_reduce_only": (model_step, lambda x, residual, weight, eps, *_: add_norm(x, residual, weight, eps)),
+        "no_all_reduce_only": (model_step, lambda x, residual, weight, eps, pg: add_norm(x, residual, weight, eps)),
     }
     if peers.trtllm is not None:
         found["flashinfer_trtllm"] = (model_step, flashinfer())

@@ -77,10 +77,9 @@ void all_reduce(AllReduceWorkspace& workspace, const void* x, void* out, std::in
 // normed = rms_norm(new_residual) * weight, new_residual = residual + sum over ranks of x; [rows, hidden] each,
 // contiguous, 16-byte aligned, hidden a multiple of 16 bytes and at most 64 KiB. `cluster`: CTAs a row, 1, 2, 4 or 8;
 // `ctas`: of the grid, at most; 0: the default for the shape. What does not fit a slot goes in several calls.
-// `next`, `next_bytes`: what the kernel after this one reads, weights, to be brought into the L2 meanwhile; or null.
 void all_reduce_add_rms_norm(AllReduceWorkspace& workspace, const void* x, const void* residual, const void* weight,
                              void* normed, void* new_residual, std::int64_t rows, std::int64_t hidden, float eps,
-                             int cluster, int ctas, const void* next, std::int64_t next_bytes, int dtype, void* stream);
+                             int cluster, int ctas, int dtype, void* stream);
 
 // out[elements] = this rank's part of the sum over ranks of x[world * elements].
 void reduce_scatter(AllReduceWorkspace& workspace, const void* x, void* out, std::int64_t elements, int ctas, int dtype,

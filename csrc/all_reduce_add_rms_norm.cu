@@ -35,7 +35,6 @@ struct Params {
   int vectors;  // of a row
   float inverse_hidden;
   float eps;
-  SpreadPrefetch next;
 };
 
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
@@ -184,10 +183,7 @@ __global__ void __launch_bounds__(kVecs == 1 ? kMaxThreads : kMaxThreads / 2, kV
   // Not before dependency_wait: the kernel before this one may have made the weight. Behind the pushes it costs
   // nothing. Kept over all rows, where the registers allow it.
   if constexpr (kVecs == 1) load_row(p.weight, 0, weight);
-  const unsigned thread = blockIdx.x * blockDim.x + threadIdx.x;
-  clear_previous(l, call, thread, gridDim.x * blockDim.x);
-  // Behind all loads that this kernel itself waits for, and while the peers' values are under way.
-  prefetch_spread(p.next, thread, gridDim.x * blockDim.x);
+  clear_previous(l, call, blockIdx.x * blockDim.x + threadIdx.x, gridDim.x * blockDim.x);
 
   for (unsigned turn = 0; row < p.rows; row += clusters, ++turn) {
     const int following = row + clusters;
@@ -281,8 +277,7 @@ void run(const AllReduceWorkspace& w, Params<T> p, int cluster, int ctas, cudaSt
 
 void all_reduce_add_rms_norm(AllReduceWorkspace& w, const void* x, const void* residual, const void* weight,
                              void* normed, void* new_residual, std::int64_t rows, std::int64_t hidden, float eps,
-                             int cluster, int ctas, const void* next, std::int64_t next_bytes, int dtype,
-                             void* stream) {
+                             int cluster, int ctas, int dtype, void* stream) {
   if (rows == 0) return;
   const DeviceGuard guard(w.device);
   dispatch_dtype(static_cast<DType>(dtype), [&](auto* null) {
@@ -313,8 +308,7 @@ void all_reduce_add_rms_norm(AllReduceWorkspace& w, const void* x, const void* r
                            static_cast<int>(std::min(most, rows - first)),
                            static_cast<int>(row_bytes / 16),
                            1.0f / static_cast<float>(hidden),
-                           eps,
-                           spread_prefetch(next, first + most >= rows ? next_bytes : 0)};
+                           eps};
       dispatch_world(w.world, [&](auto world) {
         run<T, decltype(world)::value>(w, p, cluster, ctas, static_cast<cudaStream_t>(stream));
       });

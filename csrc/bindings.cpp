@@ -69,15 +69,14 @@ void bind_all_reduce(py::module_& m) {
       .def(
           "all_reduce_add_rms_norm",
           [](AllReduceWorkspace& w, Address x, Address residual, Address weight, Address normed, Address new_residual,
-             std::int64_t rows, std::int64_t hidden, float eps, int cluster, int ctas, Address next,
-             std::int64_t next_bytes, int dtype, Address stream) {
+             std::int64_t rows, std::int64_t hidden, float eps, int cluster, int ctas, int dtype, Address stream) {
             fp::all_reduce_add_rms_norm(w, pointer(x), pointer(residual), pointer(weight), pointer(normed),
-                                        pointer(new_residual), rows, hidden, eps, cluster, ctas, pointer(next),
-                                        next_bytes, dtype, pointer(stream));
+                                        pointer(new_residual), rows, hidden, eps, cluster, ctas, dtype,
+                                        pointer(stream));
           },
           py::arg("x"), py::arg("residual"), py::arg("weight"), py::arg("normed"), py::arg("new_residual"),
-          py::arg("rows"), py::arg("hidden"), py::arg("eps"), py::arg("cluster"), py::arg("ctas"), py::arg("next"),
-          py::arg("next_bytes"), py::arg("dtype"), py::arg("stream"));
+          py::arg("rows"), py::arg("hidden"), py::arg("eps"), py::arg("cluster"), py::arg("ctas"), py::arg("dtype"),
+          py::arg("stream"));
 }
 
 void bind_matmul_all_reduce(py::module_& m) {

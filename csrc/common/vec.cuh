@@ -100,35 +100,6 @@ __device__ __forceinline__ void prefetch(const void* p) {
   asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
 }
 
-// What the kernel after next reads (weights), brought into the L2 while this one waits for the link: `segments` pieces
-// of kSegment bytes, `stride` bytes apart, so that whatever tiles that kernel takes, each finds the same share of its
-// data there. A hint: it may be late or lost, and reads nothing, so it may run beside a kernel that writes there.
-struct SpreadPrefetch {
-  static constexpr unsigned kSegment = 2048;
-  const char* p;
-  unsigned segments, stride;
-};
-
-// At most kMostPrefetched bytes: what the memory delivers in the 3 to 4 us of a small all-reduce and the next launch.
-constexpr std::int64_t kMostPrefetched = 12 << 20;
-
-inline SpreadPrefetch spread_prefetch(const void* p, std::int64_t bytes) {
-  SpreadPrefetch f = {static_cast<const char*>(p), 0, 0};
-  if (p == nullptr || reinterpret_cast<std::uintptr_t>(p) % 16 != 0 || bytes < SpreadPrefetch::kSegment) return f;
-  f.segments = static_cast<unsigned>((bytes < kMostPrefetched ? bytes : kMostPrefetched) / SpreadPrefetch::kSegment);
-  f.stride = static_cast<unsigned>(bytes / f.segments / 16 * 16);
-  return f;
-}
-
-__device__ __forceinline__ void prefetch_spread(const SpreadPrefetch& f, unsigned thread, unsigned threads) {
-#if __CUDA_ARCH__ >= 900
-  for (unsigned i = thread; i < f.segments; i += threads) {
-    const char* p = f.p + static_cast<std::int64_t>(i) * f.stride;
-    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(p), "r"(SpreadPrefetch::kSegment));
-  }
-#endif
-}
-
 template <typename T>
 __device__ __forceinline__ void store(T* p, const Vec<T>& v) {
   *reinterpret_cast<uint4*>(p) = v.raw;

@@ -55,14 +55,15 @@ def default_table(world: int) -> Table:
         all_reduce = [(_MB // world, ONE), (None, TWO)]
         # Only one-shot keeps the sums for the norm.
         with_norm = [(4 * _MB // world, ONE), (None, LIBRARY)]
-    matmuls = [(6 * _MB, WHOLE), (None, Choice("persistent"))]
+    persistent = Choice("persistent")
     return {
         "all_reduce": all_reduce,
         "all_reduce_add_rms_norm": with_norm,
         "reduce_scatter": [(None, ONE)],
-        "matmul_all_reduce": matmuls,
-        "matmul_all_reduce_add_rms_norm": matmuls,
-        "matmul_reduce_scatter": matmuls,
+        "matmul_all_reduce": [(12 * _MB, WHOLE), (None, persistent)],
+        # The sum in one kernel with the norm gains more than the exchange beside the matmul.
+        "matmul_all_reduce_add_rms_norm": [(None, WHOLE)],
+        "matmul_reduce_scatter": [(6 * _MB, WHOLE), (None, persistent)],
         "all_gather": [(None, ONE)],
     }
 

@@ -31,8 +31,7 @@ from .config import DTYPES, LlamaConfig
 
 class LlamaDecoderLayer(nn.Module):
     """One layer; `index` is its place in this stage's KV cache. forward gets the normed input and the running residual,
-    and returns both for what follows: normed by `next_norm`, or un-normed where that is None (end of a stage). The
-    all-reduces bring a part of the following weight into the L2; `next_weight` is the next layer's."""
+    and returns both for what follows: normed by `next_norm`, or un-normed where that is None (end of a stage)."""
 
     def __init__(self, config: LlamaConfig, index: int, *, group, device, dtype) -> None:
         super().__init__()
@@ -51,23 +50,11 @@ class LlamaDecoderLayer(nn.Module):
         self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps, device=device, dtype=dtype)
         self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps, device=device, dtype=dtype)
 
-    def forward(
-        self, x, residual, cos, sin, cache, positions, lens, next_norm: RMSNorm | None, next_weight: torch.Tensor | None
-    ):
-        x, residual = self.self_attn(
-            x,
-            cos,
-            sin,
-            cache,
-            positions,
-            residual,
-            self.post_attention_layernorm,
-            lens,
-            prefetch=self.mlp.gate_up_proj.weight,
-        )
+    def forward(self, x, residual, cos, sin, cache, positions, lens, next_norm: RMSNorm | None):
+        x, residual = self.self_attn(x, cos, sin, cache, positions, residual, self.post_attention_layernorm, lens)
         if next_norm is None:
             return None, self.mlp(x, residual)
-        return self.mlp(x, residual, next_norm, prefetch=next_weight)
+        return self.mlp(x, residual, next_norm)
 
 
 class LlamaModel(nn.Module):
@@ -91,10 +78,9 @@ class LlamaModel(nn.Module):
         lens = lens_after(positions)
         layers = list(self.layers.values())
         norms = [layer.input_layernorm for layer in layers[1:]] + [self.norm]
-        weights = [layer.self_attn.qkv_proj.weight for layer in layers[1:]] + [None]
         normed = layers[0].input_layernorm(residual)
-        for layer, norm, weight in zip(layers, norms, weights, strict=True):
-            normed, residual = layer(normed, residual, cos, sin, cache, positions, lens, norm, weight)
+        for layer, norm in zip(layers, norms, strict=True):
+            normed, residual = layer(normed, residual, cos, sin, cache, positions, lens, norm)
         return residual if self.norm is None else normed
 
 

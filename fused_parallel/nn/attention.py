@@ -65,7 +65,7 @@ class ParallelAttention(nn.Module):
     [B, S, hidden], cos and sin [B, S, head_dim], the cache and the tokens' positions [B, S] -> [B, S, hidden]; with
     `residual` and `norm`, (norm(sum), sum) for sum = residual + output. The S tokens are written to the cache; its
     `lens` stay as they are. `lens` int32 [B], the tokens in the cache with the new ones, can be given where it serves
-    many layers; default: the last token's position + 1. `prefetch`: the next layer's weight, as in RowParallelLinear.
+    many layers; default: the last token's position + 1.
     """
 
     def __init__(
@@ -97,10 +97,9 @@ class ParallelAttention(nn.Module):
         residual: torch.Tensor | None = None,
         norm: RMSNorm | None = None,
         lens: torch.Tensor | None = None,
-        prefetch: torch.Tensor | None = None,
     ):
         q, k, v = self.qkv_proj(x)
         k_cache, v_cache = cache.k[self.layer], cache.v[self.layer]
         q = ops.rotary_cache_write(q, k, v, cos, sin, k_cache, v_cache, positions)
         out = ops.verify_attention(q, k_cache, v_cache, lens_after(positions) if lens is None else lens)
-        return self.o_proj(out.flatten(2), residual, norm, prefetch)
+        return self.o_proj(out.flatten(2), residual, norm)

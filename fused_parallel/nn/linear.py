@@ -128,11 +128,9 @@ class RowParallelLinear(ShardedModule):
         x: torch.Tensor,
         residual: torch.Tensor | None = None,
         norm: RMSNorm | None = None,
-        prefetch: torch.Tensor | None = None,
     ):
         """x [..., local in] -> out [..., out_features], whole on every rank. With `residual` [..., out_features]:
-        residual + out; with `norm` (an RMSNorm), too: (norm(sum), sum) for sum = residual + out, in one operation,
-        which brings a part of `prefetch`, the next layer's weight, into the L2 meanwhile."""
+        residual + out; with `norm` (an RMSNorm), too: (norm(sum), sum) for sum = residual + out, in one operation."""
         if not self.input_is_parallel:
             x = take_part(x, self.shards["weight"])
         if norm is not None and residual is None:
@@ -148,7 +146,6 @@ class RowParallelLinear(ShardedModule):
             norm.variance_epsilon,
             self.bias,
             group=self.group,
-            prefetch=prefetch,
         )
 
 

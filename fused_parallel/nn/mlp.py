@@ -16,8 +16,7 @@ class ParallelMLP(nn.Module):
 
     Loads state dicts with gate_proj, up_proj and down_proj; gate and up are held merged in `gate_up_proj`. An
     intermediate size that the group does not divide is padded with zeros. forward: x [..., hidden] -> [..., hidden];
-    with `residual` and `norm`, (norm(sum), sum) for sum = residual + output. `prefetch`: the
-    next layer's weight, as in RowParallelLinear.
+    with `residual` and `norm`, (norm(sum), sum) for sum = residual + output.
     """
 
     def __init__(self, hidden_size: int, intermediate_size: int, bias: bool = False, *, group, device=None, dtype=None):
@@ -35,11 +34,5 @@ class ParallelMLP(nn.Module):
         self.down_proj = RowParallelLinear(intermediate_size, hidden_size, bias, **kwargs)
         merge_siblings(self)
 
-    def forward(
-        self,
-        x: torch.Tensor,
-        residual: torch.Tensor | None = None,
-        norm: RMSNorm | None = None,
-        prefetch: torch.Tensor | None = None,
-    ):
-        return self.down_proj(ops.silu_mul(self.gate_up_proj(x)), residual, norm, prefetch)
+    def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None, norm: RMSNorm | None = None):
+        return self.down_proj(ops.silu_mul(self.gate_up_proj(x)), residual, norm)

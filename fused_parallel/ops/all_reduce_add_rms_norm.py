@@ -26,11 +26,10 @@ def _why_not_fused(x: torch.Tensor, pg: dist.ProcessGroup) -> str | None:
     return f"its kernel is for Hopper GPUs and rows of a multiple of 16 up to {most} bytes, not of {row}"
 
 
-def _arguments(x: torch.Tensor, eps: float, choice: Choice, prefetch: torch.Tensor | None) -> tuple:
+def _arguments(x: torch.Tensor, eps: float, choice: Choice) -> tuple:
     """The launcher's arguments between the addresses and the stream."""
     hidden = x.shape[-1]
-    following = (0, 0) if prefetch is None else (prefetch.data_ptr(), prefetch.nbytes)
-    return x.numel() // hidden, hidden, eps, choice.cluster, choice.ctas, *following, _ext.DTYPE_CODES[x.dtype]
+    return x.numel() // hidden, hidden, eps, choice.cluster, choice.ctas, _ext.DTYPE_CODES[x.dtype]
 
 
 def launch_reduce_norm_into(
@@ -42,7 +41,6 @@ def launch_reduce_norm_into(
     eps: float,
     workspace: AllReduceWorkspace,
     choice: Choice,
-    prefetch: torch.Tensor | None = None,
 ) -> None:
     """The kernel on contiguous, aligned tensors."""
     workspace.check()
@@ -52,7 +50,7 @@ def launch_reduce_norm_into(
         weight.data_ptr(),
         normed.data_ptr(),
         new_residual.data_ptr(),
-        *_arguments(x, eps, choice, prefetch),
+        *_arguments(x, eps, choice),
         _direct.raw_stream(workspace.device_index),
     )
 
@@ -64,11 +62,10 @@ def launch_reduce_norm(
     eps: float,
     workspace: AllReduceWorkspace,
     choice: Choice,
-    prefetch: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The same, into new tensors: (normed, new_residual)."""
     normed, new_residual = torch.empty_like(x), torch.empty_like(x)
-    launch_reduce_norm_into(x, residual, weight, normed, new_residual, eps, workspace, choice, prefetch)
+    launch_reduce_norm_into(x, residual, weight, normed, new_residual, eps, workspace, choice)
     return normed, new_residual
 
 
@@ -78,7 +75,6 @@ def reduce_add_norm(
     weight: torch.Tensor,
     eps: float,
     pg: dist.ProcessGroup,
-    prefetch: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The operation, by one kernel where there is one for the call, else by an all-reduce and `add_rms_norm`; `x` may
     be overwritten."""
@@ -89,19 +85,19 @@ def reduce_add_norm(
         return add_norm(all_reduce_(x, pg), residual, weight, eps)
     # Kept in names until after the launch: a temporary would give its memory back before the kernel is queued.
     x, residual, weight = aligned(x), aligned(residual), aligned(weight)
-    return launch_reduce_norm(x, residual, weight, eps, workspace_of(pg), choice, prefetch)
+    return launch_reduce_norm(x, residual, weight, eps, workspace_of(pg), choice)
 
 
-def _impl(x, residual, weight, eps: float, prefetch: torch.Tensor | None, group_name: str):
+def _impl(x, residual, weight, eps: float, group_name: str):
     pg = group_from_name(group_name)
     check_agreement("all_reduce_add_rms_norm", pg, x, residual, weight)
     # Where it takes two operations, the first works in place: not on the caller's tensor.
     if pg.size() > 1 and kernel_choice("all_reduce_add_rms_norm", x, pg, _why_not_fused) is None:
         x = x.clone(memory_format=torch.contiguous_format)
-    return reduce_add_norm(x, residual, weight, eps, pg, prefetch)
+    return reduce_add_norm(x, residual, weight, eps, pg)
 
 
-def _fake(x, residual, weight, eps, prefetch, group_name):
+def _fake(x, residual, weight, eps, group_name):
     return (
         torch.empty_like(x, memory_format=torch.contiguous_format),
         torch.empty_like(x, memory_format=torch.contiguous_format),
@@ -109,8 +105,7 @@ def _fake(x, residual, weight, eps, prefetch, group_name):
 
 
 _op = register(
-    "all_reduce_add_rms_norm(Tensor x, Tensor residual, Tensor weight, float eps, Tensor? prefetch, str group_name) "
-    "-> (Tensor, Tensor)",
+    "all_reduce_add_rms_norm(Tensor x, Tensor residual, Tensor weight, float eps, str group_name) -> (Tensor, Tensor)",
     _impl,
     _fake,
 )
@@ -123,7 +118,6 @@ def all_reduce_add_rms_norm(
     eps: float,
     *,
     group,
-    prefetch: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Sum `x` over the ranks, add the residual, normalise.
 
@@ -136,8 +130,6 @@ def all_reduce_add_rms_norm(
         weight: [hidden], the norm's weight.
         eps: added to the mean square.
         group: ProcessGroup or 1-D DeviceMesh.
-        prefetch: what is read next, the weight of the matmul that follows: the kernel brings a part of it (up to
-            12 MB, spread evenly) into the L2 while it waits for the link. Changes no result.
 
     Returns:
         (normed, new_residual), new tensors like x, the same on every rank.
@@ -152,7 +144,6 @@ def all_reduce_add_rms_norm(
         and _direct.plain(weight, index)
         and x.dtype is residual.dtype is weight.dtype
         and x.shape == residual.shape
-        and prefetch is None
     ):
         known = workspace.known.get(("all_reduce_add_rms_norm", x.dtype, x.shape, weight.shape, eps))
         if known is not None:
@@ -174,8 +165,8 @@ def all_reduce_add_rms_norm(
     check_floating("all_reduce_add_rms_norm", x=x, residual=residual, weight=weight)
     check_norm("all_reduce_add_rms_norm", x.shape, residual, weight, eps)
     pg = resolve_group(group)
-    out = _op(x, residual, weight, eps, prefetch, pg.group_name)
+    out = _op(x, residual, weight, eps, pg.group_name)
     if _direct.may_remember(pg) and (choice := kernel_choice("all_reduce_add_rms_norm", x, pg, _why_not_fused)):
         key = ("all_reduce_add_rms_norm", x.dtype, x.shape, weight.shape, eps)
-        _direct.remember(group, pg, key, _arguments(x, eps, choice, None))
+        _direct.remember(group, pg, key, _arguments(x, eps, choice))
     return out

@@ -87,7 +87,7 @@ def _impl(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, grou
     return out if bias is None else out.add_(bias)
 
 
-def _impl_norm(x, weight, residual, norm_weight, eps: float, bias, prefetch, group_name: str):
+def _impl_norm(x, weight, residual, norm_weight, eps: float, bias, group_name: str):
     op = "matmul_all_reduce_add_rms_norm"
     pg = group_from_name(group_name)
     check_agreement(op, pg, x, weight, residual, norm_weight, bias)
@@ -95,7 +95,7 @@ def _impl_norm(x, weight, residual, norm_weight, eps: float, bias, prefetch, gro
     if out is None:
         partial = F.linear(x, weight)
         if bias is None:
-            return reduce_add_norm(partial, residual, norm_weight, eps, pg, prefetch)
+            return reduce_add_norm(partial, residual, norm_weight, eps, pg)
         out = all_reduce_(partial, pg)
     return add_norm(out if bias is None else out.add_(bias), residual, norm_weight, eps)
 
@@ -104,14 +104,14 @@ def _fake(x, weight, bias, group_name):
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
-def _fake_norm(x, weight, residual, norm_weight, eps, bias, prefetch, group_name):
+def _fake_norm(x, weight, residual, norm_weight, eps, bias, group_name):
     return _fake(x, weight, bias, group_name), _fake(x, weight, bias, group_name)
 
 
 _op = register("matmul_all_reduce(Tensor x, Tensor weight, Tensor? bias, str group_name) -> Tensor", _impl, _fake)
 _op_norm = register(
     "matmul_all_reduce_add_rms_norm(Tensor x, Tensor weight, Tensor residual, Tensor norm_weight, float eps, "
-    "Tensor? bias, Tensor? prefetch, str group_name) -> (Tensor, Tensor)",
+    "Tensor? bias, str group_name) -> (Tensor, Tensor)",
     _impl_norm,
     _fake_norm,
 )
@@ -163,7 +163,6 @@ def matmul_all_reduce_add_rms_norm(
     bias: torch.Tensor | None = None,
     *,
     group,
-    prefetch: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`matmul_all_reduce`, then the residual added and the sum normalised (`all_reduce_add_rms_norm`).
 
@@ -172,7 +171,6 @@ def matmul_all_reduce_add_rms_norm(
         residual: [..., N], the same on every rank.
         norm_weight: [N]; eps: of the RMSNorm.
         group: ProcessGroup or 1-D DeviceMesh.
-        prefetch: the weight of the matmul that follows, as in `all_reduce_add_rms_norm`.
 
     Returns:
         (normed [..., N], new_residual [..., N]), the same on every rank. Else as `matmul_all_reduce`.
@@ -181,4 +179,4 @@ def matmul_all_reduce_add_rms_norm(
     check_floating(op, ("bias",), x=x, weight=weight, residual=residual, norm_weight=norm_weight, bias=bias)
     check_matmul(op, x, weight, bias)
     check_norm(op, (*x.shape[:-1], weight.shape[0]), residual, norm_weight, eps)
-    return _op_norm(x, weight, residual, norm_weight, eps, bias, prefetch, resolve_group(group).group_name)
+    return _op_norm(x, weight, residual, norm_weight, eps, bias, resolve_group(group).group_name)

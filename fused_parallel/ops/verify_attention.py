@@ -46,7 +46,7 @@ def _launch(q, k_cache, v_cache, cache_lens, block_table, tree_mask, scale: floa
     extension = _ext.extension()
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     # Kept in names until after the launch: a temporary would give its memory back before the kernels are queued.
-    q = q if _rows_aligned(q, 4) else q.contiguous()
+    q = q if _rows_aligned(q, 4) else q.clone(memory_format=torch.contiguous_format)
     cache_lens = cache_lens.contiguous()
     if block_table is not None and block_table.stride(1) != 1:
         block_table = block_table.contiguous()

@@ -97,7 +97,7 @@ def rank_library(mesh):
     torch.library.opcheck(ops.all_reduce_out.default, (x, torch.empty_like(x), name), test_utils=checks)
     torch.library.opcheck(ops.reduce_scatter.default, (x, name), test_utils=checks)
     torch.library.opcheck(ops.all_gather.default, (x, name), test_utils=checks)
-    norm = (x, x.clone(), torch.randn(6), 1e-5, None, name)
+    norm = (x, x.clone(), torch.randn(6), 1e-5, name)
     torch.library.opcheck(ops.all_reduce_add_rms_norm.default, norm, test_utils=checks)
 
     def layer(x, residual, weight):

@@ -90,7 +90,7 @@ def rank_library(mesh):
     x, weight, bias, residual, norm = problem(3, (4,), 6, 8, torch.float32)
     checks = ("test_schema", "test_faketensor", "test_aot_dispatch_static")
     torch.library.opcheck(ops.matmul_all_reduce.default, (x, weight, bias, name), test_utils=checks)
-    arguments = (x, weight, residual, norm, 1e-5, None, None, name)
+    arguments = (x, weight, residual, norm, 1e-5, None, name)
     torch.library.opcheck(ops.matmul_all_reduce_add_rms_norm.default, arguments, test_utils=checks)
     torch.library.opcheck(ops.matmul_reduce_scatter.default, (x, weight, name), test_utils=checks)
     torch.library.opcheck(ops.all_gather_matmul.default, (x, weight, name), test_utils=checks)

@@ -60,8 +60,6 @@ class VirtualRanks:
             eps=eps,
             cluster=cluster,
             ctas=0,
-            next=weight.data_ptr(),
-            next_bytes=weight.nbytes,
             dtype=_ext.DTYPE_CODES[x.dtype],
             stream=self.streams[rank].cuda_stream,
         )
