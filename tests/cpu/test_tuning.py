@@ -1,0 +1,77 @@
+"""The tuning table: defaults, the file, its errors; and `fused-parallel probe --tune` without GPUs."""
+
+import json
+
+import pytest
+import torch
+
+from fused_parallel.cli import main
+from fused_parallel.comm import tuning
+from fused_parallel.comm.tuning import Choice
+from fused_parallel.ops.tune import _steps, candidates, rows_tried
+
+ALGORITHMS = {"one_shot", "two_shot", "library", "whole", "persistent"}
+
+
+@pytest.fixture
+def file(tmp_path, monkeypatch):
+    monkeypatch.setenv("FUSED_PARALLEL_TUNING", str(tmp_path / "deep" / "tuning.json"))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "A GPU")
+    return tmp_path / "deep" / "tuning.json"
+
+
+@pytest.mark.parametrize("world", range(2, 9))
+def test_defaults_cover_every_size(world):
+    for op, rows in tuning.default_table(world).items():
+        limits = [most for most, _ in rows]
+        assert limits[-1] is None and limits[:-1] == sorted(set(limits[:-1])), op
+        for bytes in (0, 1, 16 << 10, 1 << 20, 1 << 40):
+            assert tuning.choose(tuning.default_table(world), op, bytes).algorithm in ALGORITHMS
+
+
+def test_a_limit_belongs_to_the_choice_before_it():
+    table = {"op": [(10, Choice("one_shot")), (None, Choice("library"))]}
+    assert tuning.choose(table, "op", 10).algorithm == "one_shot"
+    assert tuning.choose(table, "op", 11).algorithm == "library"
+
+
+def test_saved_tables_are_loaded_for_their_machine_only(file):
+    assert tuning.load(2) == tuning.default_table(2)  # there is no file
+    measured = {"all_reduce": [(100, Choice("one_shot", 128, 7)), (None, Choice("library"))]}
+    assert tuning.save(measured, 2) == file
+    tuning.save({"all_reduce": [(None, Choice("two_shot"))]}, 4)
+    assert tuning.load(2) == tuning.default_table(2) | measured
+    assert tuning.load(4)["all_reduce"] == [(None, Choice("two_shot"))]
+    assert tuning.load(3) == tuning.default_table(3)
+    assert len(json.loads(file.read_text())) == 2 and len(list(file.parent.iterdir())) == 1
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"A GPU x2 fused_parallel %s": {"all_reduce": [[1, 2, 3]]}}'])
+def test_a_file_that_is_no_table_is_named(file, text):
+    file.parent.mkdir()
+    file.write_text(text % tuning.__version__ if "%s" in text else text)
+    with pytest.raises(ValueError, match=r"tuning\.json"):
+        tuning.load(2)
+
+
+def test_steps_lie_between_the_sizes_measured():
+    a, b = Choice("one_shot"), Choice("two_shot")
+    assert _steps([(100, a), (400, a), (1600, b)]) == [(800, a), (None, b)]
+    assert _steps([(100, a)]) == [(None, a)]
+
+
+def test_candidates():
+    for op in ("all_reduce", "all_reduce_add_rms_norm"):
+        for rows in rows_tried(quick=False):
+            for world in (2, 3, 8):
+                found = candidates(op, world, rows, 132)
+                assert len(set(found)) == len(found) > 3 and tuning.LIBRARY in found
+
+
+def test_tune_without_gpus_says_so(capsys):
+    if torch.cuda.device_count() >= 2:
+        pytest.skip("this machine has two GPUs")
+    with pytest.raises(SystemExit) as end:
+        raise SystemExit(main(["probe", "--tune"]))
+    assert end.value.code == 1
+    assert "needs two or more GPUs, torch sees" in capsys.readouterr().err
