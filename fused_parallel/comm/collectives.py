@@ -88,21 +88,38 @@ def _verdict(pg: dist.ProcessGroup) -> str:
     )
 
 
+def counting() -> bool:
+    """Whether a CommunicationTimer counts now."""
+    return _timer.get() is not None
+
+
 @contextlib.contextmanager
-def _measured(op: str, tensor: torch.Tensor, pg: dist.ProcessGroup, peer: int | None = None):
+def counted(tensor: torch.Tensor):
+    """Count what is done within as communication of `tensor`, if a CommunicationTimer counts now."""
     timer = _timer.get()
     on_gpu = tensor.is_cuda
-    counted = timer is not None and not (on_gpu and torch.cuda.is_current_stream_capturing())
-    if counted:
-        timer.calls += 1
-        timer.bytes += tensor.numel() * tensor.element_size()
-        if on_gpu:
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            start.record()
-        else:
-            begin = time.perf_counter()
-    try:
+    if timer is None or (on_gpu and torch.cuda.is_current_stream_capturing()):
         yield
+        return
+    timer.calls += 1
+    timer.bytes += tensor.numel() * tensor.element_size()
+    if on_gpu:
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        yield
+        end.record()
+        timer._events.append((start, end))
+    else:
+        begin = time.perf_counter()
+        yield
+        timer.host_seconds += time.perf_counter() - begin
+
+
+@contextlib.contextmanager
+def _measured(op: str, tensor: torch.Tensor, pg: dist.ProcessGroup, peer: int | None = None):
+    try:
+        with counted(tensor):
+            yield
     except torch.OutOfMemoryError:
         raise  # this rank's own trouble
     except RuntimeError as error:
@@ -111,12 +128,6 @@ def _measured(op: str, tensor: torch.Tensor, pg: dist.ProcessGroup, peer: int | 
             f"{op} on rank {dist.get_rank()} got no answer from {_names(waited)}; {_verdict(pg)}. The group cannot be "
             f"used any more: end this job on all ranks and start it again. Cause: {str(error).splitlines()[0]}"
         ) from error
-    if counted:
-        if on_gpu:
-            end.record()
-            timer._events.append((start, end))
-        else:
-            timer.host_seconds += time.perf_counter() - begin
 
 
 def all_gather_object(value, pg: dist.ProcessGroup) -> list:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import torch
 
+from ..comm.collectives import counting
 from ..comm.workspace import AllReduceWorkspace, by_group, existing_workspace
 from ._debug import debugging
 from ._dispatch import current_mode
@@ -24,7 +25,7 @@ def workspace_for(group) -> AllReduceWorkspace | None:
     if _is_compiling():
         return None
     workspace = by_group.get(group)
-    if workspace is None or _modes_active() or debugging() or current_mode() == "reference":
+    if workspace is None or _modes_active() or debugging() or counting() or current_mode() == "reference":
         return None
     return workspace
 

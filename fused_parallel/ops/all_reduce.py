@@ -48,16 +48,17 @@ def aligned(x: torch.Tensor) -> torch.Tensor:
 def launch_all_reduce(x: torch.Tensor, out: torch.Tensor, workspace: AllReduceWorkspace, choice: Choice) -> None:
     """out = sum of x; both contiguous and aligned, perhaps the same."""
     workspace.check()
-    workspace.native.all_reduce(
-        x.data_ptr(),
-        out.data_ptr(),
-        x.numel(),
-        choice.algorithm == "two_shot",
-        choice.threads,
-        choice.ctas,
-        _ext.DTYPE_CODES[x.dtype],
-        _direct.raw_stream(workspace.device_index),
-    )
+    with collectives.counted(x):
+        workspace.native.all_reduce(
+            x.data_ptr(),
+            out.data_ptr(),
+            x.numel(),
+            choice.algorithm == "two_shot",
+            choice.threads,
+            choice.ctas,
+            _ext.DTYPE_CODES[x.dtype],
+            _direct.raw_stream(workspace.device_index),
+        )
 
 
 def all_reduce_(x: torch.Tensor, pg: dist.ProcessGroup) -> torch.Tensor:
@@ -109,14 +110,15 @@ def _why_no_part(part: torch.Tensor, pg: dist.ProcessGroup) -> str | None:
 def launch_part(op: str, x: torch.Tensor, out: torch.Tensor, workspace: AllReduceWorkspace) -> torch.Tensor:
     """`op` "reduce_scatter" or "all_gather" of the contiguous, aligned x into out."""
     workspace.check()
-    getattr(workspace.native, op)(
-        x.data_ptr(),
-        out.data_ptr(),
-        min(x.numel(), out.numel()),
-        0,  # the default grid
-        _ext.DTYPE_CODES[x.dtype],
-        _direct.raw_stream(workspace.device_index),
-    )
+    with collectives.counted(x):
+        getattr(workspace.native, op)(
+            x.data_ptr(),
+            out.data_ptr(),
+            min(x.numel(), out.numel()),
+            0,  # the default grid
+            _ext.DTYPE_CODES[x.dtype],
+            _direct.raw_stream(workspace.device_index),
+        )
     return out
 
 

@@ -6,6 +6,7 @@ import torch
 import torch.distributed as dist
 
 from .. import _ext
+from ..comm import collectives
 from ..comm.groups import group_from_name, resolve_group
 from ..comm.tuning import Choice
 from ..comm.workspace import AllReduceWorkspace, workspace_of
@@ -32,29 +33,6 @@ def _arguments(x: torch.Tensor, eps: float, choice: Choice) -> tuple:
     return x.numel() // hidden, hidden, eps, choice.cluster, choice.ctas, _ext.DTYPE_CODES[x.dtype]
 
 
-def launch_reduce_norm_into(
-    x: torch.Tensor,
-    residual: torch.Tensor,
-    weight: torch.Tensor,
-    normed: torch.Tensor,
-    new_residual: torch.Tensor,
-    eps: float,
-    workspace: AllReduceWorkspace,
-    choice: Choice,
-) -> None:
-    """The kernel on contiguous, aligned tensors."""
-    workspace.check()
-    workspace.native.all_reduce_add_rms_norm(
-        x.data_ptr(),
-        residual.data_ptr(),
-        weight.data_ptr(),
-        normed.data_ptr(),
-        new_residual.data_ptr(),
-        *_arguments(x, eps, choice),
-        _direct.raw_stream(workspace.device_index),
-    )
-
-
 def launch_reduce_norm(
     x: torch.Tensor,
     residual: torch.Tensor,
@@ -63,19 +41,23 @@ def launch_reduce_norm(
     workspace: AllReduceWorkspace,
     choice: Choice,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same, into new tensors: (normed, new_residual)."""
+    """The kernel on contiguous, aligned tensors: (normed, new_residual). Counted as communication as a whole."""
+    workspace.check()
     normed, new_residual = torch.empty_like(x), torch.empty_like(x)
-    launch_reduce_norm_into(x, residual, weight, normed, new_residual, eps, workspace, choice)
+    with collectives.counted(x):
+        workspace.native.all_reduce_add_rms_norm(
+            x.data_ptr(),
+            residual.data_ptr(),
+            weight.data_ptr(),
+            normed.data_ptr(),
+            new_residual.data_ptr(),
+            *_arguments(x, eps, choice),
+            _direct.raw_stream(workspace.device_index),
+        )
     return normed, new_residual
 
 
-def reduce_add_norm(
-    x: torch.Tensor,
-    residual: torch.Tensor,
-    weight: torch.Tensor,
-    eps: float,
-    pg: dist.ProcessGroup,
-) -> tuple[torch.Tensor, torch.Tensor]:
+def reduce_add_norm(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float, pg: dist.ProcessGroup):
     """The operation, by one kernel where there is one for the call, else by an all-reduce and `add_rms_norm`; `x` may
     be overwritten."""
     if pg.size() == 1:
