@@ -25,12 +25,19 @@ def add_parser(subparsers) -> None:
         "torchrun --nproc-per-node 2 -m fused_parallel generate ...",
     )
     parser.add_argument("--model", required=True, type=Path, help="Hugging Face directory of the model")
-    parser.add_argument("--draft", type=Path, help="directory of a smaller model: speculative decoding")
+    parser.add_argument(
+        "--draft", help='directory of a smaller model, or "ngram" (the text itself): speculative decoding'
+    )
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--prompt", help="text to continue")
     source.add_argument("--prompt-file", type=Path, help="file with the text to continue")
     parser.add_argument("--max-new-tokens", type=int, default=128)
-    parser.add_argument("--num-draft-tokens", type=int, default=4, help="tokens drafted a round (default 4)")
+    parser.add_argument(
+        "--num-draft-tokens",
+        type=_length,
+        default=4,
+        help='tokens drafted a round (default 4), or "auto": as many as pay',
+    )
     parser.add_argument("--method", choices=("rejection", "block"), default="rejection", help="rule of verification")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 (the default) is greedy")
     parser.add_argument("--top-k", type=int)
@@ -46,6 +53,10 @@ def add_parser(subparsers) -> None:
     parser.set_defaults(run=run)
 
 
+def _length(text: str) -> int | str:
+    return text if text == "auto" else int(text)
+
+
 def run(args: argparse.Namespace) -> int:
     """Load, generate, print text and statistics on rank 0."""
     LlamaConfig.from_pretrained(args.model)  # a wrong path is told before ranks are joined
@@ -59,7 +70,9 @@ def run(args: argparse.Namespace) -> int:
     if not ids:
         raise ValueError("the prompt is empty: give at least one token")
     model = LlamaForCausalLM.from_pretrained(args.model, mesh=mesh, dtype=dtype)
-    draft = LlamaForCausalLM.from_pretrained(args.draft, mesh=None, dtype=dtype) if args.draft else None
+    draft = args.draft
+    if draft is not None and draft != "ngram":
+        draft = LlamaForCausalLM.from_pretrained(draft, mesh=None, dtype=dtype)
     result = generate(
         model,
         [ids],

@@ -1,4 +1,4 @@
-"""Where drafted tokens come from."""
+"""Where drafted tokens come from: a smaller model, or the sequence itself."""
 
 from __future__ import annotations
 
@@ -26,31 +26,37 @@ class ModelDraft:
 
     def propose(
         self,
-        last_two: torch.Tensor,
+        history: torch.Tensor,
         lens: torch.Tensor,
         k: int,
         *,
+        missed: int,
         seed: torch.Tensor,
         step: torch.Tensor,
         temperature: torch.Tensor,
         greedy: bool,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         """Draft k tokens a sequence.
 
         Args:
-            last_two: int64 [B, 2]: the last two tokens, the second not yet seen by the target.
-            lens: int32 [B]: tokens the target has cached; the second of `last_two` stands at that position. Setting the
+            history: int64 [B, capacity]: the tokens so far; the first lens + 1 of each sequence count.
+            lens: int32 [B]: tokens the target has cached; one more, at that position, it has not seen yet. Setting the
                 draft's cache by it is the rollback of what the target rejected.
+            missed: tokens a sequence that were decoded without a draft since the last call.
             greedy: all temperatures are 0; the draft is then a point mass.
 
         Returns:
-            (tokens int64 [B, k], the log-weights they were sampled from [B, k, V], or None if greedy).
+            (tokens int64 [B, k], the log-weights they were sampled from [B, k, V], or None if greedy, None: all k
+            count).
         """
         # The draft has never seen the last token it proposed itself; feeding two tokens covers the case that it was
         # accepted, and rewrites the same values otherwise.
-        self.cache.lens.copy_(lens - 1)
+        window = missed + 2
+        self.cache.lens.copy_(lens + 1 - window)
+        at = (lens + 1 - window).long().unsqueeze(1) + torch.arange(window, device=lens.device)
+        feed = history.gather(1, at)
         drawn = temperature > 0
-        tokens, weights, feed = [], [], last_two
+        tokens, weights = [], []
         for i in range(k):
             logits = self.model(feed, self.cache)[:, -1, : self.vocab_size]
             self.cache.lens += feed.shape[1]
@@ -65,4 +71,37 @@ class ModelDraft:
                 weights.append(torch.where(drawn.unsqueeze(1), scaled, point))
             tokens.append(token)
             feed = token.unsqueeze(1)
-        return torch.stack(tokens, 1), None if greedy else torch.stack(weights, 1)
+        return torch.stack(tokens, 1), None if greedy else torch.stack(weights, 1), None
+
+
+class NgramDraft:
+    """Drafts what followed the last tokens when they stood in the sequence before ("prompt lookup"); costs no model.
+
+    The longest match counts, of 3 tokens, of 2 or of 1, and among equals the latest. Drafts are point masses; where
+    nothing matches, or the sequence ends before k tokens, a sequence's draft is shorter. Everything happens on the
+    device, without synchronisation. Source: Saxena 2023, "Prompt Lookup Decoding".
+    """
+
+    longest = 3
+
+    def prefill(self, input_ids: torch.Tensor, lens: torch.Tensor) -> None:
+        """There is nothing to take in: the history is given with every call."""
+
+    def propose(self, history: torch.Tensor, lens: torch.Tensor, k: int, **_):
+        """(tokens int64 [B, k], None, how many of them count int32 [B]); arguments as of ModelDraft."""
+        last = lens.long().unsqueeze(1)  # position of the last token
+        at = torch.arange(history.shape[1], device=history.device)
+        # Positions whose tokens, and as many before them, equal the last ones: for 1, 2, 3 tokens.
+        matches = at < last
+        best = torch.full_like(last, -1)
+        for back in range(self.longest):
+            token = history.gather(1, (last - back).clamp_min(0))
+            shifted = torch.full_like(history, -1)
+            shifted[:, back:] = history[:, : history.shape[1] - back]
+            matches = matches & (shifted == token) & (last >= back) & (at >= back)
+            found = torch.where(matches, at, -1).amax(1, keepdim=True)
+            best = torch.where(found >= 0, found, best)
+        count = torch.where(best >= 0, (last - best).clamp(max=k), 0)
+        tokens = history.gather(1, (best + 1 + torch.arange(k, device=history.device)).clamp(0, history.shape[1] - 1))
+        valid = torch.arange(k, device=history.device) < count
+        return torch.where(valid, tokens, 0), None, count.squeeze(1).to(torch.int32)

@@ -15,6 +15,7 @@ from ..comm import collectives
 from ..comm.workspace import check
 from ..models.llama import LlamaForCausalLM
 from ..ops.verify import METHODS
+from .adaptive import AdaptiveLength
 from .round import Round
 
 
@@ -32,6 +33,7 @@ class GenerationStats:
     drafted: int
     accepted: int
     communication_seconds: float | None
+    rounds_by_length: dict[int, int]  # how many rounds drafted 0, 1, ... tokens
 
     @property
     def tokens_per_second(self) -> float:
@@ -79,8 +81,10 @@ def _per_request(value, batch: int, name: str, dtype: torch.dtype, device, low=N
 def _check(model, prompts, max_new_tokens, draft, num_draft_tokens, method) -> list[list[int]]:
     """The prompts as lists. Everything is checked on every rank, before any waits for another."""
     for name, value in (("model", model), ("draft", draft)):
-        if value is not None and not isinstance(value, LlamaForCausalLM):
-            raise TypeError(f"generate: {name} must be an fp.LlamaForCausalLM, got {type(value).__name__}")
+        if value is not None and not isinstance(value, LlamaForCausalLM) and (name, value) != ("draft", "ngram"):
+            or_ngram = ' or "ngram"' if name == "draft" else ""
+            got = repr(value) if isinstance(value, str) else type(value).__name__
+            raise TypeError(f"generate: {name} must be an fp.LlamaForCausalLM{or_ngram}, got {got}")
     if isinstance(prompts, str) or any(
         not isinstance(p, (Sequence, torch.Tensor)) or isinstance(p, str) for p in prompts
     ):
@@ -104,22 +108,25 @@ def _check(model, prompts, max_new_tokens, draft, num_draft_tokens, method) -> l
     if method not in METHODS:
         raise ValueError(f"generate: method must be one of {', '.join(map(repr, METHODS))}, got {method!r}")
     longest = max(map(len, prompts))
-    for name, config in (("model", model.config), ("draft", draft.config if draft is not None else model.config)):
+    is_model = isinstance(draft, LlamaForCausalLM)
+    for name, config in (("model", model.config), ("draft", draft.config if is_model else model.config)):
         limit = config.max_position_embeddings
         if longest + max_new_tokens > limit:
             raise ValueError(
                 f"generate: a prompt of {longest} tokens and {max_new_tokens} new ones exceed the {name}'s {limit} "
                 "positions"
             )
-    if draft is not None:
+    if is_model:
         if draft.config.vocab_size != vocab:
             raise ValueError(f"generate: the draft has vocabulary {draft.config.vocab_size}, the model {vocab}")
         if draft.tp_group.size() * draft.pp_group.size() != 1:
             raise ValueError("generate: make the draft with mesh=None, every rank runs it whole")
-        if not isinstance(num_draft_tokens, int) or num_draft_tokens < 1:
-            raise ValueError(
-                f"generate: num_draft_tokens must be an integer of at least 1 with a draft, got {num_draft_tokens!r}"
-            )
+    bad = not isinstance(num_draft_tokens, int) or num_draft_tokens < 1
+    if draft is not None and num_draft_tokens != "auto" and bad:
+        raise ValueError(
+            f'generate: num_draft_tokens must be an integer of at least 1 with a draft, or "auto", got '
+            f"{num_draft_tokens!r}"
+        )
     return prompts
 
 
@@ -130,7 +137,7 @@ def generate(
     max_new_tokens: int,
     *,
     draft=None,
-    num_draft_tokens: int = 4,
+    num_draft_tokens: int | str = 4,
     method: str = "rejection",
     temperature: float | Sequence[float] = 0.0,
     top_k=None,
@@ -147,9 +154,12 @@ def generate(
         model: a LlamaForCausalLM; tensor and pipeline parallelism are its own.
         prompts: token ids, one list a sequence, of any lengths; from text by the model's tokenizer
             (`tokenizers.Tokenizer.from_file(path + "/tokenizer.json").encode(text).ids`).
-        draft: a smaller LlamaForCausalLM of the same vocabulary, made with mesh=None: speculative decoding. Only the
-            last stage's ranks run it.
-        num_draft_tokens: tokens drafted a round.
+        draft: speculative decoding with a smaller LlamaForCausalLM of the same vocabulary, made with mesh=None, which
+            only the last stage's ranks run; or with "ngram", which proposes what followed the last tokens when they
+            stood in the sequence before.
+        num_draft_tokens: tokens drafted a round; "auto": 0 to 8, chosen each round for the batch by what rounds have
+            cost and how often drafts were right (`speculative.adaptive`). The time of a round is the clock's, so two
+            runs may choose differently; greedy tokens do not depend on it, sampled ones do (not their distribution).
         method: "rejection" or "block", which leave the model's distribution unchanged, or "greedy", which ignores the
             temperature; as `fp.verify`.
         temperature, top_k, top_p, min_p, seed: one value, or one per prompt; temperature 0 is greedy. With one seed,
@@ -171,7 +181,13 @@ def generate(
             f"generate: cuda_graph=True needs a model on GPUs without pipeline stages; this one is on {model.device} "
             f"with {model.pp_group.size()} stage(s)"
         )
-    batch, device, k = len(prompts), model.device, num_draft_tokens if draft is not None else 0
+    adaptive = AdaptiveLength() if draft is not None and num_draft_tokens == "auto" else None
+    if cuda_graph and adaptive is not None:
+        raise ValueError(
+            'generate: a captured round has a fixed length: num_draft_tokens="auto" needs cuda_graph=False'
+        )
+    k = 0 if draft is None else max(adaptive.lengths) if adaptive is not None else num_draft_tokens
+    batch, device = len(prompts), model.device
     lens = torch.tensor([len(p) for p in prompts], dtype=torch.int32, device=device)
     width = int(lens.max())
     ids = torch.tensor([p + [0] * (width - len(p)) for p in prompts], device=device)
@@ -204,7 +220,9 @@ def generate(
     )
     new: list[list[int]] = [[] for _ in prompts]
     done = [False] * batch
-    rounds = drafted = accepted = 0
+    rounds_by_length: dict[int, int] = {}
+    drafted = accepted = 0
+    seen = (0, 0, 0, 0)  # of the round before: length, drafted, accepted, rejected
 
     def take(rows: list[list[int]]) -> None:
         """Append each unfinished sequence's tokens of this round, up to its end."""
@@ -225,15 +243,25 @@ def generate(
         middle = time.perf_counter()
 
         while not all(done):
+            begun = time.perf_counter()
             alive = [not d for d in done]
             round_.alive.copy_(torch.tensor(alive))
+            if adaptive is not None:
+                round_.k = adaptive.choose()
             round_.run()
             before = sum(map(len, new))
             take(round_.tokens.tolist())  # waits for the round's work
             check()
-            rounds += 1
-            drafted += k * sum(alive)
-            accepted += sum(n for n, lives in zip(round_.accepted.tolist(), alive, strict=True) if lives)
+            if adaptive is not None:
+                # Every rank hears what the round before took on one of them, so that all choose alike.
+                adaptive.record(seen[0], int(round_.heard), *seen[1:])
+                round_.clock.fill_(int(1e6 * (time.perf_counter() - begun)))
+            counts = zip(round_.drafted.tolist(), round_.accepted.tolist(), alive, strict=True)
+            pairs = [(made, right) for made, right, lives in counts if lives]
+            seen = (round_.k, sum(m for m, _ in pairs), sum(a for _, a in pairs), sum(a < m for m, a in pairs))
+            rounds_by_length[round_.k] = rounds_by_length.get(round_.k, 0) + 1
+            drafted += seen[1]
+            accepted += seen[2]
             advance(sum(map(len, new)) - before)
         end = time.perf_counter()
 
@@ -243,10 +271,11 @@ def generate(
         new_tokens=sum(map(len, new)),
         prefill_seconds=middle - begin,
         decode_seconds=end - middle,
-        rounds=rounds,
+        rounds=sum(rounds_by_length.values()),
         drafted=drafted,
         accepted=accepted,
         communication_seconds=None if cuda_graph else timer.seconds(),
+        rounds_by_length=dict(sorted(rounds_by_length.items())),
     )
     return Generation(new, stats)
 

@@ -10,7 +10,7 @@ import torch
 
 from .. import ops
 from ..comm import collectives
-from .draft import ModelDraft
+from .draft import ModelDraft, NgramDraft
 
 
 class Round:
@@ -18,14 +18,17 @@ class Round:
 
     Args:
         model: a LlamaForCausalLM.
-        draft: a smaller one, or None: k is 0 and a round yields one token.
-        k: tokens drafted a round.
+        draft: a smaller one, "ngram", or None: k is 0 and a round yields one token.
+        k: tokens drafted a round, at most; the attribute `k` may be lowered between rounds that are not captured.
         capacity: of the KV caches, in tokens.
         seed, temperature, sampling, method: as `fp.verify` takes them, [B] on the model's device.
 
     Attributes, on the device, B sequences:
         tokens: int64 [B, k + 1], accepted: int32 [B]: the last round's verdict, the same on every rank.
+        drafted: int32 [B]: how many tokens were drafted.
         alive: bool [B]: sequences that go on; the others stand still. The caller clears it.
+        clock: int64 [1]: a number of this rank that `heard` has after the next round on every rank, from the last
+            stage's first rank.
     """
 
     def __init__(self, model, draft, k: int, batch: int, capacity: int, *, seed, temperature, sampling, method) -> None:
@@ -35,11 +38,18 @@ class Round:
         self.tp, self.pp = model.tp_group, model.pp_group
         self.is_last = self.pp.rank() == self.pp.size() - 1
         self.cache = model.make_cache(batch, capacity)
-        self.drafter = ModelDraft(draft, batch, capacity) if draft is not None and self.is_last else None
+        self.drafter: ModelDraft | NgramDraft | None = None
+        if draft is not None and self.is_last:
+            self.drafter = NgramDraft() if draft == "ngram" else ModelDraft(draft, batch, capacity)
         like = {"dtype": torch.int64, "device": model.device}
         self.step = torch.zeros(batch, **like)
-        self.previous, self.pending = torch.zeros(batch, **like), torch.zeros(batch, **like)
-        self.drafts = torch.zeros(batch, k, **like)
+        # All tokens of each sequence; the last of them the model has not seen yet.
+        self.history = torch.zeros(batch, capacity + k + 2, **like)
+        self.clock, self.heard = torch.zeros(1, **like), torch.zeros(1, **like)
+        # Drafted tokens, and how many of them count.
+        self.drafts = torch.zeros(batch, k + 1, **like)
+        self.drafted = torch.zeros(batch, dtype=torch.int32, device=model.device)
+        self.missed = 0  # rounds without a draft since the last one with
         self.tokens = torch.zeros(batch, k + 1, **like)
         self.accepted = torch.zeros(batch, dtype=torch.int32, device=model.device)
         self.alive = torch.ones(batch, dtype=torch.bool, device=model.device)
@@ -53,8 +63,8 @@ class Round:
         if self.drafter is not None:
             self.drafter.prefill(ids, lens)
         self.cache.lens.copy_(lens)
-        self.previous.copy_(ids.gather(1, last.unsqueeze(1)).squeeze(1))
-        self.pending.copy_(first)
+        self.history[:, : ids.shape[1]] = ids
+        self.history.scatter_(1, lens.long().unsqueeze(1), first.unsqueeze(1))
         return first
 
     def run(self) -> None:
@@ -66,7 +76,7 @@ class Round:
 
     def capture(self) -> None:
         """Capture the round in a CUDA graph. The state is as before when it returns."""
-        state = [self.step, self.previous, self.pending, self.cache.lens]
+        state = [self.step, self.history, self.cache.lens]
         saved = [t.clone() for t in state]
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
@@ -81,31 +91,40 @@ class Round:
         self._graph = graph
 
     def _run(self) -> None:
+        k = self.k
         self.step += 1
-        draft_logits = None
-        if self.k:
+        draft_logits = counts = None
+        at = self.cache.lens.long().unsqueeze(1)  # of the token that the model has not seen yet
+        drafts = self.drafts[:, :k]
+        if k:
             if self.drafter is not None:
-                proposed, draft_logits = self.drafter.propose(
-                    torch.stack((self.previous, self.pending), 1),
+                proposed, draft_logits, counts = self.drafter.propose(
+                    self.history,
                     self.cache.lens,
-                    self.k,
+                    k,
+                    missed=self.missed,
                     seed=self.seed,
                     step=self.step,
                     temperature=self.temperature,
                     greedy=self.greedy,
                 )
-                self.drafts.copy_(proposed)
+                drafts.copy_(proposed)
+                self.drafts[:, -1] = k if counts is None else counts
             self._share(self.drafts)
-        fed = torch.cat((self.pending.unsqueeze(1), self.drafts), 1)
-        verdict = self._verify(fed, self.drafts, draft_logits)
-        self.tokens.copy_(verdict[:, :-1])
-        self.accepted.copy_(verdict[:, -1])
+            self.drafted.copy_(self.drafts[:, -1])
+        else:
+            self.drafted.zero_()
+        self.missed = 0 if k else self.missed + 1
+        fed = torch.cat((self.history.gather(1, at), drafts), 1)
+        verdict = self._verify(fed, drafts, draft_logits, counts=None if counts is None else self.drafted)
+        self.tokens.fill_(-1)
+        self.tokens[:, : k + 1] = verdict[:, : k + 1]
+        self.accepted.copy_(verdict[:, k + 1])
+        self.heard.copy_(verdict[0, k + 2])
         # A finished sequence stands still, so that it never outgrows the cache.
         self.cache.lens += (self.accepted + 1) * self.alive
-        at = self.accepted.long().unsqueeze(1)
-        chain = torch.cat((self.pending.unsqueeze(1), self.tokens), 1)
-        self.previous.copy_(torch.where(self.alive, chain.gather(1, at).squeeze(1), self.previous))
-        self.pending.copy_(torch.where(self.alive, chain.gather(1, at + 1).squeeze(1), self.pending))
+        # Of a sequence that stands still, and behind the accepted tokens, this writes what does not count.
+        self.history.scatter_(1, at + 1 + torch.arange(k + 1, device=at.device), verdict[:, : k + 1])
 
     def _share(self, x: torch.Tensor) -> torch.Tensor:
         """Every rank gets the `x` of the last stage's first rank. Ranks that computed it themselves hold the same bits
@@ -115,12 +134,13 @@ class Round:
             collectives.broadcast_(x, 0, self.tp)
         return collectives.broadcast_(x, self.pp.size() - 1, self.pp)
 
-    def _verify(self, input_ids, drafts, draft_logits, logits_at=None) -> torch.Tensor:
-        """Run the model on `input_ids` and judge `drafts` [B, k]: int64 [B, k + 2], the tokens, then how many were
-        accepted."""
+    def _verify(self, input_ids, drafts, draft_logits, logits_at=None, counts=None) -> torch.Tensor:
+        """Run the model on `input_ids` and judge `drafts` [B, k], of which the first `counts` of each sequence count:
+        int64 [B, k + 3], the tokens, how many were accepted, and the clock."""
         logits = self.model(input_ids, self.cache, logits_at)
         batch, k = drafts.shape
-        verdict = torch.empty(batch, k + 2, dtype=torch.int64, device=input_ids.device)
+        verdict = torch.empty(batch, k + 3, dtype=torch.int64, device=input_ids.device)
+        verdict[:, -1] = self.clock
         if logits is not None:
             group = self.tp if self.tp.size() > 1 else None
             if draft_logits is not None and group is not None:
@@ -132,12 +152,13 @@ class Round:
                 seed=self.seed,
                 step=self.step,
                 temperature=self.temperature,
+                num_draft_tokens=counts,
                 method=self.method,
                 vocab_size=self.model.config.vocab_size,
                 vocab_group=group,
                 **self.sampling,
             )
-            verdict[:, :-1], verdict[:, -1] = result.tokens, result.num_accepted
+            verdict[:, :-2], verdict[:, -2] = result.tokens, result.num_accepted
         return self._share(verdict)
 
 

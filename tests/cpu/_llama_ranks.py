@@ -107,8 +107,8 @@ def parallelized_logits(mesh, path, ids, steps):
 def generated(mesh, path, draft_path, prompts, max_new_tokens, **options):
     """(tokens, stats as dict) of fp.generate on this mesh, fp32."""
     model = fp.LlamaForCausalLM.from_pretrained(path, mesh=mesh, dtype=torch.float32)
-    draft = None
-    if draft_path is not None:
+    draft = draft_path
+    if draft_path not in (None, "ngram"):
         draft = fp.LlamaForCausalLM.from_pretrained(draft_path, mesh=None, dtype=torch.float32)
     result = fp.generate(model, prompts, max_new_tokens, draft=draft, **options)
     return result.tokens, vars(result.stats) | {"acceptance": result.stats.acceptance}

@@ -28,6 +28,15 @@ def test_parallelize_transformers():
     assert torchrun(str(ROOT / "examples" / "parallelize_transformers.py")).startswith("import os\n\ndef ")
 
 
+def test_speculation():
+    command = [sys.executable, str(ROOT / "examples" / "speculation.py"), "--device", "cpu", "--max-new-tokens", "24"]
+    done = subprocess.run([*command, "--lengths", "0", "3"], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = [line.split("│")[1:] for line in done.stdout.splitlines() if line.startswith("│")]
+    assert [row[0].strip() for row in rows] == ["k = 0", "k = 3", "auto", "ngram, k = 4", "ngram, auto"]
+    assert all(row[5].strip() == "yes" for row in rows)
+
+
 def test_readme_program(tmp_path):
     program = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S).group(1)
     assert "torchrun" in program.splitlines()[0]

@@ -172,3 +172,51 @@ def test_bad_input(pair, tmp_path):
 
     with_numpy = fp.generate(model, [np.array([1, 2]).tolist(), [np.int64(3)]], 4, temperature=1.0, seed=np.int64(5))
     assert with_numpy.tokens == fp.generate(model, [[1, 2], [3]], 4, temperature=1.0, seed=[5, 6]).tokens
+
+
+@pytest.mark.parametrize("tp,pp", [(1, 1), (2, 1), (1, 2)])
+@pytest.mark.parametrize("options", [{"num_draft_tokens": 3}, {"num_draft_tokens": "auto"}])
+def test_ngram_drafts_change_nothing(pair, tp, pp, options):
+    path, _, target = pair
+    prompts = [[5, 17, 200, 5, 17, 200, 5, 17], [9], [44, 45, 44, 45, 44]]
+    expected = greedy(target, prompts)
+    for tokens, stats in run_ranks(ranks.generated, tp * pp, path, "ngram", prompts, NEW, tp=tp, pp=pp, **options):
+        assert tokens == expected
+        assert stats["drafted"] > 0 and sum(stats["rounds_by_length"].values()) == stats["rounds"]
+
+
+@pytest.mark.parametrize("tp,pp", [(1, 1), (2, 1), (1, 2)])
+def test_auto_drafts_change_nothing(pair, tp, pp):
+    path, draft, target = pair
+    expected = greedy(target)
+    options = {"tp": tp, "pp": pp, "num_draft_tokens": "auto"}
+    for tokens, stats in run_ranks(ranks.generated, tp * pp, path, draft, PROMPTS, NEW, **options):
+        assert tokens == expected and {0, 4} <= set(stats["rounds_by_length"])
+
+
+def scheduled(mesh, path, prompts, new):
+    """The target drafts for itself, by a schedule with pauses: every drafted token must be right."""
+    from fused_parallel.speculative.adaptive import AdaptiveLength
+
+    schedule = iter([0, 3, 0, 0, 2, 8, 0, 1] * 10)
+    usual, AdaptiveLength.choose = AdaptiveLength.choose, lambda self: next(schedule)
+    try:
+        return ranks.generated(mesh, path, path, prompts, new, num_draft_tokens="auto")
+    finally:
+        AdaptiveLength.choose = usual
+
+
+def test_a_draft_catches_up_after_rounds_without(pair):
+    path, _, target = pair
+    ((tokens, stats),) = run_ranks(scheduled, 1, path, PROMPTS, 40)
+    assert tokens == greedy(target, new=40)
+    assert stats["drafted"] > 0
+    # The last round may draft beyond the end.
+    assert stats["acceptance"] > 0.99
+
+
+@pytest.mark.parametrize("value", [0, "few", 2.5])
+def test_bad_draft_length(pair, value):
+    path, _, _ = pair
+    with pytest.raises(RuntimeError, match='must be an integer of at least 1 with a draft, or "auto"'):
+        run_ranks(ranks.generated, 1, path, "ngram", PROMPTS, 4, num_draft_tokens=value)

@@ -1,0 +1,87 @@
+"""How many tokens are drafted: the estimate against simulated machines, and drafts from the sequence itself."""
+
+import random
+
+import pytest
+import torch
+
+from fused_parallel.speculative.adaptive import LENGTHS, AdaptiveLength
+from fused_parallel.speculative.draft import NgramDraft
+
+
+def simulate(acceptance, plain_us, draft_us, verify_us, batch, rounds, seed, noise=0.03):
+    """(tokens a microsecond over all rounds, the best fixed length's expected one, plain decoding's). A round of k
+    tokens takes plain_us + k * (draft_us + verify_us). `acceptance` is a function of the round."""
+    draw = random.Random(seed)
+    adaptive = AdaptiveLength()
+    tokens = time = 0.0
+    seen = (0, 0, 0, 0)
+    us = 0.0
+    for number in range(rounds):
+        k = adaptive.choose()
+        right = []
+        for _ in range(batch):
+            n = 0
+            while n < k and draw.random() < acceptance(number):
+                n += 1
+            right.append(n)
+        adaptive.record(seen[0], us, *seen[1:])
+        us = (plain_us + k * (draft_us + verify_us)) * draw.uniform(1 - noise, 1 + noise)
+        seen = (k, k * batch, sum(right), sum(n < k for n in right))
+        tokens += sum(n + 1 for n in right) / batch
+        time += us
+
+    def expected(k):
+        a = acceptance(rounds)
+        return sum(a**i for i in range(k + 1)) / (plain_us + k * (draft_us + verify_us))
+
+    return tokens / time, max(map(expected, LENGTHS)), expected(0)
+
+
+@pytest.mark.parametrize("acceptance", [0.0, 0.3, 0.5, 0.8, 0.95])
+@pytest.mark.parametrize("draft_us", [10.0, 100.0, 400.0])
+@pytest.mark.parametrize("batch", [1, 16])
+def test_near_the_best_length_and_never_much_slower_than_plain(acceptance, draft_us, batch):
+    rates = [simulate(lambda _: acceptance, 1000.0, draft_us, 20.0, batch, 3000, seed) for seed in range(3)]
+    for rate, _, plain in rates:
+        assert rate > 0.97 * plain
+    assert sum(rate / best for rate, best, _ in rates) / 3 > 0.93
+
+
+def test_a_change_is_noticed():
+    """Drafts are useless for 1500 rounds, then right: plain decoding at first, long drafts later."""
+    rate, _, plain = simulate(lambda n: 0.0 if n < 1500 else 0.9, 1000.0, 50.0, 10.0, 1, 6000, 0)
+    assert rate > 2.0 * plain
+
+
+def test_the_same_numbers_give_the_same_choices():
+    one, other = AdaptiveLength(), AdaptiveLength()
+    draw = random.Random(1)
+    for _ in range(200):
+        k = one.choose()
+        assert other.choose() == k
+        numbers = (k, draw.uniform(500, 2000), 4 * k, draw.randint(0, 4 * k), draw.randint(0, 4))
+        one.record(*numbers), other.record(*numbers)
+
+
+def lookup(tokens: list[int], k: int) -> list[int]:
+    """The rule in plain Python."""
+    for n in (3, 2, 1):
+        for end in range(len(tokens) - 2, -1, -1):
+            if len(tokens) > n - 1 <= end and tokens[end - n + 1 : end + 1] == tokens[len(tokens) - n :]:
+                return tokens[end + 1 : end + 1 + k]
+    return []
+
+
+def test_ngram_drafts(seed):
+    k, capacity, batch = 5, 60, 64
+    lens = torch.randint(1, capacity - 1, (batch,), dtype=torch.int32)  # the last token stands at this position
+    for symbols in (2, 4, 30, 1000):
+        history = torch.randint(0, symbols, (batch, capacity))
+        tokens, weights, counts = NgramDraft().propose(history, lens, k)
+        assert weights is None and tokens.shape == (batch, k)
+        for row, length, drafted, count in zip(
+            history.tolist(), lens.tolist(), tokens.tolist(), counts.tolist(), strict=True
+        ):
+            expected = lookup(row[: length + 1], k)
+            assert drafted[:count] == expected and drafted[count:] == [0] * (k - count)
