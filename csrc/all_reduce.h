@@ -36,9 +36,10 @@ struct AllReduceWorkspace {
   unsigned long long timeout_ns;
 
  private:
-  void* last_stream_ = nullptr;
-  unsigned long long last_capture_ = 0;  // 0: the last launch was not captured
+  void* last_stream_ = nullptr;  // of the last launch that was not captured
   bool used_ = false;
+  unsigned long long last_capture_ = 0;  // and of the last that was; 0: none
+  void* last_captured_ = nullptr;
 };
 
 constexpr std::int64_t kControlBytes = 256;
@@ -48,8 +49,8 @@ constexpr std::int64_t kRecordBytes = 64;
 // way at once must be resident together, or two groups at work on the same GPUs could each wait for room that the other
 // holds. A GPU holds 1024 threads a multiprocessor at up to 64 registers, which every kernel keeps to; max_threads is
 // half of that. A grid of up to max_threads / 2 lets the next kernel of its stream become resident while it runs
-// (`early`); a larger one does not. So two groups always fit. A CTA counts as kLeastThreads at least, because
-// multiprocessors hold few CTAs, too.
+// (`early`); a larger one does not. So two groups fit; docs/all_reduce.md says where that ends. A CTA counts as
+// kLeastThreads at least, because multiprocessors hold few CTAs, too.
 constexpr int kLeastThreads = 128;
 
 struct Grid {

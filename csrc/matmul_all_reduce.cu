@@ -114,7 +114,7 @@ MatmulWorkspace::MatmulWorkspace(AllReduceWorkspace& group_, std::vector<std::ui
 }
 
 std::int64_t matmul_workspace_bytes(std::int64_t tiles) {
-  return 2 * tiles * kTileBytes + tiles * kConsumers * static_cast<std::int64_t>(sizeof(unsigned));
+  return 2 * tiles * (kTileBytes + kConsumers * static_cast<std::int64_t>(sizeof(unsigned)));
 }
 
 std::int64_t matmul_most_rows(const MatmulWorkspace& w, std::int64_t n, bool scatter) {

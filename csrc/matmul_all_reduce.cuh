@@ -45,16 +45,19 @@ struct Exchange {
   unsigned tiles;       // slots of a half
   unsigned most_owned;  // tiles of one owner, at most
 
-  // Slots: [2 halves][tiles][kTileBytes], then flags: [tiles][kConsumers]. In a half first the partials of this rank's
-  // tiles by source, then the sums of the others' tiles by owner.
+  // Slots: [2 halves][tiles][kTileBytes], then flags: [2 halves][tiles][kConsumers]. In a half first the partials of
+  // this rank's tiles by source, then the sums of the others' tiles by owner. Flags have halves like the tiles they
+  // speak of: with more than two ranks, a peer that is in call e + 1 may set flags where, by that call's shape, another
+  // peer's are that has yet to send its tiles of call e.
   __device__ __forceinline__ unsigned slot(int on, int peer, unsigned tile, bool sum) const {
     return ((sum ? world - 1 : 0) + peer - (peer > on)) * most_owned + tile;
   }
   __device__ __forceinline__ unsigned char* data(int on, unsigned slot, unsigned epoch) const {
     return bases[on] + ((epoch & 1) * tiles + slot) * static_cast<unsigned long long>(kTileBytes);
   }
-  __device__ __forceinline__ unsigned* flag(int on, unsigned slot, int half) const {
-    return reinterpret_cast<unsigned*>(bases[on] + 2ull * tiles * kTileBytes) + slot * kConsumers + half;
+  __device__ __forceinline__ unsigned* flag(int on, unsigned slot, unsigned epoch, int half) const {
+    unsigned* flags = reinterpret_cast<unsigned*>(bases[on] + 2ull * tiles * kTileBytes);
+    return flags + ((epoch & 1) * tiles + slot) * kConsumers + half;
   }
 };
 
@@ -107,9 +110,9 @@ __device__ __forceinline__ void store_release_sys(unsigned* p, unsigned v) {
   asm volatile("st.release.sys.global.u32 [%0], %1;" ::"l"(p), "r"(v) : "memory");
 }
 
-// Until the flag says call `epoch` (or the next one, which the peer may have begun: it uses the other half). Acquire:
-// pairs with the release that set it, so that the tile, written before, is visible to this thread, and to those that it
-// meets at a barrier afterwards. False after a failed wait.
+// Until the flag says call `epoch`; what it said before were calls that used this half earlier. Acquire: pairs with the
+// release that set it, so that the tile, written before, is visible to this thread, and to those that it meets at a
+// barrier afterwards. False after a failed wait.
 __device__ __forceinline__ bool await(const Exchange& x, const unsigned* flag, int peer, unsigned epoch,
                                       unsigned long long& start) {
   for (unsigned spins = 1; static_cast<int>(load_acquire_sys(flag) - epoch) < 0; ++spins) {
@@ -180,7 +183,8 @@ __device__ __forceinline__ void send_results(const Params<T>& p, const unsigned 
     // Written, not only read; then visible to what generic accesses follow, of which the first is the release.
     asm volatile("cp.async.bulk.wait_group 0;\n\tfence.proxy.async;" ::: "memory");
     for (int peer = first; peer < end && !silent; ++peer) {
-      if (peer != x.rank) store_release_sys(x.flag(peer, x.slot(peer, x.rank, tile.index, own), consumer), epoch);
+      if (peer != x.rank)
+        store_release_sys(x.flag(peer, x.slot(peer, x.rank, tile.index, own), epoch, consumer), epoch);
     }
   }
 }
@@ -203,7 +207,7 @@ __device__ __forceinline__ void copy_sums(const Params<T>& p, Shared& shared, un
     const int half = item % kItems / kPanels, panel = item % kPanels;
     const unsigned slot = x.slot(x.rank, tile.owner, tile.index, true);
     bool there = true;
-    if (lane == 0) there = await(x, x.flag(x.rank, slot, half), tile.owner, epoch, start);
+    if (lane == 0) there = await(x, x.flag(x.rank, slot, epoch, half), tile.owner, epoch, start);
     if (!__shfl_sync(0xffffffffu, there, 0)) return;
     __syncwarp();  // where the warp meets the lane that has seen the flag
     const unsigned char* from = x.data(x.rank, slot, epoch) + half * kHalfBytes + panel * kPanelBytes;
@@ -343,7 +347,7 @@ __device__ __forceinline__ void multiply(const Params<T>& p, unsigned char* stag
           const unsigned slot = x.slot(x.rank, source, tile.index, false);
           // A sum without a peer's partial is none: it must not be sent. Here it is never used, because the next call
           // or fp.check() raises.
-          shared.silent[consumer] = !await(x, x.flag(x.rank, slot, consumer), source, epoch, start);
+          shared.silent[consumer] = !await(x, x.flag(x.rank, slot, epoch, consumer), source, epoch, start);
         }
       }
       meet(consumer);  // with the thread that has seen the flags, and all parts of the result are there

@@ -118,8 +118,11 @@ def load(world: int) -> Table:
     default = default_table(world)
     measured = _read(path()).get(_key(world), {})
     try:
-        return default | {
+        table = {
             op: [(most, Choice(*choice)) for most, choice in rows] for op, rows in measured.items() if op in default
         }
-    except (TypeError, ValueError) as error:
+        if any(not rows or rows[-1][0] is not None for rows in table.values()):
+            raise ValueError("the last row of an operation must have no limit")
+        return default | table
+    except (TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"{path()}: the table for {_key(world)} is not readable ({error}); delete the file") from error

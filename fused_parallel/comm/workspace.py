@@ -108,8 +108,9 @@ class AllReduceWorkspace:
 
 
 _workspaces: dict[str, AllReduceWorkspace] = {}
-# What callers pass as group=, a ProcessGroup or a mesh -> its workspace, for ops._direct.
-by_group: dict[object, AllReduceWorkspace] = {}
+# id of what callers pass as group=, a ProcessGroup or a mesh -> (that, its workspace), for ops._direct. By identity:
+# meshes of the same ranks are equal, though their groups are different ones.
+by_group: dict[int, tuple[object, AllReduceWorkspace]] = {}
 _why_not: dict[str, str | None] = {}
 
 

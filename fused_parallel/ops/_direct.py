@@ -24,10 +24,17 @@ def workspace_for(group) -> AllReduceWorkspace | None:
     """The workspace behind `group=` if the short way may be taken now."""
     if _is_compiling():
         return None
-    workspace = by_group.get(group)
-    if workspace is None or _modes_active() or debugging() or counting() or current_mode() == "reference":
+    found = by_group.get(id(group))
+    if (
+        found is None
+        or found[0] is not group
+        or _modes_active()
+        or debugging()
+        or counting()
+        or current_mode() == "reference"
+    ):
         return None
-    return workspace
+    return found[1]
 
 
 def plain(x: torch.Tensor, device_index: int) -> bool:
@@ -48,5 +55,6 @@ def may_remember(pg) -> bool:
 
 def remember(group, pg, key: tuple, arguments: tuple) -> None:
     """The long way takes a kernel for calls like `key`: the launcher's `arguments` that do not change."""
-    workspace = by_group[group] = existing_workspace(pg)
+    workspace = existing_workspace(pg)
+    by_group[id(group)] = group, workspace
     workspace.known[key] = arguments

@@ -9,7 +9,7 @@ from .. import _ext
 from ..comm import collectives
 from ..comm.groups import group_from_name, resolve_group
 from ..comm.tuning import ONE, TWO, Choice
-from ..comm.workspace import AllReduceWorkspace, why_no_workspace, workspace_of
+from ..comm.workspace import AllReduceWorkspace, existing_workspace, why_no_workspace, workspace_of
 from ..reference import all_reduce as reference
 from . import _direct
 from ._debug import check_agreement
@@ -37,6 +37,14 @@ def kernel_choice(op: str, x: torch.Tensor, pg: dist.ProcessGroup, why_not=why_n
     if choose_library(op, bytes):
         return None
     return TWO if op == "all_reduce" and pg.size() > 2 else ONE
+
+
+def known_choice(op: str, x: torch.Tensor, pg: dist.ProcessGroup, why_not) -> Choice | None:
+    """After the long way: the choice that calls like it may take by the short one, None if they may not. A kernel that
+    fp.use("fused") took against the table is not for all modes."""
+    if not _direct.may_remember(pg) or existing_workspace(pg).choice(op, x.nbytes).algorithm == "library":
+        return None
+    return kernel_choice(op, x, pg, why_not)
 
 
 def aligned(x: torch.Tensor) -> torch.Tensor:
@@ -215,7 +223,7 @@ def all_reduce(x: torch.Tensor, *, group, out: torch.Tensor | None = None) -> to
 
 
 def _remember(x: torch.Tensor, group, pg: dist.ProcessGroup) -> None:
-    if _direct.may_remember(pg) and (choice := kernel_choice("all_reduce", x, pg)) is not None:
+    if (choice := known_choice("all_reduce", x, pg, why_not_fused)) is not None:
         n, code = x.numel(), _ext.DTYPE_CODES[x.dtype]
         arguments = (n, choice.algorithm == "two_shot", choice.threads, choice.ctas, code)
         _direct.remember(group, pg, ("all_reduce", x.dtype, n), arguments)

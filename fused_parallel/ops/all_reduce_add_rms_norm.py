@@ -14,7 +14,7 @@ from . import _direct
 from ._debug import check_agreement
 from ._library import check_floating, register
 from .add_rms_norm import add_norm, check_norm
-from .all_reduce import aligned, all_reduce_, kernel_choice, why_not_fused
+from .all_reduce import aligned, all_reduce_, kernel_choice, known_choice, why_not_fused
 
 
 def _why_not_fused(x: torch.Tensor, pg: dist.ProcessGroup) -> str | None:
@@ -148,7 +148,7 @@ def all_reduce_add_rms_norm(
     check_norm("all_reduce_add_rms_norm", x.shape, residual, weight, eps)
     pg = resolve_group(group)
     out = _op(x, residual, weight, eps, pg.group_name)
-    if _direct.may_remember(pg) and (choice := kernel_choice("all_reduce_add_rms_norm", x, pg, _why_not_fused)):
+    if (choice := known_choice("all_reduce_add_rms_norm", x, pg, _why_not_fused)) is not None:
         key = ("all_reduce_add_rms_norm", x.dtype, x.shape, weight.shape, eps)
         _direct.remember(group, pg, key, _arguments(x, eps, choice))
     return out

@@ -35,7 +35,19 @@ def takes_kernel(op: str, x: torch.Tensor, weight: torch.Tensor, pg: dist.Proces
         return False
     if x.element_size() != 2 or k % 8 or n % 8 or k == 0 or m <= _ext.extension().matmul_tile_rows * (pg.size() - 1):
         return False
-    return m <= workspace.matmul().most_rows(n, scatter) if scatter else workspace.matmul().most_rows(n, False) > 0
+    most = workspace.matmul().most_rows(n, scatter)
+    if scatter:
+        return m <= most
+    # Every launch needs a row of tiles for every rank.
+    return most > 0 and min(_launches(m, most)) >= pg.size()
+
+
+def _launches(m: int, most_rows: int) -> list[int]:
+    """Rows of tiles of each launch: as few launches as fit the slots, of about as many rows each."""
+    tile = _ext.extension().matmul_tile_rows
+    tile_rows = -(-m // tile)
+    launches = -(-tile_rows // (most_rows // tile))
+    return [tile_rows * (i + 1) // launches - tile_rows * i // launches for i in range(launches)]
 
 
 def launch_matmul(x: torch.Tensor, weight: torch.Tensor, pg: dist.ProcessGroup, scatter: bool) -> torch.Tensor:
@@ -47,10 +59,8 @@ def launch_matmul(x: torch.Tensor, weight: torch.Tensor, pg: dist.ProcessGroup, 
     x, weight = aligned(x), aligned(weight)
     (m, k), n = x.shape, weight.shape[0]
     out = x.new_empty(m // pg.size() if scatter else m, n)
-    # As few launches as fit the slots, of about as many rows each.
-    tile_rows = -(-m // tile)
-    launches = 1 if scatter else -(-tile_rows // (native.most_rows(n, False) // tile))
-    bounds = [min(tile_rows * i // launches * tile, m) for i in range(launches + 1)]
+    parts = [-(-m // tile)] if scatter else _launches(m, native.most_rows(n, False))
+    bounds = [min(sum(parts[:i]) * tile, m) for i in range(len(parts) + 1)]
     for first, end in itertools.pairwise(bounds):
         native.matmul_all_reduce(
             x.data_ptr() + first * k * x.element_size(),

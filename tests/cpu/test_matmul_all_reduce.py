@@ -133,3 +133,17 @@ def test_errors_say_what_to_do():
         "ValueError: all_gather_matmul: x must have two dimensions, got shape (1, 3, 4)",
     ]
     assert_starts(run_ranks(rank_errors, 2)[0], expected)
+
+
+@pytest.mark.parametrize("world", [2, 3, 4, 6, 8])
+def test_launches_of_the_kernel_hold_rows_for_every_rank_or_it_is_not_taken(world):
+    """Rows of tiles of each launch: all of them, none above what fits, and as alike as can be."""
+    from fused_parallel import _ext
+    from fused_parallel.ops.matmul_all_reduce import _launches
+
+    if _ext.extension() is None or not _ext.extension().cuda_built:
+        pytest.skip("the extension has no CUDA kernels here")
+    for most in (128 * world, 256 * world, 1024 * world):
+        for m in [*range(1, 5000, 37), 100_000]:
+            parts = _launches(m, most)
+            assert sum(parts) == -(-m // 128) and max(parts) * 128 <= most and max(parts) - min(parts) <= 1

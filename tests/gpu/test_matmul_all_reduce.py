@@ -141,6 +141,31 @@ def test_graph_with_changing_inputs_and_skew(seed):
     ranks.check()
 
 
+@pytest.mark.parametrize("late", [0, 1, 2])
+def test_calls_of_other_shapes_do_not_mix(late, seed):
+    """Three ranks, one of them late: the others go on to a call of another shape, whose flags lie elsewhere."""
+    ranks = VirtualMatmuls(3)
+    shapes = [(1152, 512, 512, True), (384, 64, 256, False), (1536, 64, 512, False), (387, 512, 256, True)]
+    problems = [operands(3, m, k, n, torch.bfloat16) for m, k, n, _ in shapes]
+    for _ in range(20):
+        outs = []
+        for (m, _, n, scatter), (xs, _) in zip(shapes, problems, strict=True):
+            rows = m // 3 if scatter else m
+            outs.append([x.new_full((rows, n), float("nan")) for x in xs])
+        ranks.start()
+        for rank in range(3):
+            with torch.cuda.stream(ranks.streams[rank]):
+                torch.cuda._sleep(400_000 if rank == late else 0)
+            for (*_, scatter), (xs, ws), out in zip(shapes, problems, outs, strict=True):
+                ranks.matmul(rank, xs[rank], ws[rank], out[rank], scatter)
+        ranks.finish()
+        for (*_, scatter), (xs, ws), out in zip(shapes, problems, outs, strict=True):
+            whole = expected(xs, ws)
+            for rank in range(3):
+                assert_close(out[rank], whole.chunk(3)[rank] if scatter else whole, factor=2)
+    ranks.check()
+
+
 def test_missing_rank_is_named_within_the_timeout():
     ranks = VirtualMatmuls(2, timeout_seconds=0.5)
     xs, ws = operands(2, 512, 256, 512, torch.bfloat16)
