@@ -10,6 +10,7 @@ from .comm.workspace import check
 from .errors import NoFusedKernelError, PeerTimeoutError
 from .models.config import LlamaConfig
 from .models.llama import LlamaForCausalLM
+from .offload import Offload
 from .ops import (
     VerifyResult,
     add_rms_norm,
@@ -39,6 +40,7 @@ __all__ = [
     "LlamaConfig",
     "LlamaForCausalLM",
     "NoFusedKernelError",
+    "Offload",
     "PeerTimeoutError",
     "Plan",
     "VerifyResult",

@@ -13,6 +13,7 @@ from ..comm.groups import finalize, init
 from ..models.config import DTYPES, LlamaConfig
 from ..models.llama import LlamaForCausalLM
 from ..models.tokenizer import load_tokenizer
+from ..offload import Offload
 from ..speculative import generate
 
 
@@ -47,6 +48,12 @@ def add_parser(subparsers) -> None:
     parser.add_argument("--tp", type=int, help="tensor parallel size (default: the ranks that pp leaves)")
     parser.add_argument("--pp", type=int, default=1, help="pipeline stages (default 1)")
     parser.add_argument("--cuda-graph", action="store_true", help="capture a round in a CUDA graph (GPUs, pp 1)")
+    parser.add_argument(
+        "--offload",
+        type=float,
+        metavar="GB",
+        help="keep the layers in host memory and stream them, except this many GB (10^9 bytes) on each device",
+    )
     parser.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda where there is a GPU")
     parser.add_argument("--dtype", choices=sorted(DTYPES), help="default: the checkpoint's")
     parser.add_argument("--timeout", type=float, default=300.0, help="seconds that bound every wait for another rank")
@@ -69,7 +76,8 @@ def run(args: argparse.Namespace) -> int:
     ids = tokenizer.encode(prompt).ids
     if not ids:
         raise ValueError("the prompt is empty: give at least one token")
-    model = LlamaForCausalLM.from_pretrained(args.model, mesh=mesh, dtype=dtype)
+    offload = None if args.offload is None else Offload(resident_bytes=int(args.offload * 1e9))
+    model = LlamaForCausalLM.from_pretrained(args.model, mesh=mesh, dtype=dtype, offload=offload)
     draft = args.draft
     if draft is not None and draft != "ngram":
         draft = LlamaForCausalLM.from_pretrained(draft, mesh=None, dtype=dtype)
@@ -103,4 +111,7 @@ def describe(stats) -> str:
     acceptance = "" if stats.acceptance is None else f", acceptance {stats.acceptance:.0%} in {stats.rounds} rounds"
     share = stats.communication_share
     communication = "" if share is None else f", {share:.0%} of the time in communication"
-    return f"{stats.new_tokens} tokens, {stats.tokens_per_second:.1f} tokens/s{acceptance}{communication}"
+    streamed = (
+        f", {stats.streamed_bytes / stats.new_tokens / 1e6:.1f} MB streamed a token" if stats.streamed_bytes else ""
+    )
+    return f"{stats.new_tokens} tokens, {stats.tokens_per_second:.1f} tokens/s{acceptance}{communication}{streamed}"

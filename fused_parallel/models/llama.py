@@ -21,9 +21,11 @@ from ..nn import (
     PipelineStage,
     RMSNorm,
     RotaryEmbedding,
+    StreamedLayers,
     VocabParallelEmbedding,
 )
 from ..nn.attention import lens_after
+from ..offload import Offload
 from ..pipeline import split_layers
 from .checkpoint import Checkpoint, load_weights
 from .config import DTYPES, LlamaConfig
@@ -60,12 +62,29 @@ class LlamaDecoderLayer(nn.Module):
 class LlamaModel(nn.Module):
     """This stage's slice: embedding (first stage), layers, final norm (last stage)."""
 
-    def __init__(self, config: LlamaConfig, layers: range, first: bool, last: bool, *, group, device, dtype) -> None:
+    def __init__(
+        self,
+        config: LlamaConfig,
+        layers: range,
+        first: bool,
+        last: bool,
+        *,
+        group,
+        device,
+        dtype,
+        offload: Offload | None = None,
+    ) -> None:
         super().__init__()
         kwargs = {"group": group, "device": device, "dtype": dtype}
+        of_layers = kwargs | {"device": "meta"} if offload is not None else kwargs
         self.embed_tokens = VocabParallelEmbedding(config.vocab_size, config.hidden_size, **kwargs) if first else None
         # A ModuleDict keyed by the global index keeps transformers' names on every stage.
-        self.layers = nn.ModuleDict({str(i): LlamaDecoderLayer(config, i - layers.start, **kwargs) for i in layers})
+        stack = {str(i): LlamaDecoderLayer(config, i - layers.start, **of_layers) for i in layers}
+        if offload is None:
+            self.layers: nn.ModuleDict | StreamedLayers = nn.ModuleDict(stack)
+        else:
+            options = {"slots": offload.slots, "resident_bytes": offload.resident_bytes}
+            self.layers = StreamedLayers(stack, device=device, **options)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, device=device, dtype=dtype) if last else None
         self.rotary_emb = RotaryEmbedding(config.head_dim, config.rope_theta, config.rope_scaling, device)
 
@@ -79,7 +98,7 @@ class LlamaModel(nn.Module):
         layers = list(self.layers.values())
         norms = [layer.input_layernorm for layer in layers[1:]] + [self.norm]
         normed = layers[0].input_layernorm(residual)
-        for layer, norm in zip(layers, norms, strict=True):
+        for (_, layer), norm in zip(self.layers.items(), norms, strict=True):
             normed, residual = layer(normed, residual, cos, sin, cache, positions, lens, norm)
         return residual if self.norm is None else normed
 
@@ -91,12 +110,19 @@ class LlamaForCausalLM(nn.Module):
         config: a LlamaConfig.
         mesh: of `fp.init`; its "tp" and "pp" dimensions are used. None: every rank holds the whole model (a draft).
         device, dtype: of the parameters; default: the mesh's device and the config's dtype.
+        offload: keep the layers in host memory and stream them (`fp.Offload`).
 
     Parameters hold this rank's shards and are uninitialised: use `from_pretrained` or `load_state_dict`.
     """
 
     def __init__(
-        self, config: LlamaConfig, *, mesh: DeviceMesh | None, device=None, dtype: torch.dtype | None = None
+        self,
+        config: LlamaConfig,
+        *,
+        mesh: DeviceMesh | None,
+        device=None,
+        dtype: torch.dtype | None = None,
+        offload: Offload | None = None,
     ) -> None:
         super().__init__()
         self.config, self.mesh = config, mesh
@@ -106,7 +132,8 @@ class LlamaForCausalLM(nn.Module):
         first, last = pp_group.rank() == 0, pp_group.rank() == pp_group.size() - 1
         device = torch.device(device) if device is not None else default_device(mesh)
         kwargs = {"group": self.tp_group, "device": device, "dtype": dtype or DTYPES[config.dtype]}
-        self.model = LlamaModel(config, self.layer_range, first, last, **kwargs)
+        self._device = device
+        self.model = LlamaModel(config, self.layer_range, first, last, offload=offload, **kwargs)
         self.lm_head = ParallelLMHead(config.hidden_size, config.vocab_size, **kwargs) if last else None
         if last and first and config.tie_word_embeddings:
             self.lm_head.tie(self.model.embed_tokens)
@@ -118,7 +145,13 @@ class LlamaForCausalLM(nn.Module):
 
     @classmethod
     def from_pretrained(
-        cls, path: str | Path, *, mesh: DeviceMesh | None, dtype: torch.dtype | None = None, device=None
+        cls,
+        path: str | Path,
+        *,
+        mesh: DeviceMesh | None,
+        dtype: torch.dtype | None = None,
+        device=None,
+        offload: Offload | None = None,
     ) -> LlamaForCausalLM:
         """Load a Hugging Face directory (config.json and safetensors); each rank reads only what it holds.
 
@@ -127,12 +160,13 @@ class LlamaForCausalLM(nn.Module):
             mesh: of `fp.init`, or None: the whole model on every rank.
             dtype: of parameters and activations; default: the checkpoint's.
             device: default: the mesh's.
+            offload: keep the layers in host memory (read straight into it) and stream them; None: on the device.
 
         Raises FileNotFoundError or ValueError naming the file that is missing, corrupt or of another model.
         """
         config = LlamaConfig.from_pretrained(path)
         checkpoint = Checkpoint(path)
-        model = cls(config, mesh=mesh, device=device, dtype=dtype)
+        model = cls(config, mesh=mesh, device=device, dtype=dtype, offload=offload)
         tied = {"lm_head.weight": "model.embed_tokens.weight"} if config.tie_word_embeddings else {}
         used = load_weights(model, checkpoint, renamed=tied)
         unknown = sorted(k for k in checkpoint.keys() - used if not model._is_elsewhere(k) and k not in tied)
@@ -164,13 +198,23 @@ class LlamaForCausalLM(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the parameters are."""
-        return next(self.model.layers.parameters()).device
+        """Where the model computes."""
+        return self._device if self.offloaded else next(self.model.layers.parameters()).device
 
     @property
     def dtype(self) -> torch.dtype:
         """Of the parameters and activations."""
         return next(self.model.layers.parameters()).dtype
+
+    @property
+    def offloaded(self) -> bool:
+        """Whether layers are streamed from host memory."""
+        return isinstance(self.model.layers, StreamedLayers)
+
+    @property
+    def streamed_bytes(self) -> int:
+        """Bytes that offloaded layers have copied to the device since the model was made; 0 where all are there."""
+        return self.model.layers.passes * self.model.layers.host_bytes if self.offloaded else 0
 
     def make_cache(self, batch: int, capacity: int) -> KVCache:
         """An empty KV cache for this rank's layers and heads."""

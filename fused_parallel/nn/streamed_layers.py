@@ -11,63 +11,95 @@ _ALIGNMENT = 256  # bytes; what CUDA's allocator gives, so that views into a blo
 
 
 class StreamedLayers(nn.Module):
-    """A stack of layers whose parameters live in host memory, copied to `slots` device blocks while iterating.
+    """A stack of layers whose matrices live in host memory, copied to `slots` device blocks while iterating.
 
     Args:
-        layers: name -> layer, in the order they run; names are kept as sub-module names. Parameters are on the CPU (or
-            are moved there); on a GPU the host copy is pinned.
+        layers: name -> layer, in the order they run; names are kept as sub-module names. Parameters are on any device;
+            on the meta device they get memory and no values, to be loaded. For a GPU the host memory is pinned, one
+            block a layer.
         device: where the layers compute.
-        slots: device blocks; with 2, one layer is copied while the other computes.
+        slots: device blocks; with 2, one layer is copied while the other computes, a third absorbs jitter.
+        resident_bytes: layers of up to so many bytes in all stay on the device, spread evenly over the stack, so that
+            the copies of the others have time.
 
-    Iterating yields (name, layer) with the layer's parameters on the device; they are valid until the next step. Copies
-    run
-    on a stream of their own, ordered by events: a copy into a slot waits for the layer that read it last, a layer for
-    its copy. On a CPU device the same happens without streams.
+    One-dimensional parameters (norms, biases) and buffers are on the device always. Iterating yields (name, layer) with
+    the layer's parameters on the device; they are valid until the next step. Copies run on a stream of their own,
+    ordered by events: a copy into a slot waits for the layer that read it last, a layer for its copy. At the end of a
+    pass the first layers' copies for the next one are started, behind whatever the caller does meanwhile (drafting);
+    not in a graph capture, whose copies all belong to it. So weights must not be changed between passes except by
+    `load_state_dict`. On a CPU device the same happens without streams.
     """
 
-    def __init__(self, layers: Mapping[str, nn.Module], *, device: str | torch.device, slots: int = 2) -> None:
+    def __init__(
+        self,
+        layers: Mapping[str, nn.Module],
+        *,
+        device: str | torch.device,
+        slots: int = 2,
+        resident_bytes: int = 0,
+    ) -> None:
         super().__init__()
         if slots < 1 or not layers:
             raise ValueError(f"StreamedLayers: needs at least one layer and one slot, got {len(layers)} and {slots}")
+        if resident_bytes < 0:
+            raise ValueError(f"StreamedLayers: resident_bytes must not be negative, got {resident_bytes}")
         self.device = torch.device(device)
         on_gpu = self.device.type == "cuda"
         self._layers = list(layers.items())  # a layer may stand under two names
         self._iterating = False
-        self._blocks: list[torch.Tensor] = []
-        self._views: list[list[tuple[nn.Parameter, int, torch.Size, torch.dtype]]] = []
-        for name, layer in layers.items():
+        # Of each streamed layer, by its index: the block and the parameters in it.
+        self._blocks: dict[int, torch.Tensor] = {}
+        self._views: dict[int, list[tuple[nn.Parameter, int, torch.Size, torch.dtype]]] = {}
+        sizes = [sum(_padded(p) for p in layer.parameters() if p.dim() > 1) for layer in layers.values()]
+        resident = _spread(sizes, resident_bytes)
+        for index, (name, layer) in enumerate(layers.items()):
             self.add_module(name, layer)
+            for owner in layer.modules():
+                for key, buffer in owner._buffers.items():
+                    if buffer is not None:
+                        owner._buffers[key] = buffer.to(self.device)
             views, size = [], 0
             for parameter in layer.parameters():
+                if index in resident or parameter.dim() < 2:
+                    _move(parameter, torch.empty_like(parameter, device=self.device))
+                    continue
                 views.append((parameter, size, parameter.shape, parameter.dtype))
-                size += -(-parameter.numel() * parameter.element_size() // _ALIGNMENT) * _ALIGNMENT
+                size += _padded(parameter)
+            if not views:
+                continue
             block = torch.empty(size, dtype=torch.uint8, pin_memory=on_gpu)
             for parameter, offset, shape, dtype in views:
-                host = _view(block, offset, shape, dtype)
-                host.copy_(parameter.data)
-                parameter.data = host
-            for buffer_owner in layer.modules():
-                for key, buffer in buffer_owner._buffers.items():
-                    if buffer is not None:
-                        buffer_owner._buffers[key] = buffer.to(self.device)
-            self._blocks.append(block)
-            self._views.append(views)
-        largest = max(block.numel() for block in self._blocks)
+                _move(parameter, _view(block, offset, shape, dtype))
+            self._blocks[index], self._views[index] = block, views
+        self._order = sorted(self._blocks)
+        largest = max((block.numel() for block in self._blocks.values()), default=0)
         self._slots = [torch.empty(largest, dtype=torch.uint8, device=self.device) for _ in range(slots)]
         self._stream = torch.cuda.Stream(self.device) if on_gpu else None
         self._copied = [torch.cuda.Event() for _ in range(slots)] if on_gpu else []
         self._read = [torch.cuda.Event() for _ in range(slots)] if on_gpu else []
+        self._ahead = False  # whether the first layers' copies have been started already
+        self.register_load_state_dict_pre_hook(lambda *_: setattr(self, "_ahead", False))
+        self.passes = 0
 
     @property
     def host_bytes(self) -> int:
-        """Bytes of weights in host memory."""
-        return sum(block.numel() for block in self._blocks)
+        """Bytes of weights in host memory, which every pass copies."""
+        return sum(block.numel() for block in self._blocks.values())
 
     def __len__(self) -> int:
-        return len(self._blocks)
+        return len(self._layers)
 
-    def _fetch(self, index: int) -> None:
-        slot, block = index % len(self._slots), self._blocks[index]
+    def values(self) -> list[nn.Module]:
+        """The layers, as they are in memory: only what is one-dimensional may be used outside a pass."""
+        return [layer for _, layer in self._layers]
+
+    def items(self) -> Iterator[tuple[str, nn.Module]]:
+        """A pass: the same as iterating."""
+        return iter(self)
+
+    def _fetch(self, place: int) -> None:
+        """Start the copy of the streamed layer that is number `place` among them."""
+        slot, block = place % len(self._slots), self._blocks[self._order[place]]
         target = self._slots[slot][: block.numel()]
         if self._stream is None:
             target.copy_(block)
@@ -76,6 +108,12 @@ class StreamedLayers(nn.Module):
         with torch.cuda.stream(self._stream):
             target.copy_(block, non_blocking=True)
             self._copied[slot].record(self._stream)
+
+    def _fetch_first(self) -> None:
+        for event in self._read:
+            event.record()  # what ran before on the current stream may still read the slots
+        for place in range(min(len(self._slots), len(self._order))):
+            self._fetch(place)
 
     def __iter__(self) -> Iterator[tuple[str, nn.Module]]:
         if self._iterating:
@@ -87,13 +125,17 @@ class StreamedLayers(nn.Module):
             self._iterating = False
 
     def _pass(self) -> Iterator[tuple[str, nn.Module]]:
-        count, slots = len(self._blocks), len(self._slots)
-        for event in self._read:
-            event.record()  # what ran before on the current stream may still read the slots
-        for index in range(min(slots, count)):
-            self._fetch(index)
+        capturing = self._stream is not None and torch.cuda.is_current_stream_capturing()
+        if capturing or not self._ahead:
+            self._fetch_first()
+        self._ahead = False
+        self.passes += 1
+        place = {index: number for number, index in enumerate(self._order)}
         for index, (name, layer) in enumerate(self._layers):
-            slot = index % slots
+            if index not in place:
+                yield name, layer
+                continue
+            slot = place[index] % len(self._slots)
             if self._stream is not None:
                 torch.cuda.current_stream(self.device).wait_event(self._copied[slot])
             hosts = []
@@ -107,8 +149,34 @@ class StreamedLayers(nn.Module):
                     parameter.data = host
                 if self._stream is not None:
                     self._read[slot].record(torch.cuda.current_stream(self.device))
-            if index + slots < count:
-                self._fetch(index + slots)
+            if place[index] + len(self._slots) < len(self._order):
+                self._fetch(place[index] + len(self._slots))
+        if not capturing:
+            self._fetch_first()
+            self._ahead = True
+
+
+def _move(parameter: nn.Parameter, to: torch.Tensor) -> None:
+    """Let the parameter's values live in `to`. A parameter on the meta device has none: its values are loaded later,
+    straight into their place."""
+    if parameter.is_meta:
+        torch.utils.swap_tensors(parameter, nn.Parameter(to, requires_grad=parameter.requires_grad))
+    else:
+        parameter.data = to.copy_(parameter.data)
+
+
+def _padded(parameter: nn.Parameter) -> int:
+    return -(-parameter.numel() * parameter.element_size() // _ALIGNMENT) * _ALIGNMENT
+
+
+def _spread(sizes: list[int], budget: int) -> set[int]:
+    """Indices of as many layers as fit `budget` bytes, evenly over the stack."""
+    count = 0
+    for count in range(len(sizes), -1, -1):
+        chosen = {(2 * i + 1) * len(sizes) // (2 * count) for i in range(count)}
+        if sum(sizes[i] for i in chosen) <= budget:
+            break
+    return chosen
 
 
 def _view(block: torch.Tensor, offset: int, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:

@@ -6,6 +6,8 @@ import statistics
 from collections import deque
 
 LENGTHS = (0, 1, 2, 3, 4, 6, 8)  # tried draft lengths; 0 is plain decoding
+# Where every pass streams the weights, a round costs about the same whatever its length.
+LENGTHS_OFFLOADED = (0, 1, 2, 4, 6, 8, 12, 16, 24, 32)
 _FIRST = (4, 0, 4, 0, 1)  # costs and acceptance are unknown at first
 _LOOK_AROUND = 32  # rounds between two looks at a neighbour of the best length
 _MEMORY = 0.95  # weight of what was seen a round ago

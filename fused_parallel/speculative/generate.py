@@ -15,7 +15,7 @@ from ..comm import collectives
 from ..comm.workspace import check
 from ..models.llama import LlamaForCausalLM
 from ..ops.verify import METHODS
-from .adaptive import AdaptiveLength
+from .adaptive import LENGTHS, LENGTHS_OFFLOADED, AdaptiveLength
 from .round import Round
 
 
@@ -34,6 +34,7 @@ class GenerationStats:
     accepted: int
     communication_seconds: float | None
     rounds_by_length: dict[int, int]  # how many rounds drafted 0, 1, ... tokens
+    streamed_bytes: int  # of offloaded weights, copied to the device
 
     @property
     def tokens_per_second(self) -> float:
@@ -157,9 +158,10 @@ def generate(
         draft: speculative decoding with a smaller LlamaForCausalLM of the same vocabulary, made with mesh=None, which
             only the last stage's ranks run; or with "ngram", which proposes what followed the last tokens when they
             stood in the sequence before.
-        num_draft_tokens: tokens drafted a round; "auto": 0 to 8, chosen each round for the batch by what rounds have
-            cost and how often drafts were right (`speculative.adaptive`). The time of a round is the clock's, so two
-            runs may choose differently; greedy tokens do not depend on it, sampled ones do (not their distribution).
+        num_draft_tokens: tokens drafted a round; "auto": 0 to 8 (32 where the model's layers are offloaded), chosen
+            each round for the batch by what rounds have cost and how often drafts were right (`speculative.adaptive`).
+            The time of a round is the clock's, so two runs may choose differently; greedy tokens do not depend on it,
+            sampled ones do (not their distribution).
         method: "rejection" or "block", which leave the model's distribution unchanged, or "greedy", which ignores the
             temperature; as `fp.verify`.
         temperature, top_k, top_p, min_p, seed: one value, or one per prompt; temperature 0 is greedy. With one seed,
@@ -181,7 +183,9 @@ def generate(
             f"generate: cuda_graph=True needs a model on GPUs without pipeline stages; this one is on {model.device} "
             f"with {model.pp_group.size()} stage(s)"
         )
-    adaptive = AdaptiveLength() if draft is not None and num_draft_tokens == "auto" else None
+    adaptive = None
+    if draft is not None and num_draft_tokens == "auto":
+        adaptive = AdaptiveLength(LENGTHS_OFFLOADED if model.offloaded else LENGTHS)
     if cuda_graph and adaptive is not None:
         raise ValueError(
             'generate: a captured round has a fixed length: num_draft_tokens="auto" needs cuda_graph=False'
@@ -222,6 +226,7 @@ def generate(
     done = [False] * batch
     rounds_by_length: dict[int, int] = {}
     drafted = accepted = 0
+    streamed = model.streamed_bytes
     seen = (0, 0, 0, 0)  # of the round before: length, drafted, accepted, rejected
 
     def take(rows: list[list[int]]) -> None:
@@ -276,6 +281,7 @@ def generate(
         accepted=accepted,
         communication_seconds=None if cuda_graph else timer.seconds(),
         rounds_by_length=dict(sorted(rounds_by_length.items())),
+        streamed_bytes=model.streamed_bytes - streamed,
     )
     return Generation(new, stats)
 

@@ -57,3 +57,13 @@ def test_links_and_paths_exist(document):
     for path in re.findall(rf"`((?:{FOLDERS})/[\w./]+\.\w+)`", text):
         inside = (ROOT / path).exists() or (ROOT / "fused_parallel" / path).exists()
         assert inside, f"{document} names {path}"
+
+
+def test_offload():
+    command = [sys.executable, str(ROOT / "examples" / "offload.py"), "--device", "cpu", "--max-new-tokens", "24"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = [[cell.strip() for cell in line.split("│")[1:]] for line in done.stdout.splitlines() if line.startswith("│")]
+    assert len(rows) == 5 and all(row[4] == "yes" for row in rows)
+    streamed = [float(row[2]) for row in rows]
+    assert streamed[0] == 0 < streamed[3] < streamed[2] < streamed[1]

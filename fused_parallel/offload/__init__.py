@@ -1,0 +1,26 @@
+"""Models larger than the GPU: weights in host memory, streamed layer by layer (nn.StreamedLayers)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Offload:
+    """How a model's layers are offloaded; `LlamaForCausalLM.from_pretrained(path, mesh=mesh, offload=Offload(...))`.
+
+    resident_bytes: bytes of this rank's layers that stay on the device (spread evenly over the stack), besides
+        embedding, head, norms and the KV cache.
+    slots: device blocks that layers are copied to in turn, each of the largest layer's size.
+
+    Raises ValueError for negative sizes and less than one slot.
+    """
+
+    resident_bytes: int = 0
+    slots: int = 2
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.resident_bytes, int) or self.resident_bytes < 0:
+            raise ValueError(f"Offload: resident_bytes must be an integer of at least 0, got {self.resident_bytes!r}")
+        if not isinstance(self.slots, int) or self.slots < 1:
+            raise ValueError(f"Offload: slots must be an integer of at least 1, got {self.slots!r}")

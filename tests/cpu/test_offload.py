@@ -1,0 +1,113 @@
+"""Offloaded models: the same tokens as on the device, in every arrangement, with drafts; what stays where; errors."""
+
+import itertools
+
+import _llama_ranks as ranks
+import pytest
+import torch
+from torch import nn
+
+import fused_parallel as fp
+from fused_parallel.nn.streamed_layers import _spread
+from fused_parallel.testing.spawn import run_ranks
+
+PROMPTS = [[5, 17, 200, 3], [9], [44, 45, 46, 47, 48, 49, 50, 51, 52]]
+NEW = 16
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    """(target directory, draft directory): a random target, and itself with fewer layers."""
+    path, draft = tmp_path_factory.mktemp("target"), tmp_path_factory.mktemp("draft")
+    ranks.save_random_model(path, scale=6.0)
+    ranks.save_random_model(draft, scale=6.0, num_hidden_layers=1)
+    return path, draft
+
+
+def offloaded(mesh, path, draft_path, offload, **options):
+    """(tokens, stats, parameter bytes that are not streamed, streamed bytes a pass, layers) of a generation."""
+    model = fp.LlamaForCausalLM.from_pretrained(path, mesh=mesh, dtype=torch.float32, offload=offload)
+    draft = draft_path
+    if draft_path not in (None, "ngram"):
+        draft = fp.LlamaForCausalLM.from_pretrained(draft_path, mesh=None, dtype=torch.float32)
+    result = fp.generate(model, PROMPTS, NEW, draft=draft, **options)
+    host = model.model.layers.host_bytes if model.offloaded else 0
+    return result.tokens, vars(result.stats), host, model.offloaded
+
+
+@pytest.mark.parametrize("tp,pp", [(1, 1), (2, 1), (1, 2)])
+def test_same_tokens(pair, tp, pp):
+    path, draft = pair
+    expected = run_ranks(offloaded, tp * pp, path, None, None, tp=tp, pp=pp)[0][0]
+    every = 1 << 40
+    for offload in (fp.Offload(), fp.Offload(slots=1), fp.Offload(resident_bytes=40_000, slots=3), fp.Offload(every)):
+        for drafter, options in ((None, {}), (draft, {}), ("ngram", {}), (draft, {"num_draft_tokens": "auto"})):
+            for tokens, stats, host, streams in run_ranks(
+                offloaded, tp * pp, path, drafter, offload, tp=tp, pp=pp, **options
+            ):
+                assert tokens == expected and streams
+                passes = stats["rounds"] + 1  # the prompts' and the rounds'
+                assert stats["streamed_bytes"] == passes * host
+                assert (host == 0) == (offload.resident_bytes == every)
+
+
+def places(mesh, path, resident):
+    """Which tensors of which layers are in blocks of host memory, and whether a pass leaves them there."""
+    model = fp.LlamaForCausalLM.from_pretrained(path, mesh=mesh, offload=fp.Offload(resident_bytes=resident))
+    layers = model.model.layers
+    before = {name: p.data_ptr() for name, p in model.named_parameters()}
+    model(torch.tensor([[1, 2, 3]]))
+    assert before == {name: p.data_ptr() for name, p in model.named_parameters()}
+    assert set(model.state_dict()) == set(fp.LlamaForCausalLM.from_pretrained(path, mesh=mesh).state_dict())
+    streamed = [[p.dim() for p, *_ in layers._views[i]] for i in layers._order]
+    return layers._order, streamed, layers.host_bytes
+
+
+def test_matrices_are_streamed_and_norms_are_not(pair):
+    path, _ = pair
+    ((order, streamed, host),) = run_ranks(places, 1, path, 0)
+    assert order == list(range(len(order))) and len(order) > 1
+    assert all(dims and set(dims) == {2} for dims in streamed)
+    ((fewer, _, less),) = run_ranks(places, 1, path, host // 2)
+    assert 0 < len(fewer) < len(order) and less <= host - host // 2 + host // len(order)
+
+
+def test_residents_are_spread_evenly():
+    assert _spread([10] * 8, 0) == set() and _spread([10] * 8, 9) == set()
+    assert _spread([10] * 8, 80) == set(range(8)) and _spread([10] * 8, 1000) == set(range(8))
+    assert _spread([10] * 8, 25) == {2, 6}
+    gaps = sorted(_spread([1] * 80, 20))
+    assert len(gaps) == 20 and {b - a for a, b in itertools.pairwise(gaps)} == {4}
+
+
+def test_weights_loaded_between_passes_are_used():
+    layers = {str(i): nn.Linear(4, 4) for i in range(4)}
+    streamed = fp.nn.StreamedLayers(layers, device="cpu")
+    x = torch.randn(2, 4)
+
+    def run():
+        y = x
+        with torch.no_grad():
+            for _, layer in streamed:
+                y = layer(y)
+        return y
+
+    first = run()
+    assert torch.equal(run(), first) and streamed.passes == 2
+    streamed.load_state_dict({name: 2 * value for name, value in streamed.state_dict().items()})
+    assert not torch.equal(run(), first)
+
+
+@pytest.mark.parametrize("options", [{"resident_bytes": -1}, {"resident_bytes": 1.5}, {"slots": 0}, {"slots": "2"}])
+def test_bad_input(options):
+    with pytest.raises(ValueError, match=r"Offload: .* must be an integer of at least"):
+        fp.Offload(**options)
+
+
+def test_truncated_file(pair, tmp_path):
+    path, _ = pair
+    for file in path.iterdir():
+        data = file.read_bytes()
+        (tmp_path / file.name).write_bytes(data[:-1000] if file.suffix == ".safetensors" else data)
+    with pytest.raises(RuntimeError, match=r"raised ValueError: .*safetensors"):
+        run_ranks(offloaded, 1, tmp_path, None, fp.Offload())
