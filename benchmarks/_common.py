@@ -110,7 +110,8 @@ def main(run: Callable[[argparse.Namespace], int], p: argparse.ArgumentParser) -
         world = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if world < 2:
             sys.exit(
-                f"{p.prog}: needs two or more GPUs, torch sees {world}. To try the script on CPU ranks: --device cpu"
+                f"{p.prog}: needs two or more GPUs, torch sees {world}. To try the script on CPU ranks: --device cpu "
+                "(fused-parallel bench NAME -- --device cpu)"
             )
     sys.exit(max(launch(run, world, arguments, timeout=1800, environment=rank_environment())))
 

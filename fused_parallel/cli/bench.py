@@ -45,6 +45,7 @@ def run(args: argparse.Namespace) -> int:
     names, options = args.op[:first_option], args.op[first_option:]
     if not names:
         print("\n".join(f"{name:24} {path}" for name, path in scripts.items()))
+        print("run one: fused-parallel bench NAME [-- OPTIONS]", file=sys.stderr)
         return 0
     if names == ["all"]:
         names = list(scripts)

@@ -61,12 +61,19 @@ def add_parser(subparsers) -> None:
 
 
 def _length(text: str) -> int | str:
-    return text if text == "auto" else int(text)
+    if text == "auto":
+        return text
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a number of tokens or auto, got {text!r}") from None
 
 
 def run(args: argparse.Namespace) -> int:
     """Load, generate, print text and statistics on rank 0."""
     LlamaConfig.from_pretrained(args.model)  # a wrong path is told before ranks are joined
+    if args.draft not in (None, "ngram") and not Path(args.draft).is_dir():
+        raise FileNotFoundError(f"--draft {args.draft}: there is no such directory (or --draft ngram, without a model)")
     if args.prompt_file is not None and not args.prompt_file.is_file():
         raise FileNotFoundError(f"--prompt-file {args.prompt_file}: there is no such file")
     prompt = args.prompt if args.prompt is not None else args.prompt_file.read_text()

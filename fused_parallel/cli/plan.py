@@ -33,7 +33,9 @@ def add_parser(subparsers) -> None:
     parser.add_argument("--slo-tpot", type=float, metavar="MS", help="leave out plans slower than this a token")
     parser.add_argument("--slo-ttft", type=float, metavar="MS", help="leave out plans whose first token takes longer")
     parser.add_argument("--draft", help="model that drafts for speculation, named as --model")
-    parser.add_argument("--acceptance", type=float, help="probability that a drafted token is accepted")
+    parser.add_argument(
+        "--acceptance", type=float, help="probability that a drafted token is accepted; --draft needs it"
+    )
     parser.add_argument("--no-offload", action="store_true", help="keep all weights on the GPUs")
     parser.add_argument("--rows", type=int, default=10, help="plans to print (default 10)")
     parser.add_argument("--json", action="store_true", help="print the plan as JSON instead")

@@ -47,7 +47,8 @@ class Workload:
             raise ValueError(f"workload: dtypes must be out of {', '.join(WEIGHT_BYTES)}, got {self.dtypes!r}")
         if (self.draft is None) != (self.acceptance is None):
             raise ValueError(
-                f"workload: draft and acceptance belong together, got {self.draft!r} and {self.acceptance!r}"
+                f"workload: draft and acceptance belong together (--draft needs --acceptance, such as 0.8), got "
+                f"{self.draft!r} and {self.acceptance!r}"
             )
         if self.acceptance is not None and not 0 <= self.acceptance <= 1:
             raise ValueError(f"workload: acceptance must be between 0 and 1, got {self.acceptance!r}")

@@ -84,9 +84,9 @@ def test_demo_prints_text_and_table():
     done = run(sys.executable, "-m", "fused_parallel", "demo", "--device", "cpu", "--max-new-tokens", "48")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "class Stack:" in done.stdout
-    for row in ("1 process", "TP=2", "PP=2", "TP=2 + speculation"):
+    for row in ("1 process", "TP=2", "PP=2", "TP=2 + speculation", "offload", "offload + speculation"):
         assert row in done.stdout
-    assert done.stdout.count("yes") == 4 and "NO" not in done.stdout
+    assert done.stdout.count("yes") == 6 and "NO" not in done.stdout
 
 
 def test_demo_without_models(tmp_path, capsys):
