@@ -26,7 +26,7 @@ class StreamedLayers(nn.Module):
     the layer's parameters on the device; they are valid until the next step. Copies run on a stream of their own,
     ordered by events: a copy into a slot waits for the layer that read it last, a layer for its copy. At the end of a
     pass the first layers' copies for the next one are started, behind whatever the caller does meanwhile (drafting);
-    not in a graph capture, whose copies all belong to it. So weights must not be changed between passes except by
+    not once a pass has been captured in a graph. So weights must not be changed between passes except by
     `load_state_dict`. On a CPU device the same happens without streams.
     """
 
@@ -78,6 +78,7 @@ class StreamedLayers(nn.Module):
         self._copied = [torch.cuda.Event() for _ in range(slots)] if on_gpu else []
         self._read = [torch.cuda.Event() for _ in range(slots)] if on_gpu else []
         self._ahead = False  # whether the first layers' copies have been started already
+        self._captured = False  # a graph's replays write the slots, too, without a word: nothing is copied ahead then
         self.register_load_state_dict_pre_hook(lambda *_: setattr(self, "_ahead", False))
         self.passes = 0
 
@@ -126,6 +127,7 @@ class StreamedLayers(nn.Module):
 
     def _pass(self) -> Iterator[tuple[str, nn.Module]]:
         capturing = self._stream is not None and torch.cuda.is_current_stream_capturing()
+        self._captured |= capturing
         if capturing or not self._ahead:
             self._fetch_first()
         self._ahead = False
@@ -151,7 +153,7 @@ class StreamedLayers(nn.Module):
                     self._read[slot].record(torch.cuda.current_stream(self.device))
             if place[index] + len(self._slots) < len(self._order):
                 self._fetch(place[index] + len(self._slots))
-        if not capturing:
+        if not self._captured:
             self._fetch_first()
             self._ahead = True
 

@@ -34,7 +34,7 @@ class GenerationStats:
     accepted: int
     communication_seconds: float | None
     rounds_by_length: dict[int, int]  # how many rounds drafted 0, 1, ... tokens
-    streamed_bytes: int  # of offloaded weights, copied to the device
+    streamed_bytes: int  # of offloaded weights, copied to the device by rounds that were not captured
 
     @property
     def tokens_per_second(self) -> float:

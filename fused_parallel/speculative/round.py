@@ -88,6 +88,7 @@ class Round:
             self._run()
         for t, value in zip(state, saved, strict=True):
             t.copy_(value)
+        torch.cuda.synchronize()  # copies that an eager pass of offloaded layers started ahead are over
         self._graph = graph
 
     def _run(self) -> None:
