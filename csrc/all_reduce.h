@@ -50,9 +50,7 @@ constexpr std::int64_t kRecordBytes = 64;
 // holds. A GPU holds 1024 threads a multiprocessor at up to 64 registers, which every kernel keeps to; max_threads is
 // half of that. A grid of up to max_threads / 2 lets the next kernel of its stream become resident while it runs
 // (`early`); a larger one does not. So two groups fit; docs/all_reduce.md says where that ends. A CTA counts as
-// kLeastThreads at least, because multiprocessors hold few CTAs, too.
-constexpr int kLeastThreads = 128;
-
+// kLeastThreads (common/launch.h) at least, because multiprocessors hold few CTAs, too.
 struct Grid {
   int ctas, threads;
   bool early;

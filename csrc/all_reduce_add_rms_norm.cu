@@ -58,10 +58,6 @@ struct ClusterSum {
   float sums[2][kMostWarps * kCluster];
   alignas(8) unsigned long long arrived[2];
 
-  __device__ static unsigned shared_address(const void* p) {
-    return static_cast<unsigned>(__cvta_generic_to_shared(p));
-  }
-
   __device__ void begin() {
     if constexpr (kCluster > 1) {
       if (threadIdx.x == 0) {

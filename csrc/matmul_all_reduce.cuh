@@ -385,6 +385,7 @@ __global__ void __launch_bounds__(kThreads, 1) matmul_push(const __grid_constant
       shared.silent[c] = false;
     }
     shared.copied = 0;
+    // Before the copies count on them; the other threads see them by the barrier below.
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
   dependency_wait();
@@ -392,8 +393,8 @@ __global__ void __launch_bounds__(kThreads, 1) matmul_push(const __grid_constant
     shared.epoch = 0;
     shared.failed_before = false;
     if (x.world > 1) {
-      const unsigned long long mine = blockIdx.x == 0 ? kArrivalsPerCall - (gridDim.x - 1) : 1;
-      shared.epoch = atomicAdd(x.arrivals, mine) / kArrivalsPerCall + 1;
+      shared.epoch = atomicAdd(x.arrivals, arrivals_of_cta()) / kArrivalsPerCall + 1;  // flags begin at 0
+      // Relaxed: an earlier call set it, whose kernel has completed; this call's own is looked at in every long wait.
       shared.failed_before = load_relaxed_gpu(x.bound.aborted) != 0;
     }
   }

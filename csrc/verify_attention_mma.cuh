@@ -10,12 +10,10 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include "common/vec.cuh"
+
 namespace fp {
 namespace attention_detail {
-
-__device__ __forceinline__ unsigned shared_address(const void* p) {
-  return static_cast<unsigned>(__cvta_generic_to_shared(p));
-}
 
 // 16 bytes into shared memory, past L1: `bytes` (16 or 0) of them from memory, zeros for the rest.
 __device__ __forceinline__ void copy_async(unsigned to, const void* from, int bytes) {

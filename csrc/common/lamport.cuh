@@ -67,9 +67,14 @@ __device__ __forceinline__ bool has_sentinel(const uint4& v) {
   return v.x == kSentinel || v.y == kSentinel || v.z == kSentinel || v.w == kSentinel;
 }
 
-// The number of this call.
+// What this CTA adds to `arrivals`.
+__device__ __forceinline__ unsigned long long arrivals_of_cta() {
+  return blockIdx.x == 0 ? kArrivalsPerCall - (gridDim.x - 1) : 1;
+}
+
+// The number of this call. Relaxed, as atomicAdd is: it orders nothing, it only counts.
 __device__ __forceinline__ unsigned long long next_epoch(const Lamport& l) {
-  const unsigned long long mine = blockIdx.x == 0 ? kArrivalsPerCall - (gridDim.x - 1) : 1;
+  const unsigned long long mine = arrivals_of_cta();
   return atomicAdd(&l.control->arrivals, mine) / kArrivalsPerCall;
 }
 

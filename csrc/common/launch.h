@@ -40,7 +40,7 @@ void launch_dependent(void (*kernel)(Params), const Params& params, int ctas, in
 // How many threads a multiprocessor has for the CTAs of a kernel that waits for the one before it, and the least that a
 // CTA counts: csrc/all_reduce.h shares out the room, at up to 64 registers a thread.
 constexpr int kWaitingThreadsPerMultiprocessor = 256;
-constexpr int kLeastThreadsOfCta = 128;
+constexpr int kLeastThreads = 128;
 
 // The same for a kernel of this GPU alone, in a grid of any size, which calls dependency_wait in every thread before it
 // writes or ends, and dependency_trigger not before that. A large grid is launched the usual way: its CTAs would fill
@@ -52,7 +52,7 @@ void launch_local(void (*kernel)(Params), const Params& params, std::int64_t cta
   if (ctas > std::numeric_limits<int>::max()) {
     throw std::runtime_error(std::string(operation) + ": a grid of " + std::to_string(ctas) + " CTAs is too large");
   }
-  const int threads = std::max(static_cast<int>(block.x * block.y), kLeastThreadsOfCta);
+  const int threads = std::max(static_cast<int>(block.x * block.y), kLeastThreads);
   const bool dependent =
       runs_hopper_code(device) &&
       ctas * threads * registers <= 64 * kWaitingThreadsPerMultiprocessor * multiprocessor_count(device);

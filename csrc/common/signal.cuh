@@ -60,8 +60,9 @@ __device__ __forceinline__ unsigned long long global_time_ns() {
 }
 
 // Programmatic dependent launch. `wait` returns when the kernel before this one in the stream has completed and its
-// writes are visible; no kernel here writes, or reads what another wrote, before it. `trigger` lets the next kernel's
-// CTAs start; it may come at any time, because their `wait` still waits for all of this kernel.
+// writes are visible; no kernel here writes, or reads what another wrote, before it, but for the number of a
+// collective's call (begin_kernel says why it may). `trigger` lets the next kernel's CTAs start; it may come at any
+// time, because their `wait` still waits for all of this kernel.
 __device__ __forceinline__ void dependency_wait() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");

@@ -19,18 +19,19 @@ from ..comm.workspace import workspace_of
 from . import _direct
 from ._debug import check_agreement
 from ._dispatch import choose_fused
-from ._library import check_floating, register
+from ._library import as_rows, check_floating, register
 from .add_rms_norm import add_norm, check_norm
 from .all_reduce import aligned, all_reduce_, why_not_fused
 from .all_reduce_add_rms_norm import reduce_add_norm
 
 
 def takes_kernel(op: str, x: torch.Tensor, weight: torch.Tensor, pg: dist.ProcessGroup, scatter: bool = False) -> bool:
-    """Whether `op` of x [M, K] and weight [N, K] goes to the persistent kernel; from what all ranks share."""
+    """Whether `op` of x [..., K] and weight [N, K] goes to the persistent kernel; from what all ranks share."""
     if pg.size() == 1 or not choose_fused(op, lambda: why_not_fused(x, pg), on_gpu=x.is_cuda):
         return False
     workspace = workspace_of(pg)
-    (m, k), n = x.shape, weight.shape[0]
+    n, k = weight.shape
+    m = x.numel() // max(k, 1)
     if workspace.choice(op, m * n * x.element_size()).algorithm != "persistent" or not workspace.hopper:
         return False
     if x.element_size() != 2 or k % 8 or n % 8 or k == 0 or m <= _ext.extension().matmul_tile_rows * (pg.size() - 1):
@@ -76,16 +77,11 @@ def launch_matmul(x: torch.Tensor, weight: torch.Tensor, pg: dist.ProcessGroup, 
     return out
 
 
-def _rows(x: torch.Tensor) -> torch.Tensor:
-    return x.reshape(-1, x.shape[-1]) if x.numel() else x.new_empty(0, x.shape[-1])
-
-
 def _product(op: str, x: torch.Tensor, weight: torch.Tensor, pg: dist.ProcessGroup) -> torch.Tensor | None:
     """The summed product by the kernel, or None."""
-    rows = _rows(x)
-    if not takes_kernel(op, rows, weight, pg):
+    if not takes_kernel(op, x, weight, pg):
         return None
-    return launch_matmul(rows, weight, pg, scatter=False).view(*x.shape[:-1], weight.shape[0])
+    return launch_matmul(as_rows(x), weight, pg, scatter=False).view(*x.shape[:-1], weight.shape[0])
 
 
 def _impl(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, group_name: str) -> torch.Tensor:
