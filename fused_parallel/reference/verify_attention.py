@@ -23,6 +23,9 @@ def verify_attention(
         # On a CPU the lengths can be read for free; on a GPU that would synchronise, so all of the capacity is scanned.
         used = max(1, int(cache_lens.max()))
         k_cache, v_cache = k_cache[:, :used], v_cache[:, :used]
+    if q.is_cuda:
+        # torch's kernels read 16 bytes at once wherever a view begins, and end in "misaligned address".
+        q, k_cache, v_cache = (t if t.data_ptr() % 16 == 0 else t.clone() for t in (q, k_cache, v_cache))
     start = (cache_lens.long() - new).view(-1, 1, 1)
     key = torch.arange(k_cache.shape[1], device=q.device).view(1, 1, -1)
     query = torch.arange(new, device=q.device).view(1, -1, 1)
