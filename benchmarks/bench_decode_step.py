@@ -6,9 +6,11 @@ Without torchrun it starts one rank a GPU. Random weights, `--context` tokens in
 of one new token each. Rows:
 
     fused                      the model as `fp.use("auto")` runs it
-    nccl_add_rms_norm          the same, but NCCL and then the add_rms_norm kernel after every row-parallel matmul
-    flashinfer_trtllm[_early]  the same, but FlashInfer's all-reduce + residual + RMSNorm there (pip: the extra `peers`)
-    no_all_reduce_only         the same, but add_rms_norm alone there: wrong sums, what the communication costs
+    row_parallel_only          the same, but cuBLAS in the column-parallel layers
+    cublas_allreduce           the same, but cuBLAS everywhere and this library's all-reduce + residual + RMSNorm
+    nccl_add_rms_norm          as that, but NCCL and then the add_rms_norm kernel after every row-parallel matmul
+    flashinfer_trtllm[_early]  as that, but FlashInfer's all-reduce + residual + RMSNorm there (pip: the extra `peers`)
+    no_all_reduce_only         as that, but add_rms_norm alone there: wrong sums, what the communication costs
     torch_nccl                 plain torch: F.linear, F.rms_norm, scaled_dot_product_attention, dist.all_reduce
 
 With fewer layers than the model has, the model's name carries their number. `bytes`: weights and keys and values of one
@@ -55,20 +57,23 @@ def _fill(model: fp.LlamaForCausalLM, rank: int) -> None:
             p.normal_(0, 0.5 * p.shape[1] ** -0.5 if "embed" not in name else 1.0, generator=generator)
 
 
-def _module():
-    return sys.modules["fused_parallel.ops.matmul_all_reduce"]  # its function hides it
-
-
 @contextlib.contextmanager
-def _instead(function: Callable | None):
-    """`function(x, residual, weight, eps, pg)` in the place of the all-reduce with residual and norm."""
-    module = _module()
-    usual = module.reduce_add_norm
-    module.reduce_add_norm = function or usual
+def _instead(reduce: Callable | None = None, row: bool = True, column: bool = True):
+    """`reduce(x, residual, weight, eps, pg)` in the place of the all-reduce with residual and norm; cuBLAS in that of
+    the kernels for few rows, in row-parallel and in column-parallel layers, where False."""
+    # By name: the modules' functions hide them.
+    of_rows, of_columns = (sys.modules[f"fused_parallel.ops.{name}"] for name in ("matmul_all_reduce", "linear"))
+    usual = of_rows.reduce_add_norm, of_rows.algorithm, of_columns._takes_kernel
+    if reduce is not None:
+        of_rows.reduce_add_norm = reduce
+    if reduce is not None or not row:
+        of_rows.algorithm = lambda *_: "whole"
+    if reduce is not None or not column:
+        of_columns._takes_kernel = lambda *_: False
     try:
         yield
     finally:
-        module.reduce_add_norm = usual
+        of_rows.reduce_add_norm, of_rows.algorithm, of_columns._takes_kernel = usual
 
 
 def _plain(model: fp.LlamaForCausalLM, pg: dist.ProcessGroup, context: int) -> Callable:
@@ -107,8 +112,8 @@ def _plain(model: fp.LlamaForCausalLM, pg: dist.ProcessGroup, context: int) -> C
     return step
 
 
-def _variants(bench: Bench, model: fp.LlamaForCausalLM, context: int, peers) -> dict[str, tuple[Callable, Callable]]:
-    """impl -> (the step, what to put in the place of the all-reduce with residual and norm)."""
+def _variants(bench: Bench, model: fp.LlamaForCausalLM, context: int, peers) -> dict[str, tuple[Callable, dict]]:
+    """impl -> (the step, arguments of _instead)."""
 
     def nccl(x, residual, weight, eps, pg):
         dist.all_reduce(x, group=pg)
@@ -128,14 +133,19 @@ def _variants(bench: Bench, model: fp.LlamaForCausalLM, context: int, peers) -> 
         return reduce
 
     found = {
-        "torch_nccl": (_plain(model, bench.pg, context), None),
-        "fused": (model_step, None),
-        "nccl_add_rms_norm": (model_step, nccl),
-        "no_all_reduce_only": (model_step, lambda x, residual, weight, eps, pg: add_norm(x, residual, weight, eps)),
+        "torch_nccl": (_plain(model, bench.pg, context), {}),
+        "fused": (model_step, {}),
+        "row_parallel_only": (model_step, {"column": False}),
+        "cublas_allreduce": (model_step, {"row": False, "column": False}),
+        "nccl_add_rms_norm": (model_step, {"reduce": nccl}),
+        "no_all_reduce_only": (
+            model_step,
+            {"reduce": lambda x, residual, weight, eps, pg: add_norm(x, residual, weight, eps)},
+        ),
     }
     if peers.trtllm is not None:
-        found["flashinfer_trtllm"] = (model_step, flashinfer())
-        found["flashinfer_trtllm_early"] = (model_step, flashinfer(early=True))
+        found["flashinfer_trtllm"] = (model_step, {"reduce": flashinfer()})
+        found["flashinfer_trtllm_early"] = (model_step, {"reduce": flashinfer(early=True)})
     return found
 
 
@@ -168,7 +178,7 @@ def _run(bench: Bench, arguments: argparse.Namespace) -> int:
 
         expected = None
         for impl, (step, instead) in _variants(bench, model, context, peers).items():
-            with _instead(instead):
+            with _instead(**instead):
                 logits = step(*inputs(0)).view(batch, -1)
                 if expected is None:
                     expected = logits.clone()

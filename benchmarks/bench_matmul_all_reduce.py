@@ -9,7 +9,7 @@ Without torchrun it starts one rank a GPU. Operations and rows:
     matmul_reduce_scatter           the same as the first -> [M / W, N]
     all_gather_matmul               x [M / W, K], weight [N, K] per rank -> [M, N]
 
-`fused` is this library's operation, `matmul_only` its kernel for many rows without the exchange, `cublas` torch's
+`fused` is this library's operation, `matmul_only` its kernels without the exchange, `cublas` torch's
 matmul alone (on the gathered x), `cublas_nccl` matmul and NCCL one after the other (then the add_rms_norm kernel),
 `cublas_allreduce` the matmul and this library's all-reduce (with the norm), `torch_fused` torch's
 fused_matmul_reduce_scatter and fused_all_gather_matmul. Where W does not divide M the last two operations are not
@@ -31,6 +31,7 @@ from _common import Bench, main, parser, relative
 import fused_parallel as fp
 from fused_parallel import _ext
 from fused_parallel.comm import collectives
+from fused_parallel.ops.linear import linear
 from fused_parallel.testing.timer import rotation_sets
 
 ROWS = (1, 8, 16, 32, 64, 128, 256, 512, 2048, 8192, 16384)
@@ -107,6 +108,8 @@ def _matmul_all_reduce(s: _Shape) -> None:
         return fp.matmul_all_reduce(x, weight, group=pg)
 
     def alone(x, weight):
+        if x.shape[0] <= _ext.extension().matmul_decode_max_rows:
+            return linear(x, weight)
         out = x.new_empty(x.shape[0], weight.shape[0])
         _ext.extension().matmul_only(
             x=x.data_ptr(),

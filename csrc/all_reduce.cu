@@ -248,7 +248,7 @@ AllReduceWorkspace::AllReduceWorkspace(int rank_, std::vector<std::uintptr_t> ba
       control(control_),
       record(record_),
       timeout_ns(static_cast<unsigned long long>(timeout_seconds * 1e9)) {
-  static_assert(sizeof(Control) <= kControlBytes && sizeof(AbortRecord) <= kRecordBytes, "");
+  static_assert(sizeof(Control) <= kControlBytes - kSquaresBytes && sizeof(AbortRecord) <= kRecordBytes, "");
   if (world < 2 || world > kMaxWorld || rank < 0 || rank >= world || slot_bytes < 32 || slot_bytes % 16 != 0 ||
       max_threads < kThreads || timeout_seconds <= 0) {
     throw std::runtime_error("AllReduceWorkspace: rank " + std::to_string(rank) + " of " + std::to_string(world) +
@@ -270,9 +270,9 @@ std::string AllReduceWorkspace::failure() const {
   if (failed_rank() < 0) return "";
   const volatile AbortRecord* r = reinterpret_cast<const AbortRecord*>(record);
   static const char* const names[] = {
-      "all_reduce (one-shot)", "all_reduce (two-shot)", "all_reduce_add_rms_norm", "reduce_scatter", "all_gather",
-      "matmul_all_reduce"};
-  const char* name = r->operation < 6 ? names[r->operation] : "an operation";
+      "all_reduce (one-shot)", "all_reduce (two-shot)",   "all_reduce_add_rms_norm", "reduce_scatter", "all_gather",
+      "matmul_all_reduce",     "matmul_all_reduce_decode"};
+  const char* name = r->operation < 7 ? names[r->operation] : "an operation";
   return std::string(name) + " on rank " + std::to_string(rank) + " waited in vain for rank " +
          std::to_string(r->rank) + " (call " + std::to_string(static_cast<unsigned long long>(r->epoch)) + ")";
 }

@@ -42,7 +42,9 @@ struct AllReduceWorkspace {
   void* last_captured_ = nullptr;
 };
 
-constexpr std::int64_t kControlBytes = 256;
+// Where the norm of matmul_all_reduce_decode collects its sums: 64 rows, one word for each of up to 256 CTAs.
+constexpr std::int64_t kSquaresBytes = 64 * 256 * 8;
+constexpr std::int64_t kControlBytes = 256 + kSquaresBytes;
 constexpr std::int64_t kRecordBytes = 64;
 
 // A grid, from the shape alone. The kernels wait for each other's ranks, so all CTAs of all kernels that may be under

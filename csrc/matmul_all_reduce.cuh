@@ -17,12 +17,13 @@
 #include <type_traits>
 
 #include "common/lamport.cuh"
+#include "common/tensor_map.h"
 #include "common/wgmma.cuh"
 #include "matmul_all_reduce.h"
 
 namespace fp {
 
-constexpr int kDepth = 64;  // of an operand tile: 128 bytes, the width of the swizzle
+constexpr int kDepth = kTensorBoxColumns;  // of an operand tile
 constexpr int kStages = 3;
 constexpr int kConsumers = 2;
 constexpr int kThreads = 128 * (1 + kConsumers);

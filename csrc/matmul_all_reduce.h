@@ -39,4 +39,24 @@ void matmul_all_reduce(MatmulWorkspace& workspace, const void* x, const void* we
 void matmul_only(const void* x, const void* weight, void* out, std::int64_t m, std::int64_t n, std::int64_t k,
                  int dtype, int device, void* stream);
 
+// The same product for few rows, bound by reading the weight; with `residual`, out = rms_norm(new_residual) *
+// norm_weight, new_residual = residual + the sum, as all_reduce_add_rms_norm; bias, residual, norm_weight, new_residual
+// may be null. [m, n] fits a slot of the workspace. The weight must not be written by the kernel before this one in the
+// stream: reading begins before that has ended.
+struct MatmulDecode {
+  const void *x, *weight, *bias, *residual, *norm_weight;
+  void *out, *new_residual;
+  std::int64_t m, n, k;
+  float eps;
+};
+constexpr int kDecodeMaxRows = 64;
+void matmul_all_reduce_decode(AllReduceWorkspace& workspace, const MatmulDecode& arguments, int dtype, void* stream);
+
+// Whether that kernel takes a result [m, n].
+bool takes_decode(const AllReduceWorkspace& workspace, std::int64_t m, std::int64_t n);
+
+// out[m, n] = x[m, k] * weight[n, k]^T + bias on this GPU alone, any n; bias may be null.
+void matmul_decode_only(const void* x, const void* weight, const void* bias, void* out, std::int64_t m, std::int64_t n,
+                        std::int64_t k, int dtype, int device, void* stream);
+
 }  // namespace fp

@@ -45,7 +45,8 @@ struct Lamport {
 };
 
 // Operations in an AbortRecord.
-constexpr unsigned kOneShot = 0, kTwoShot = 1, kOneShotNorm = 2, kReduceScatter = 3, kAllGather = 4, kMatmul = 5;
+constexpr unsigned kOneShot = 0, kTwoShot = 1, kOneShotNorm = 2, kReduceScatter = 3, kAllGather = 4, kMatmul = 5,
+                   kMatmulDecode = 6;
 
 // A 32-bit word that no rank ever sends; a slot holds it where nothing has arrived. One word for all dtypes, because a
 // buffer may serve another dtype in the next call. Words, not elements, are looked at: all accesses are vectors of
@@ -92,6 +93,11 @@ __device__ __forceinline__ unsigned long long begin_kernel(const Lamport& l) {
     if (threadIdx.x == 0) epoch = next_epoch(l);
     // The number is there before any thread triggers: a use of it that ends in the barrier.
     __syncthreads_or(epoch == ~0ull);
+#ifdef FP_LATE_TRIGGER
+    dependency_wait();
+    dependency_trigger();
+    return epoch;
+#endif
     dependency_trigger();
   }
   dependency_wait();

@@ -20,7 +20,7 @@ namespace fp {
 // CTAs must be resident at once: the caller caps `ctas`.
 template <typename Params>
 void launch_dependent(void (*kernel)(Params), const Params& params, int ctas, int threads, int cluster, bool hopper,
-                      cudaStream_t stream) {
+                      cudaStream_t stream, unsigned shared_bytes = 0) {
   cudaLaunchAttribute attributes[2] = {};
   attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attributes[0].val.programmaticStreamSerializationAllowed = 1;
@@ -31,6 +31,7 @@ void launch_dependent(void (*kernel)(Params), const Params& params, int ctas, in
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(ctas);
   config.blockDim = dim3(threads);
+  config.dynamicSmemBytes = shared_bytes;
   config.stream = stream;
   config.attrs = attributes;
   config.numAttrs = !hopper ? 0 : cluster > 1 ? 2 : 1;

@@ -62,9 +62,10 @@ __device__ __forceinline__ void wgmma_wait() {
 }
 
 // The compiler may not move uses of `d` across this: it does not know that the instruction writes it later.
-__device__ __forceinline__ void wgmma_pin(float (&d)[128]) {
+template <int kCount>
+__device__ __forceinline__ void wgmma_pin(float (&d)[kCount]) {
 #pragma unroll
-  for (int i = 0; i < 128; ++i) asm volatile("" : "+f"(d[i])::"memory");
+  for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(d[i])::"memory");
 }
 
 // d += a * b^T, a [64, 16], b [256, 16], both in shared memory with K contiguous. Thread t of the
@@ -112,5 +113,51 @@ __device__ __forceinline__ void wgmma_64x256x16(float (&d)[128], std::uint64_t a
 }
 
 #undef FP_WGMMA
+
+// The same for b [kColumns, 16] with kColumns = 8, 16, 32 or 64: column 8 j + 2 (t % 4) + {0, 1} in d[4 j + ...].
+#define FP_WGMMA_8(type)                                                                                              \
+  asm volatile("wgmma.mma_async.sync.aligned.m64n8k16.f32." type "." type " {%0, %1, %2, %3}, %4, %5, 1, 1, 1, 0, 0;" \
+               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                                       \
+               : "l"(a), "l"(b))
+#define FP_WGMMA_16(type)                                                                                       \
+  asm volatile("wgmma.mma_async.sync.aligned.m64n16k16.f32." type "." type                                      \
+               " {%0, %1, %2, %3, %4, %5, %6, %7}, %8, %9, 1, 1, 1, 0, 0;"                                      \
+               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]) \
+               : "l"(a), "l"(b))
+#define FP_WGMMA_32(type)                                                                                             \
+  asm volatile("wgmma.mma_async.sync.aligned.m64n32k16.f32." type "." type                                            \
+               " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, %16, %17, 1, 1, 1, 0, 0;"    \
+               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]),      \
+                 "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]) \
+               : "l"(a), "l"(b))
+#define FP_WGMMA_64(type)                                                                                              \
+  asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32." type "." type                                             \
+               " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, "     \
+               "%21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, %32, %33, 1, 1, 1, 0, 0;"                      \
+               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]),       \
+                 "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]), \
+                 "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]),            \
+                 "+f"(d[23]), "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]),            \
+                 "+f"(d[30]), "+f"(d[31])                                                                              \
+               : "l"(a), "l"(b))
+
+template <typename T, int kColumns>
+__device__ __forceinline__ void wgmma_64xNx16(float (&d)[kColumns / 2], std::uint64_t a, std::uint64_t b) {
+  constexpr bool kBFloat16 = std::is_same_v<T, __nv_bfloat16>;
+  if constexpr (kColumns == 8 && kBFloat16) FP_WGMMA_8("bf16");
+  if constexpr (kColumns == 8 && !kBFloat16) FP_WGMMA_8("f16");
+  if constexpr (kColumns == 16 && kBFloat16) FP_WGMMA_16("bf16");
+  if constexpr (kColumns == 16 && !kBFloat16) FP_WGMMA_16("f16");
+  if constexpr (kColumns == 32 && kBFloat16) FP_WGMMA_32("bf16");
+  if constexpr (kColumns == 32 && !kBFloat16) FP_WGMMA_32("f16");
+  if constexpr (kColumns == 64 && kBFloat16) FP_WGMMA_64("bf16");
+  if constexpr (kColumns == 64 && !kBFloat16) FP_WGMMA_64("f16");
+  static_assert(kColumns == 8 || kColumns == 16 || kColumns == 32 || kColumns == 64);
+}
+
+#undef FP_WGMMA_8
+#undef FP_WGMMA_16
+#undef FP_WGMMA_32
+#undef FP_WGMMA_64
 
 }  // namespace fp

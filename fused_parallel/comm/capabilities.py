@@ -21,6 +21,7 @@ class Capabilities:
     version: str
     cuda_kernels: bool  # the extension is built with CUDA and this rank computes on a GPU it has code for
     compute_capability: tuple[int, int]  # (0, 0) without a GPU; of a group: the lowest
+    multiprocessors: int = 0  # of a group: 0 if its GPUs differ
     tuning: tuning.Table | None = None  # of a group whose ranks all have kernels: rank 0's
 
 
@@ -29,7 +30,8 @@ def local_capabilities() -> Capabilities:
     """This rank's own capabilities."""
     if not torch.cuda.is_available():
         return Capabilities(__version__, False, (0, 0))
-    return Capabilities(__version__, _ext.why_no_kernels() is None, torch.cuda.get_device_capability())
+    multiprocessors = torch.cuda.get_device_properties(torch.cuda.current_device()).multi_processor_count
+    return Capabilities(__version__, _ext.why_no_kernels() is None, torch.cuda.get_device_capability(), multiprocessors)
 
 
 _agreed: dict[str, Capabilities] = {}
@@ -66,6 +68,7 @@ def agree(pg: dist.ProcessGroup) -> Capabilities:
             version=versions[0],
             cuda_kernels=all(c.cuda_kernels for c in everyone),
             compute_capability=min(c.compute_capability for c in everyone),
+            multiprocessors=everyone[0].multiprocessors if len({c.multiprocessors for c in everyone}) == 1 else 0,
             tuning=table,
         )
     return _agreed[name]

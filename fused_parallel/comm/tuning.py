@@ -22,7 +22,8 @@ class Choice(NamedTuple):
     algorithm: "one_shot", "two_shot", or "library" (torch.distributed, and what follows as an operation of its own).
     threads: of a CTA, ctas: in the grid, at most; cluster: CTAs that share a row (with the norm). 0: the kernel's
     default.
-    Of matmuls: "persistent", the kernel that exchanges tiles, or "whole", matmul and collective one after the other.
+    Of matmuls: "persistent", the kernel that exchanges tiles, "decode", the one for up to 64 rows, or "whole", matmul
+    and collective one after the other, also where the kernel does not take the shape.
     """
 
     algorithm: str
@@ -36,7 +37,7 @@ class Choice(NamedTuple):
 Table = dict[str, list[tuple[int | None, Choice]]]
 
 _MB = 1 << 20
-ONE, TWO, LIBRARY, WHOLE = (Choice(name) for name in ("one_shot", "two_shot", "library", "whole"))
+ONE, TWO, LIBRARY, WHOLE, DECODE = map(Choice, ("one_shot", "two_shot", "library", "whole", "decode"))
 
 
 def default_table(world: int) -> Table:
@@ -60,9 +61,9 @@ def default_table(world: int) -> Table:
         "all_reduce": all_reduce,
         "all_reduce_add_rms_norm": with_norm,
         "reduce_scatter": [(None, ONE)],
-        "matmul_all_reduce": [(12 * _MB, WHOLE), (None, persistent)],
+        "matmul_all_reduce": [(2 * _MB, DECODE), (12 * _MB, WHOLE), (None, persistent)],
         # The sum in one kernel with the norm gains more than the exchange beside the matmul.
-        "matmul_all_reduce_add_rms_norm": [(None, WHOLE)],
+        "matmul_all_reduce_add_rms_norm": [(2 * _MB, DECODE), (None, WHOLE)],
         "matmul_reduce_scatter": [(6 * _MB, WHOLE), (None, persistent)],
         "all_gather": [(None, ONE)],
     }

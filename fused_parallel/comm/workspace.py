@@ -45,6 +45,7 @@ class AllReduceWorkspace:
         # (op, dtype, elements) -> the launcher's arguments, for ops._direct.
         self.known: dict[tuple, tuple] = {}
         self.hopper = agree(pg).compute_capability[0] == 9
+        self._decode = self.hopper and agree(pg).multiprocessors > 0
         self._most_row_bytes = extension.all_reduce_max_norm_row_bytes if self.hopper else 0
         self._handles, self._matmul = [], None
         buffer, bases = self._symmetric(extension.all_reduce_workspace_bytes(pg.size(), slot_bytes))
@@ -95,6 +96,11 @@ class AllReduceWorkspace:
     def takes_rows(self, bytes: int) -> bool:
         """Whether the kernel with the norm takes rows of `bytes` bytes."""
         return bytes % 16 == 0 and bytes <= self._most_row_bytes
+
+    def takes_decode(self, m: int, n: int) -> bool:
+        """Whether the matmul kernel for few rows takes a result [m, n]: its grid, and so the order of its sums, follows
+        from the shape and the GPU's size, which all ranks must share."""
+        return self._decode and _ext.extension().takes_matmul_decode(self.native, m, n)
 
     def check(self) -> None:
         """Raise PeerTimeoutError if a kernel has recorded a failed wait; the group stays failed."""

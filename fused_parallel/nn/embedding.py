@@ -59,7 +59,7 @@ class ParallelLMHead(ShardedModule):
         self.weight = embedding.weight
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        logits = F.linear(hidden_states, self.weight)
+        logits = ops.linear(hidden_states, self.weight)
         return gather_last(logits, self.vocab_size, self.group) if self.gather_output else logits
 
 

@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import nn
 
 from .. import ops
-from ..ops.matmul_all_reduce import check_matmul
 from ._shards import Shard, ShardedModule, become, even_shard, fill_from_full, stacked
 from .rms_norm import RMSNorm
 
@@ -67,8 +66,7 @@ class ColumnParallelLinear(ShardedModule):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., in_features] -> [..., local out] (outputs of a merged layer one after the other), or [...,
         out_features] with `gather_output`."""
-        check_matmul("ColumnParallelLinear", x, self.weight, self.bias)
-        out = F.linear(x, self.weight, self.bias)
+        out = ops.linear(x, self.weight, self.bias)
         return gather_last(out, self.out_features, self.group) if self.gather_output else out
 
 

@@ -1,8 +1,9 @@
 """matmul_all_reduce and matmul_all_reduce_add_rms_norm: a row-parallel linear layer with what follows it.
 
-Many rows go to one persistent kernel, whose tiles travel while the next are computed (csrc/matmul_all_reduce.cu). Few
-rows, and all where that kernel cannot run, are torch's matmul and the operation that follows, which chooses its
-implementation itself. Either way a rank's partial product is rounded to the dtype before it travels.
+Many rows go to one persistent kernel, whose tiles travel while the next are computed (csrc/matmul_all_reduce.cu), few
+to one that is bound by reading the weight (csrc/matmul_all_reduce_decode.cu). What is between, and all where these
+cannot run, are torch's matmul and the operation that follows, which chooses its implementation itself. Either way a
+rank's partial product is rounded to the dtype before it travels.
 """
 
 from __future__ import annotations
@@ -25,22 +26,25 @@ from .all_reduce import aligned, all_reduce_, why_not_fused
 from .all_reduce_add_rms_norm import reduce_add_norm
 
 
-def takes_kernel(op: str, x: torch.Tensor, weight: torch.Tensor, pg: dist.ProcessGroup, scatter: bool = False) -> bool:
-    """Whether `op` of x [..., K] and weight [N, K] goes to the persistent kernel; from what all ranks share."""
+def algorithm(op: str, x: torch.Tensor, weight: torch.Tensor, pg: dist.ProcessGroup) -> str:
+    """How `op` of x [..., K] and weight [N, K] is done: "persistent", "decode" (the kernels), or "whole", matmul and
+    collective one after the other. From what all ranks share."""
     if pg.size() == 1 or not choose_fused(op, lambda: why_not_fused(x, pg), on_gpu=x.is_cuda):
-        return False
+        return "whole"
     workspace = workspace_of(pg)
     n, k = weight.shape
     m = x.numel() // max(k, 1)
-    if workspace.choice(op, m * n * x.element_size()).algorithm != "persistent" or not workspace.hopper:
-        return False
-    if x.element_size() != 2 or k % 8 or n % 8 or k == 0 or m <= _ext.extension().matmul_tile_rows * (pg.size() - 1):
-        return False
-    most = workspace.matmul().most_rows(n, scatter)
-    if scatter:
-        return m <= most
-    # Every launch needs a row of tiles for every rank.
-    return most > 0 and min(_launches(m, most)) >= pg.size()
+    if not workspace.hopper or x.element_size() != 2 or k % 8 or n % 8 or k == 0 or m == 0:
+        return "whole"
+    chosen = workspace.choice(op, m * n * x.element_size()).algorithm
+    if chosen == "decode" and workspace.takes_decode(m, n):
+        return chosen
+    if chosen == "persistent" and m > _ext.extension().matmul_tile_rows * (pg.size() - 1):
+        most = workspace.matmul().most_rows(n, op == "matmul_reduce_scatter")
+        # Every launch needs a row of tiles for every rank, and scattered rows go in one.
+        fits = m <= most if op == "matmul_reduce_scatter" else most > 0 and min(_launches(m, most)) >= pg.size()
+        return chosen if fits else "whole"
+    return "whole"
 
 
 def _launches(m: int, most_rows: int) -> list[int]:
@@ -77,28 +81,56 @@ def launch_matmul(x: torch.Tensor, weight: torch.Tensor, pg: dist.ProcessGroup, 
     return out
 
 
-def _product(op: str, x: torch.Tensor, weight: torch.Tensor, pg: dist.ProcessGroup) -> torch.Tensor | None:
-    """The summed product by the kernel, or None."""
-    if not takes_kernel(op, x, weight, pg):
-        return None
-    return launch_matmul(as_rows(x), weight, pg, scatter=False).view(*x.shape[:-1], weight.shape[0])
+def _launch_decode(x, weight, bias, residual, norm_weight, eps: float, pg: dist.ProcessGroup):
+    """The kernel for few rows: the sum, or with a residual (normed, new_residual)."""
+    workspace = workspace_of(pg)
+    workspace.check()
+    # Kept in names until after the launch: a temporary would give its memory back before the kernel is queued.
+    x, weight = aligned(as_rows(x)), aligned(weight)
+    bias, residual, norm_weight = (None if t is None else aligned(t) for t in (bias, residual, norm_weight))
+    (m, k), n = x.shape, weight.shape[0]
+    out = x.new_empty(m, n)
+    new_residual = None if residual is None else torch.empty_like(out)
+    _ext.extension().matmul_all_reduce_decode(
+        workspace.native,
+        x.data_ptr(),
+        weight.data_ptr(),
+        *(0 if t is None else t.data_ptr() for t in (bias, residual, norm_weight, out, new_residual)),
+        m,
+        n,
+        k,
+        eps,
+        _ext.DTYPE_CODES[x.dtype],
+        _direct.raw_stream(workspace.device_index),
+    )
+    return out, new_residual
 
 
 def _impl(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, group_name: str) -> torch.Tensor:
+    op, shape = "matmul_all_reduce", (*x.shape[:-1], weight.shape[0])
     pg = group_from_name(group_name)
-    check_agreement("matmul_all_reduce", pg, x, weight, bias)
-    out = _product("matmul_all_reduce", x, weight, pg)
-    if out is None:
+    check_agreement(op, pg, x, weight, bias)
+    chosen = algorithm(op, x, weight, pg)
+    if chosen == "decode":
+        return _launch_decode(x, weight, bias, None, None, 0.0, pg)[0].view(shape)
+    if chosen == "persistent":
+        out = launch_matmul(as_rows(x), weight, pg, scatter=False).view(shape)
+    else:
         out = all_reduce_(F.linear(x, weight), pg)
     return out if bias is None else out.add_(bias)
 
 
 def _impl_norm(x, weight, residual, norm_weight, eps: float, bias, group_name: str):
-    op = "matmul_all_reduce_add_rms_norm"
+    op, shape = "matmul_all_reduce_add_rms_norm", (*x.shape[:-1], weight.shape[0])
     pg = group_from_name(group_name)
     check_agreement(op, pg, x, weight, residual, norm_weight, bias)
-    out = _product(op, x, weight, pg)
-    if out is None:
+    chosen = algorithm(op, x, weight, pg)
+    if chosen == "decode":
+        normed, new_residual = _launch_decode(x, weight, bias, residual, norm_weight, eps, pg)
+        return normed.view(shape), new_residual.view(shape)
+    if chosen == "persistent":
+        out = launch_matmul(as_rows(x), weight, pg, scatter=False).view(shape)
+    else:
         partial = F.linear(x, weight)
         if bias is None:
             return reduce_add_norm(partial, residual, norm_weight, eps, pg)

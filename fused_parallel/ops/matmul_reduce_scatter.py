@@ -13,13 +13,13 @@ from ..comm.groups import group_from_name, resolve_group
 from ._debug import check_agreement
 from ._library import check_floating, register
 from .all_reduce import all_gather_, check_divisible, reduce_scatter_
-from .matmul_all_reduce import check_matmul, launch_matmul, takes_kernel
+from .matmul_all_reduce import algorithm, check_matmul, launch_matmul
 
 
 def _reduce_scatter(x: torch.Tensor, weight: torch.Tensor, group_name: str) -> torch.Tensor:
     pg = group_from_name(group_name)
     check_agreement("matmul_reduce_scatter", pg, x, weight)
-    if takes_kernel("matmul_reduce_scatter", x, weight, pg, scatter=True):
+    if algorithm("matmul_reduce_scatter", x, weight, pg) == "persistent":
         return launch_matmul(x, weight, pg, scatter=True)
     return reduce_scatter_(F.linear(x, weight), pg)
 

@@ -10,15 +10,17 @@ from fused_parallel.comm.workspace import make_native
 
 
 class VirtualRanks:
-    def __init__(self, world: int, slot_bytes: int = 1 << 20, timeout_seconds: float = 20.0) -> None:
+    def __init__(
+        self, world: int, slot_bytes: int = 1 << 20, timeout_seconds: float = 20.0, max_threads: int | None = None
+    ) -> None:
         self.world, self.device = world, torch.device("cuda", torch.cuda.current_device())
         size = _ext.extension().all_reduce_workspace_bytes(world, slot_bytes)
         self.buffers = [torch.empty(size, dtype=torch.uint8, device=self.device) for _ in range(world)]
         bases = [b.data_ptr() for b in self.buffers]
-        multiprocessors = torch.cuda.get_device_properties(self.device).multi_processor_count
+        if max_threads is None:
+            max_threads = torch.cuda.get_device_properties(self.device).multi_processor_count * 512 // world
         made = [
-            make_native(rank, bases, slot_bytes, timeout_seconds, self.device, multiprocessors * 512 // world)
-            for rank in range(world)
+            make_native(rank, bases, slot_bytes, timeout_seconds, self.device, max_threads) for rank in range(world)
         ]
         self.native, self._owned = [m[0] for m in made], [m[1] for m in made]
         self.streams = [torch.cuda.Stream() for _ in range(world)]

@@ -16,11 +16,11 @@ EPS = 1e-5
 
 
 def use_kernel(group) -> None:
-    """Let all sizes that it takes go to the persistent kernel."""
+    """Let all sizes that they take go to the kernels: up to 400 KB to that for few rows."""
     pg = group.get_group()
     fp.all_reduce(torch.ones(8, device="cuda"), group=group)  # makes the workspace
     for op in OPS:
-        agree(pg).tuning[op] = [(None, Choice("persistent"))]
+        agree(pg).tuning[op] = [(400 << 10, Choice("decode")), (None, Choice("persistent"))]
     workspace_of(pg)._choices.clear()
 
 
@@ -69,6 +69,7 @@ def shapes(mesh, dtype):
     for m, k, n in (
         (1, 64, 128),
         (3, 100, 72),
+        (17, 512, 4096),
         (127, 256, 128),
         (64, 2880, 2880),
         (130, 512, 136),
@@ -93,13 +94,14 @@ def test_shapes(dtype):
 
 
 def replays(mesh, count: int):
-    """Two layers in one graph, inputs changed in place, ranks delayed at random, other collectives between."""
+    """Three layers in one graph, inputs changed in place, ranks delayed at random, other collectives between."""
     group = mesh["tp"]
     use_kernel(group)
-    first, second = Problem(group, 512, 128, 512, torch.bfloat16, 1), Problem(group, 384, 512, 256, torch.bfloat16, 2)
+    first, second = Problem(group, 512, 128, 512, torch.bfloat16, 1), Problem(group, 384, 512, 512, torch.bfloat16, 2)
+    few = Problem(group, 16, 136, 2048, torch.bfloat16, 3)
 
     def body():
-        return [*first.run(), fp.all_reduce(first.residual, group=group), *second.run()]
+        return [*first.run(), fp.all_reduce(first.residual, group=group), *few.run(), *second.run()]
 
     body()
     torch.cuda.synchronize()
@@ -108,7 +110,7 @@ def replays(mesh, count: int):
         captured = body()
     sleeps = torch.randint(0, 300_000, (count,), generator=torch.Generator().manual_seed(dist.get_rank())).tolist()
     for step in range(count):
-        for problem in (first, second):
+        for problem in (first, few, second):
             fresh = Problem(group, len(problem.x), problem.xk.shape[1], len(problem.weight), torch.bfloat16, step)
             problem.xk.copy_(fresh.xk), problem.rows.copy_(fresh.rows), problem.x.copy_(fresh.x)
         for out in captured:
@@ -118,7 +120,7 @@ def replays(mesh, count: int):
         eager = body() if step % 5 == 0 else None
         if eager is not None:
             assert all(torch.equal(a, b) for a, b in zip(captured, eager, strict=True)), step
-        for got, problem in ((captured[:8], first), (captured[9:], second)):
+        for got, problem in ((captured[:8], first), (captured[9:17], few), (captured[17:], second)):
             for out, expected in zip(got, Problem.expected(problem), strict=True):
                 assert_close(out, expected, factor=4)
     fp.check()

@@ -1,0 +1,507 @@
+// matmul_all_reduce for few rows: bound by reading the weights once.
+//
+// The weights are the 64-row operand of the tensor core, the tokens, padded to 8, 16, 32 or 64, the narrow one. A CTA
+// (or a cluster, which splits K) has a tile of 64 or 128 columns of the result and streams that much of the weight
+// through shared memory. It asks for the first of it before the kernel before this one in the stream has ended: weights
+// are constants. Finished columns go to the peers' Lamport slots, as in all_reduce, and with the norm the sums of
+// squares of all tiles meet in this GPU's memory: one launch from the input to the normalised sum.
+//
+// All CTAs are resident at once, one a multiprocessor at most, and take less than half of its shared memory: a second
+// group's kernel fits beside. The next kernel of the stream is let in only when nothing of a peer is waited for any
+// more.
+
+#include <cuda.h>
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <stdexcept>
+#include <string>
+#include <type_traits>
+
+#include "common/check.h"
+#include "common/device.h"
+#include "common/lamport.cuh"
+#include "common/launch.h"
+#include "common/tensor_map.h"
+#include "common/wgmma.cuh"
+#include "matmul_all_reduce.h"
+
+namespace fp {
+namespace {
+
+constexpr int kDepth = kTensorBoxColumns;      // of a stage
+constexpr unsigned kStagesBytes = 100 * 1024;  // of a CTA: two fit a multiprocessor
+constexpr int kGroupColumns = 64;              // of the result: a warpgroup's
+
+template <typename T>
+struct Params {
+  CUtensorMap x, weight;
+  Lamport lamport;
+  T* out;  // normed, where there is a norm
+  const T *bias, *residual, *norm_weight;
+  T* new_residual;
+  unsigned long long* squares;  // [tokens][CTAs]: a float, and in the upper half the call it belongs to
+  int m, n, depths;
+  float inverse_hidden, eps;
+};
+
+#if !defined(__CUDA_ARCH__) || (defined(__CUDA_ARCH_FEAT_SM90_ALL) && __CUDA_ARCH__ == 900)
+#define FP_HAS_WGMMA 1
+#else
+#define FP_HAS_WGMMA 0  // the kernel's body is left out; the launcher refuses such GPUs
+#endif
+
+// The shape of a CTA's work: kGroups warpgroups of 64 columns, K split over clusters of kSplit.
+template <int kTokens, int kGroups, int kSplit>
+struct Plan {
+  static constexpr int kThreads = kGroups * 128;  // that multiply; one more warp brings operands
+  static constexpr int kTileColumns = kGroups * kGroupColumns;
+  static constexpr int kColumns = kTileColumns / kSplit;                   // of the finished result, a CTA's
+  static constexpr int kRowVecs = kColumns / 8;                            // vectors of a token
+  static constexpr int kVecs = std::max(1, kTokens* kRowVecs / kThreads);  // of a thread
+  static constexpr unsigned kWeightBytes = kTileColumns * kDepth * 2;
+  static constexpr unsigned kStageBytes = kWeightBytes + kTokens * kDepth * 2;
+  static constexpr int kStages = static_cast<int>(kStagesBytes / kStageBytes);
+  // Products in fp32, token by token, where the stages were; the rows are shifted so that no access meets a bank twice.
+  static constexpr int kPartialStride = kTileColumns + 4;
+  static_assert(kTokens * kPartialStride * 4 <= kStages * static_cast<int>(kStageBytes));
+  static_assert(kThreads % kRowVecs == 0 && 32 % kRowVecs == 0 && kThreads % kTokens == 0);
+};
+
+#if FP_HAS_WGMMA
+template <int kStages>
+struct Shared {
+  unsigned long long full[kStages], empty[kStages];
+};
+
+__device__ __forceinline__ void cluster_arrive() {  // release: what was written before is there for who has waited
+  asm volatile("barrier.cluster.arrive.release;" ::: "memory");
+}
+__device__ __forceinline__ void cluster_wait() {
+  asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
+}
+
+// Four floats at `p`, in the shared memory of the cluster's CTA `of`.
+__device__ __forceinline__ float4 load_cluster(const float* p, int of) {
+  float4 v;
+  asm volatile(
+      "{\n\t.reg .b32 from;\n\t"
+      "mapa.shared::cluster.u32 from, %4, %5;\n\t"
+      "ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [from];\n\t}"
+      : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
+      : "r"(shared_address(p)), "r"(of)
+      : "memory");
+  return v;
+}
+
+// The sums of squares of a token over all CTAs, each with the number of its call: nothing has to be cleared, and a
+// value is its own flag. Threads take neighbours in turn; `of` threads share a token, which are neighbours in a warp.
+// Relaxed: a word arrives whole, and nothing else is announced by it. False after a failed wait, which means that some
+// CTA has given up waiting for a peer.
+__device__ __forceinline__ bool sum_of_squares(const Lamport& l, const unsigned long long* squares, int ctas, int part,
+                                               int of, const Call& call, unsigned long long& start, float& total) {
+  constexpr int kAtOnce = 8;
+  const unsigned tag = static_cast<unsigned>(call.epoch + 1);
+  total = 0.0f;
+  for (int first = part; first < ctas; first += kAtOnce * of) {
+    unsigned long long words[kAtOnce];
+    for (unsigned spins = 1;; ++spins) {
+      bool missing = false;
+#pragma unroll
+      for (int u = 0; u < kAtOnce; ++u) {
+        const int i = first + u * of;
+        if (i < ctas) words[u] = load_relaxed_gpu(squares + i);
+      }
+#pragma unroll
+      for (int u = 0; u < kAtOnce; ++u) {
+        missing |= first + u * of < ctas && static_cast<unsigned>(words[u] >> 32) != tag;
+      }
+      if (!missing) break;
+      if (spins % kSpinsPerCheck == 0 && wait_is_over(l.bound, start, l.operation, l.rank, call.epoch)) return false;
+    }
+#pragma unroll
+    for (int u = 0; u < kAtOnce; ++u) {
+      if (first + u * of < ctas) total += __uint_as_float(static_cast<unsigned>(words[u]));
+    }
+  }
+  return true;
+}
+#endif
+
+template <typename T, int kTokens, int kGroups, int kSplit, int kWorld>
+__global__ void __launch_bounds__(Plan<kTokens, kGroups, kSplit>::kThreads + 32)
+    matmul_decode(const __grid_constant__ Params<T> p) {
+#if FP_HAS_WGMMA
+  using P = Plan<kTokens, kGroups, kSplit>;
+  constexpr int kStages = P::kStages;
+  extern __shared__ unsigned char dynamic[];
+  __shared__ Shared<kStages> shared;
+  __shared__ float scales[kTokens];
+  unsigned char* stages = dynamic + (1024 - shared_address(dynamic) % 1024) % 1024;  // the swizzle counts from there
+  const Lamport& l = p.lamport;
+  const int tile = blockIdx.x / kSplit, part = blockIdx.x % kSplit;
+  const int first = p.depths * part / kSplit, depths = p.depths * (part + 1) / kSplit - first;
+  const bool brings = threadIdx.x == P::kThreads, multiplies = threadIdx.x < P::kThreads;
+  const int ahead = min(kStages, depths);
+
+  const auto bring_weight = [&](int i) {
+    const int s = i % kStages;
+    barrier_expect(&shared.full[s], P::kStageBytes);
+    load_tile(stages + s * P::kStageBytes, &p.weight, (first + i) * kDepth, tile * P::kTileColumns, &shared.full[s]);
+  };
+  const auto bring_x = [&](int i) {
+    const int s = i % kStages;
+    load_tile(stages + s * P::kStageBytes + P::kWeightBytes, &p.x, (first + i) * kDepth, 0, &shared.full[s]);
+  };
+  if (brings) {
+    for (int s = 0; s < kStages; ++s) {
+      barrier_init(&shared.full[s], 1);
+      barrier_init(&shared.empty[s], kGroups * 4);  // a warp each
+    }
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");  // before the copies count on them
+    for (int i = 0; i < ahead; ++i) bring_weight(i);                    // constants: no kernel under way writes them
+  }
+  // Before the wait, as in begin_kernel: the kernels of calls before have all taken their numbers.
+  unsigned long long epoch = 0;
+  if (kWorld != 1 && threadIdx.x == 0) epoch = next_epoch(l);
+  dependency_wait();
+  if (brings) {
+#ifdef FP_DECODE_L2
+    for (int i = 0; i < ahead; ++i) bring_weight(i);
+#endif
+    for (int i = 0; i < ahead; ++i) bring_x(i);
+  }
+  Call call = {};
+  if constexpr (kWorld != 1) {
+    call = begin_call(l, epoch, static_cast<unsigned long long>(p.m) * p.n * 2);
+  } else {
+    dependency_trigger();
+    __syncthreads();
+  }
+
+  // A failed group's calls go on without sending or waiting, because the warps of a cluster must meet; the result is
+  // never used, because the next call or fp.check() raises.
+  bool failed = call.failed;
+  float* const partial = reinterpret_cast<float*>(stages);
+  float d[kTokens / 2];
+  if (brings) {
+    for (int i = ahead; i < depths; ++i) {
+      barrier_wait(&shared.empty[i % kStages], (i / kStages - 1) & 1);
+      bring_weight(i);
+      bring_x(i);
+    }
+  } else if (multiplies) {
+    if (kWorld != 1 && !failed) {
+      clear_previous(l, call, blockIdx.x * P::kThreads + threadIdx.x, gridDim.x * P::kThreads);
+    }
+#pragma unroll
+    for (int e = 0; e < kTokens / 2; ++e) d[e] = 0.0f;
+    for (int i = 0; i < depths; ++i) {
+      const int s = i % kStages;
+      barrier_wait(&shared.full[s], i / kStages & 1);
+      const unsigned char* stage = stages + s * P::kStageBytes;
+      const std::uint64_t a = tile_descriptor(stage + threadIdx.x / 128 * kGroupColumns * kDepth * 2);
+      const std::uint64_t b = tile_descriptor(stage + P::kWeightBytes);
+      wgmma_pin(d);
+      wgmma_fence();
+#pragma unroll
+      for (int step = 0; step < kDepth / 16; ++step) wgmma_64xNx16<T, kTokens>(d, a + step * 2, b + step * 2);
+      wgmma_commit();
+      wgmma_pin(d);
+      if (i > 0) {
+        wgmma_wait<1>();  // the stage before has been read
+        if (threadIdx.x % 32 == 0) barrier_arrive(&shared.empty[(i - 1) % kStages]);
+      }
+    }
+    wgmma_wait<0>();
+    wgmma_pin(d);
+  }
+  __syncthreads();  // all stages have been read: the products take their place
+  if (multiplies) {
+    const int lane = threadIdx.x % 32, column = threadIdx.x / 32 * 16 + lane / 4;
+#pragma unroll
+    for (int j = 0; j < kTokens / 8; ++j) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        partial[(8 * j + lane % 4 * 2 + e % 2) * P::kPartialStride + column + e / 2 * 8] = d[4 * j + e];
+      }
+    }
+  }
+  if constexpr (kSplit > 1) {
+    cluster_arrive();
+    cluster_wait();
+  } else {
+    __syncthreads();
+  }
+
+  // Vectors of finished columns: this thread's first is `v` of the result's, the next `stride` vectors, and as many
+  // tokens, on.
+  const int token = threadIdx.x / P::kRowVecs, chunk = threadIdx.x % P::kRowVecs;
+  constexpr int kTokenStride = P::kThreads / P::kRowVecs;
+  const int column = tile * P::kTileColumns + part * P::kColumns + chunk * 8;
+  const int row_vecs = p.n / 8, vectors = p.m * row_vecs, stride = kTokenStride * row_vecs;
+  // Past the end for a thread that has none.
+  const int v = multiplies && column < p.n ? token * row_vecs + column / 8 : vectors;
+  Vec<T> mine[P::kVecs];
+#pragma unroll
+  for (int u = 0; u < P::kVecs; ++u) {
+    if (v + u * stride >= vectors) continue;
+    const float* at = partial + (token + u * kTokenStride) * P::kPartialStride + part * P::kColumns + chunk * 8;
+    float sum[8];
+#pragma unroll
+    for (int from = 0; from < kSplit; ++from) {
+      const float4 low = kSplit > 1 ? load_cluster(at, from) : *reinterpret_cast<const float4*>(at);
+      const float4 high = kSplit > 1 ? load_cluster(at + 4, from) : *reinterpret_cast<const float4*>(at + 4);
+      const float values[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+#pragma unroll
+      for (int e = 0; e < 8; ++e) sum[e] = from == 0 ? values[e] : sum[e] + values[e];
+    }
+    if constexpr (kWorld == 1) {
+      if (p.bias != nullptr) {
+        float bias[8];
+        to_floats(load(p.bias + column), bias);
+#pragma unroll
+        for (int e = 0; e < 8; ++e) sum[e] += bias[e];
+      }
+      mine[u] = from_floats<T>(sum);
+      store(p.out + static_cast<std::int64_t>(v + u * stride) * 8, mine[u]);
+    } else {
+      mine[u] = without_sentinel(from_floats<T>(sum));
+      if (!failed) push<kWorld>(l, call.epoch % 3, v + u * stride, mine[u].raw);
+    }
+  }
+  if constexpr (kSplit > 1) cluster_arrive();  // has read the others' products; they may leave when all have
+  if constexpr (kWorld != 1) {
+    Vec<T> residual[P::kVecs], totals[P::kVecs];
+#pragma unroll
+    for (int u = 0; u < P::kVecs; ++u) {
+      if (p.residual != nullptr && v + u * stride < vectors) {
+        residual[u] = load_once_written(p.residual + static_cast<std::int64_t>(v + u * stride) * 8);
+      }
+    }
+    unsigned long long start = 0;
+    if constexpr (kWorld == 2) {
+      if (v < vectors && !failed) {
+        failed = !gather_and_sum<T, kWorld, P::kVecs>(l, call, start, v, stride, vectors, mine, totals);
+      }
+    } else {
+#pragma unroll
+      for (int u = 0; u < P::kVecs; ++u) {
+        if (v + u * stride >= vectors || failed) continue;
+        const Vec<T> one[1] = {mine[u]};
+        Vec<T> total[1];
+        failed = !gather_and_sum<T, kWorld, 1>(l, call, start, v + u * stride, stride, vectors, one, total);
+        totals[u] = total[0];
+      }
+    }
+    const bool normed = p.residual != nullptr;
+#pragma unroll
+    for (int u = 0; u < P::kVecs; ++u) {
+      const bool there = v + u * stride < vectors;
+      const std::int64_t at = static_cast<std::int64_t>(v + u * stride) * 8;
+      // Sums are rounded before each addition, as where these are operations of their own.
+      if (there && p.bias != nullptr) totals[u] = add(totals[u], load(p.bias + column));
+      if (!normed) {
+        if (there) store(p.out + at, totals[u]);
+        continue;
+      }
+      float squares = 0.0f;
+      if (there) {
+        totals[u] = add(totals[u], residual[u]);
+        store(p.new_residual + at, totals[u]);
+        float s[8];
+        to_floats(totals[u], s);
+#pragma unroll
+        for (int e = 0; e < 8; ++e) squares = fmaf(s[e], s[e], squares);
+      }
+      if (multiplies) {
+#pragma unroll
+        for (int offset = P::kRowVecs / 2; offset > 0; offset /= 2) {
+          squares += __shfl_xor_sync(0xffffffffu, squares, offset);
+        }
+        const int of_token = token + u * kTokenStride;
+        if (chunk == 0 && of_token < p.m && !failed) {
+          const unsigned long long word = (call.epoch + 1) << 32 | __float_as_uint(squares);
+          // Relaxed: as sum_of_squares says.
+          asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" ::"l"(p.squares + of_token * gridDim.x + blockIdx.x),
+                       "l"(word)
+                       : "memory");
+        }
+      }
+    }
+    // Nothing is waited for from a peer any more by this CTA.
+    failed = __syncthreads_or(failed);
+    dependency_trigger();
+    if (normed) {
+      if (multiplies) {
+        constexpr int kOf = P::kThreads / kTokens < 32 ? P::kThreads / kTokens : 32;  // threads of a token
+        const int row = threadIdx.x / kOf;
+        float total = 0.0f;
+        if (row < p.m && !failed) {
+          sum_of_squares(l, p.squares + row * gridDim.x, gridDim.x, threadIdx.x % kOf, kOf, call, start, total);
+        }
+#pragma unroll
+        for (int offset = kOf / 2; offset > 0; offset /= 2) total += __shfl_xor_sync(0xffffffffu, total, offset);
+        if (row < p.m && threadIdx.x % kOf == 0) scales[row] = rsqrtf(fmaf(total, p.inverse_hidden, p.eps));
+      }
+      __syncthreads();
+#pragma unroll
+      for (int u = 0; u < P::kVecs; ++u) {
+        if (v + u * stride >= vectors) continue;
+        const float scale = scales[token + u * kTokenStride];
+        float s[8], w[8];
+        to_floats(totals[u], s);
+        to_floats(load(p.norm_weight + column), w);
+#pragma unroll
+        for (int e = 0; e < 8; ++e) s[e] = s[e] * scale * w[e];
+        store(p.out + static_cast<std::int64_t>(v + u * stride) * 8, from_floats<T>(s));
+      }
+    }
+  }
+  if constexpr (kSplit > 1) cluster_wait();
+#endif
+}
+
+int tiles_of(std::int64_t size, int tile) {
+  return static_cast<int>((size + tile - 1) / tile);
+}
+
+struct Split {
+  int groups, split;  // 0: none
+};
+
+// From the shape and the room alone, so that all ranks add in the same order. One CTA a multiprocessor does best; many
+// tokens are read by every CTA, so for them tiles are wide and K is split.
+Split split_for(std::int64_t m, std::int64_t n, int most_ctas) {
+  for (const Split s : {Split{1, 2}, Split{1, 1}, Split{2, 1}}) {
+    if (m <= 16 && tiles_of(n, s.groups * kGroupColumns) * s.split <= most_ctas) return s;
+  }
+  for (const Split s : {Split{2, 4}, Split{2, 2}, Split{2, 1}}) {
+    if (m > 16 && tiles_of(n, s.groups * kGroupColumns) * s.split <= most_ctas) return s;
+  }
+  return {0, 0};
+}
+
+int most_ctas(const AllReduceWorkspace& w) {
+  return static_cast<int>(std::min<std::int64_t>(w.max_threads / 512, kSquaresBytes / 8 / kDecodeMaxRows));
+}
+
+template <typename T, int kTokens, int kGroups, int kSplit, int kWorld>
+void launch(Params<T>& p, const void* x, const void* weight, std::int64_t k, int dtype, int device,
+            cudaStream_t stream) {
+  using P = Plan<kTokens, kGroups, kSplit>;
+  constexpr unsigned kSharedBytes = 1024 + P::kStages * P::kStageBytes;
+  p.x = tensor_map(x, p.m, k, kTokens, dtype);
+  p.weight = tensor_map(weight, p.n, k, P::kTileColumns, dtype);
+  const auto kernel = matmul_decode<T, kTokens, kGroups, kSplit, kWorld>;
+  static thread_local int prepared = -1;  // the attribute is kept by the device
+  if (prepared != device) {
+    FP_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes));
+    prepared = device;
+  }
+  launch_dependent(kernel, p, tiles_of(p.n, P::kTileColumns) * kSplit, P::kThreads + 32, kSplit, true, stream,
+                   kSharedBytes);
+}
+
+// Calls launch with what is known at run time as constants.
+template <int kWorld, typename T>
+void dispatch(Params<T>& p, Split s, const void* x, const void* weight, std::int64_t k, int dtype, int device,
+              cudaStream_t stream) {
+  const auto with = [&](auto tokens, auto groups, auto split) {
+    launch<T, decltype(tokens)::value, decltype(groups)::value, decltype(split)::value, kWorld>(p, x, weight, k, dtype,
+                                                                                                device, stream);
+  };
+  using std::integral_constant;
+  const integral_constant<int, 1> one;
+  const integral_constant<int, 2> two;
+  const integral_constant<int, 4> four;
+  const auto few = [&](auto tokens) {
+    if (s.groups == 2) return with(tokens, two, one);
+    if (s.split == 2) return with(tokens, one, two);
+    return with(tokens, one, one);
+  };
+  const auto many = [&](auto tokens) {
+    if (s.split == 4) return with(tokens, two, four);
+    if (s.split == 2) return with(tokens, two, two);
+    return with(tokens, two, one);
+  };
+  if (p.m <= 8) return few(integral_constant<int, 8>());
+  if (p.m <= 16) return few(integral_constant<int, 16>());
+  if (p.m <= 32) return many(integral_constant<int, 32>());
+  return many(integral_constant<int, 64>());
+}
+
+void check(const Split& s, std::int64_t m, std::int64_t n, std::int64_t k, bool aligned, int device) {
+  if (s.groups == 0 || m < 1 || m > kDecodeMaxRows || n < 8 || k < 8 || n % 8 != 0 || k % 8 != 0 || !aligned ||
+      !runs_hopper_code(device)) {
+    throw std::runtime_error("matmul_all_reduce_decode: m=" + std::to_string(m) + ", n=" + std::to_string(n) +
+                             ", k=" + std::to_string(k) + ": m must be from 1 to " + std::to_string(kDecodeMaxRows) +
+                             ", n and k multiples of 8, n no larger than the GPU holds at once, tensors aligned to 16 "
+                             "bytes, the GPU a Hopper");
+  }
+}
+
+}  // namespace
+
+bool takes_decode(const AllReduceWorkspace& w, std::int64_t m, std::int64_t n) {
+  return m >= 1 && m <= kDecodeMaxRows && m * n * 2 <= w.slot_bytes && split_for(m, n, most_ctas(w)).groups > 0;
+}
+
+void matmul_all_reduce_decode(AllReduceWorkspace& w, const MatmulDecode& a, int dtype, void* stream) {
+  const DeviceGuard guard(w.device);
+  dispatch_half(dtype, [&](auto* null) {
+    using T = std::remove_pointer_t<decltype(null)>;
+    bool aligned = true;
+    for (const void* t : {a.x, a.weight, a.bias, a.residual, a.norm_weight, const_cast<const void*>(a.out),
+                          const_cast<const void*>(a.new_residual)}) {
+      aligned = aligned && is_vec_aligned(t);
+    }
+    const Split s = split_for(a.m, a.n, most_ctas(w));
+    check(s, a.m, a.n, a.k, aligned, w.device);
+    if (a.m * a.n * 2 > w.slot_bytes) {
+      throw std::runtime_error("matmul_all_reduce_decode: [" + std::to_string(a.m) + ", " + std::to_string(a.n) +
+                               "] does not fit slots of " + std::to_string(w.slot_bytes) + " bytes");
+    }
+    Params<T> p = {};
+    p.lamport = lamport_of(w, kMatmulDecode, true);
+    p.out = static_cast<T*>(a.out);
+    p.bias = static_cast<const T*>(a.bias);
+    p.residual = static_cast<const T*>(a.residual);
+    p.norm_weight = static_cast<const T*>(a.norm_weight);
+    p.new_residual = static_cast<T*>(a.new_residual);
+    p.squares = reinterpret_cast<unsigned long long*>(w.control + kControlBytes - kSquaresBytes);
+    p.m = static_cast<int>(a.m);
+    p.n = static_cast<int>(a.n);
+    p.depths = tiles_of(a.k, kDepth);
+    p.inverse_hidden = 1.0f / static_cast<float>(a.n);
+    p.eps = a.eps;
+    w.order(stream);
+    if (w.world == 2) {
+      dispatch<2>(p, s, a.x, a.weight, a.k, dtype, w.device, static_cast<cudaStream_t>(stream));
+    } else {
+      dispatch<0>(p, s, a.x, a.weight, a.k, dtype, w.device, static_cast<cudaStream_t>(stream));
+    }
+  });
+}
+
+void matmul_decode_only(const void* x, const void* weight, const void* bias, void* out, std::int64_t m, std::int64_t n,
+                        std::int64_t k, int dtype, int device, void* stream) {
+  const DeviceGuard guard(device);
+  dispatch_half(dtype, [&](auto* null) {
+    using T = std::remove_pointer_t<decltype(null)>;
+    // No CTA waits for another: as many as there are tiles, but K is split no further than two CTAs a multiprocessor.
+    Split s = split_for(m, n, 2 * multiprocessor_count(device));
+    if (s.groups == 0) s = {2, 1};
+    check(s, m, n, k, is_vec_aligned(x) && is_vec_aligned(weight) && is_vec_aligned(bias) && is_vec_aligned(out),
+          device);
+    Params<T> p = {};
+    p.out = static_cast<T*>(out);
+    p.bias = static_cast<const T*>(bias);
+    p.m = static_cast<int>(m);
+    p.n = static_cast<int>(n);
+    p.depths = tiles_of(k, kDepth);
+    dispatch<1>(p, s, x, weight, k, dtype, device, static_cast<cudaStream_t>(stream));
+  });
+}
+
+}  // namespace fp

@@ -1,0 +1,76 @@
+"""linear: torch.nn.functional.linear, with a kernel for few rows, where reading the weight is all that counts."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from .. import _ext
+from . import _direct
+from ._dispatch import choose_fused
+from ._library import as_rows, check_floating, register, why_no_kernel_for
+from .all_reduce import aligned
+from .matmul_all_reduce import check_matmul
+
+
+def _takes_kernel(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Shapes that it does not take are cuBLAS's, and no fallback."""
+    n, k = weight.shape
+    if not x.is_cuda or x.element_size() != 2 or n % 8 or k % 8 or n == 0 or not 0 < x.numel() <= _MOST_ROWS * k:
+        return False
+    if torch.cuda.get_device_capability(x.device)[0] != 9:
+        return False
+    return choose_fused("linear", why_no_kernel_for(x), on_gpu=True)
+
+
+_MOST_ROWS = 64
+
+
+def _impl(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    if not _takes_kernel(x, weight):
+        return F.linear(x, weight, bias)
+    # Kept in names until after the launch: a temporary would give its memory back before the kernel is queued.
+    rows, weight = aligned(as_rows(x)), aligned(weight)
+    bias = None if bias is None else aligned(bias)
+    out = x.new_empty(*x.shape[:-1], weight.shape[0])
+    _ext.extension().matmul_decode_only(
+        rows.data_ptr(),
+        weight.data_ptr(),
+        0 if bias is None else bias.data_ptr(),
+        out.data_ptr(),
+        rows.shape[0],
+        *weight.shape,
+        _ext.DTYPE_CODES[x.dtype],
+        x.device.index,
+        _direct.raw_stream(x.device.index),
+    )
+    return out
+
+
+_op = register(
+    "linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
+    _impl,
+    lambda x, weight, bias: x.new_empty(*x.shape[:-1], weight.shape[0]),
+)
+
+
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """x @ weight.T + bias on one GPU, as torch.nn.functional.linear.
+
+    Args:
+        x: [..., K]; weight: [N, K], torch's layout; bias: [N] or None; fp16, bf16 or fp32.
+
+    Returns:
+        [..., N], summed in fp32 and rounded once.
+
+    For up to 64 rows of fp16 or bf16 on a Hopper GPU, with N and K multiples of 8, a kernel that begins to read the
+    weight before the kernel before it in the stream has ended: that one must not write the weight. Everything else is
+    torch's. A local operation that knows no group. Runs on the current stream; capturable in CUDA graphs; traced by
+    torch.compile as one node.
+
+    Raises:
+        TypeError, ValueError: bad dtype or shape, or a gradient wanted while grad mode is on.
+    """
+    check_floating("linear", ("bias",), x=x, weight=weight, bias=bias)
+    check_matmul("linear", x, weight, bias)
+    return _op(x, weight, bias)

@@ -1,0 +1,213 @@
+"""The matmul kernel for few rows: by itself, and with its exchange between virtual ranks of one GPU."""
+
+import time
+
+import pytest
+import torch
+from _virtual_ranks import VirtualRanks
+
+import fused_parallel as fp
+from fused_parallel import _ext, ops
+from fused_parallel.testing.tolerances import assert_close
+
+pytestmark = [
+    pytest.mark.skipif(_ext.why_no_kernels() is not None, reason=f"no CUDA kernels: {_ext.why_no_kernels()}"),
+    pytest.mark.skipif(
+        torch.cuda.is_available() and torch.cuda.get_device_capability()[0] != 9, reason="the kernel needs a Hopper"
+    ),
+]
+EPS = 1e-5
+ROWS = (1, 3, 8, 9, 16, 17, 32, 33, 64)
+
+
+def operands(world: int, m: int, k: int, n: int, dtype):
+    xs = [torch.randn(m, k, device="cuda").to(dtype) for _ in range(world)]
+    weights = [(torch.randn(n, k, device="cuda") * (world * k) ** -0.5).to(dtype) for _ in range(world)]
+    return xs, weights
+
+
+class Layer:
+    """A row-parallel layer of virtual ranks: its operands, and what follows them."""
+
+    def __init__(self, ranks: VirtualRanks, m: int, k: int, n: int, dtype, norm: bool = True, bias: bool = True):
+        self.ranks, self.norm = ranks, norm
+        self.xs, self.weights = operands(ranks.world, m, k, n, dtype)
+        self.residual, self.gain, self.bias = (torch.randn(s, device="cuda").to(dtype) for s in ((m, n), n, n))
+        if not bias:
+            self.bias = None
+        self.outs = [[x.new_empty(m, n) for _ in range(2)] for x in self.xs]
+
+    def launch(self, rank: int) -> None:
+        x, weight = self.xs[rank], self.weights[rank]
+        out, new = self.outs[rank]
+        _ext.extension().matmul_all_reduce_decode(
+            self.ranks.native[rank],
+            x=x.data_ptr(),
+            weight=weight.data_ptr(),
+            bias=0 if self.bias is None else self.bias.data_ptr(),
+            residual=self.residual.data_ptr() if self.norm else 0,
+            norm_weight=self.gain.data_ptr() if self.norm else 0,
+            out=out.data_ptr(),
+            new_residual=new.data_ptr() if self.norm else 0,
+            m=x.shape[0],
+            n=weight.shape[0],
+            k=x.shape[1],
+            eps=EPS,
+            dtype=_ext.DTYPE_CODES[x.dtype],
+            stream=self.ranks.streams[rank].cuda_stream,
+        )
+
+    def poison(self) -> None:
+        for out in self.outs:
+            for t in out:
+                t.fill_(float("nan"))
+
+    def run(self):
+        self.poison()
+        self.ranks.start()
+        for rank in range(self.ranks.world):
+            self.launch(rank)
+        self.ranks.finish()
+        return [[t.clone() for t in out[: 1 + self.norm]] for out in self.outs]
+
+    def expected(self):
+        """Each partial rounded to the dtype, as it travels, then float64."""
+        total = sum(
+            (x.double() @ w.double().t()).to(x.dtype).double() for x, w in zip(self.xs, self.weights, strict=True)
+        )
+        if self.bias is not None:
+            total = total + self.bias.double()
+        if not self.norm:
+            return [total]
+        new = total + self.residual.double()
+        return [new * (new.square().mean(-1, keepdim=True) + EPS).rsqrt() * self.gain.double(), new]
+
+    def check(self, got) -> None:
+        for out, expected in zip(got[0], self.expected(), strict=True):
+            assert_close(out, expected, factor=4)
+        for out in got[1:]:
+            assert all(torch.equal(a, b) for a, b in zip(out, got[0], strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("m", ROWS)
+def test_linear(m, dtype, seed):
+    for k, n in [(8, 8), (64, 64), (72, 136), (2880, 2880), (4096, 8192), (520, 4104), (1024, 28672)]:
+        (x,), (weight,) = operands(1, m, k, n, dtype)
+        bias = torch.randn(n, device="cuda").to(dtype)
+        torch.cuda.synchronize()
+        with fp.use("fused"):
+            out = ops.linear(x, weight)
+            again = ops.linear(x, weight)
+            with_bias = ops.linear(x, weight, bias)
+        product = x.double() @ weight.double().t()
+        assert_close(out, product)
+        assert_close(with_bias, product + bias.double(), factor=2)
+        assert torch.equal(out, again)
+
+
+@pytest.mark.parametrize("world", [2, 3, 4])
+@pytest.mark.parametrize("m", ROWS)
+def test_sums(world, m, seed):
+    """Sizes for every way to split the work, given the room that virtual ranks have, with and without norm and bias."""
+    ranks = VirtualRanks(world, slot_bytes=2 << 20)
+    for k, n in [(64, 128), (72, 1032), (2880, 2880), (520, 2048), (512, 4096)]:
+        for dtype, norm, bias in (
+            (torch.bfloat16, True, False),
+            (torch.float16, False, True),
+            (torch.bfloat16, True, True),
+        ):
+            if not _ext.extension().takes_matmul_decode(ranks.native[0], m, n):
+                continue
+            layer = Layer(ranks, m, k, n, dtype, norm, bias)
+            got = layer.run()
+            layer.check(got)
+            again = layer.run()
+            assert all(torch.equal(a, b) for a, b in zip(got[0], again[0], strict=True))
+    ranks.check()
+
+
+def test_full_size(seed):
+    """The sizes of a 70B model, whose grids are a CTA a multiprocessor, on two ranks that share the GPU."""
+    # Both kernels of 128 CTAs fit one GPU at once, two a multiprocessor.
+    multiprocessors = torch.cuda.get_device_properties("cuda").multi_processor_count
+    ranks = VirtualRanks(2, slot_bytes=2 << 20, max_threads=multiprocessors * 512)
+    for m in (1, 16, 64):
+        for k in (4096, 14336):
+            layer = Layer(ranks, m, k, 8192, torch.bfloat16)
+            layer.check(layer.run())
+    ranks.check()
+
+
+def test_graph_with_changing_inputs_and_skew(seed):
+    """Chains of layers of several shapes with all-reduces between, replayed with other inputs, ranks delayed."""
+    ranks = VirtualRanks(2, slot_bytes=2 << 20)
+    layers = [Layer(ranks, 4, 256, 1024, torch.bfloat16), Layer(ranks, 40, 512, 512, torch.bfloat16, norm=False)]
+    layers.append(Layer(ranks, 16, 136, 2048, torch.float16))
+    summed = [torch.empty_like(layers[0].outs[0][0]) for _ in range(2)]
+
+    def body(sleeps):
+        ranks.start()
+        for rank in range(2):
+            with torch.cuda.stream(ranks.streams[rank]):
+                torch.cuda._sleep(sleeps[rank])
+            for layer in (*layers, layers[0]):
+                layer.launch(rank)
+                ranks.launch(rank, layers[0].outs[rank][0], summed[rank], two_shot=False)
+        ranks.finish()
+
+    body((0, 0))
+    torch.cuda.synchronize()
+    graphs = []
+    for sleeps in torch.randint(0, 100_000, (8, 2)).tolist():
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            body(sleeps)
+        graphs.append(graph)
+    for replay in range(200):
+        for layer in layers:
+            for x in (*layer.xs, layer.residual):
+                x.normal_()
+            layer.poison()
+        graphs[replay % len(graphs)].replay()
+        for layer in layers:
+            layer.check([out[: 1 + layer.norm] for out in layer.outs])
+        assert torch.equal(summed[0], layers[0].outs[0][0] * 2) and torch.equal(summed[0], summed[1])
+    ranks.check()
+
+
+def test_signed_zeros_and_what_is_no_number(seed):
+    ranks = VirtualRanks(2)
+    layer = Layer(ranks, 8, 64, 128, torch.bfloat16, norm=False, bias=False)
+    for x in layer.xs:
+        x.zero_()
+        x[1].fill_(-0.0)
+        x[2, 0], x[3, 0], x[4, 0] = float("nan"), float("inf"), -float("inf")
+    got = layer.run()
+    (expected,) = layer.expected()
+    assert torch.equal(got[0][0].nan_to_num(7), expected.to(torch.bfloat16).nan_to_num(7))
+    assert torch.equal(got[0][0].view(torch.int16), got[1][0].view(torch.int16))
+    ranks.check()
+
+
+def test_missing_rank_is_named_within_the_timeout():
+    ranks = VirtualRanks(2, timeout_seconds=0.5)
+    layer = Layer(ranks, 8, 512, 1024, torch.bfloat16)
+    torch.cuda.synchronize()
+    begin = time.monotonic()
+    ranks.start()
+    layer.launch(0)
+    torch.cuda.synchronize()
+    assert 0.4 < time.monotonic() - begin < 1.5
+    assert ranks.native[0].failure() == "matmul_all_reduce_decode on rank 0 waited in vain for rank 1 (call 0)"
+    with pytest.raises(RuntimeError, match="waited in vain for rank 1"):
+        layer.launch(0)
+
+
+def test_errors():
+    ranks = VirtualRanks(2)
+    for m, k, n in ((65, 64, 64), (4, 60, 64), (4, 64, 60), (4, 64, 1 << 20)):
+        with pytest.raises(RuntimeError, match=f"m={m}, n={n}, k={k}"):
+            Layer(ranks, m, k, n, torch.bfloat16).launch(0)
+    with pytest.raises(RuntimeError, match="only float16 and bfloat16"):
+        Layer(ranks, 4, 64, 64, torch.float32).launch(0)
