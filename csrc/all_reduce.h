@@ -42,8 +42,8 @@ struct AllReduceWorkspace {
   void* last_captured_ = nullptr;
 };
 
-// Where the norm of matmul_all_reduce_decode collects its sums: 64 rows, one word for each of up to 256 CTAs.
-constexpr std::int64_t kSquaresBytes = 64 * 256 * 8;
+// Where the norm of matmul_all_reduce_decode collects its sums: for each of 64 rows a word of up to 256 CTAs, and one.
+constexpr std::int64_t kSquaresBytes = 64 * (256 + 1) * 8;
 constexpr std::int64_t kControlBytes = 256 + kSquaresBytes;
 constexpr std::int64_t kRecordBytes = 64;
 

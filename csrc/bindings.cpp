@@ -114,12 +114,12 @@ void bind_matmul_all_reduce(py::module_& m) {
   m.def(
       "matmul_decode_only",
       [](Address x, Address weight, Address bias, Address out, std::int64_t rows, std::int64_t n, std::int64_t k,
-         int dtype, int device, Address stream) {
-        fp::matmul_decode_only(pointer(x), pointer(weight), pointer(bias), pointer(out), rows, n, k, dtype, device,
-                               pointer(stream));
+         bool gated, int dtype, int device, Address stream) {
+        fp::matmul_decode_only(pointer(x), pointer(weight), pointer(bias), pointer(out), rows, n, k, gated, dtype,
+                               device, pointer(stream));
       },
       py::arg("x"), py::arg("weight"), py::arg("bias"), py::arg("out"), py::arg("m"), py::arg("n"), py::arg("k"),
-      py::arg("dtype"), py::arg("device"), py::arg("stream"));
+      py::arg("gated"), py::arg("dtype"), py::arg("device"), py::arg("stream"));
   m.def(
       "matmul_only",
       [](Address x, Address weight, Address out, std::int64_t m, std::int64_t n, std::int64_t k, int dtype, int device,

@@ -55,8 +55,9 @@ void matmul_all_reduce_decode(AllReduceWorkspace& workspace, const MatmulDecode&
 // Whether that kernel takes a result [m, n].
 bool takes_decode(const AllReduceWorkspace& workspace, std::int64_t m, std::int64_t n);
 
-// out[m, n] = x[m, k] * weight[n, k]^T + bias on this GPU alone, any n; bias may be null.
+// out[m, n] = x[m, k] * weight[n, k]^T + bias on this GPU alone, any n; bias may be null. With `gated`, weight is [2 n,
+// k], gate before up, and out = silu(gate) * up as silu_mul computes it; no bias then.
 void matmul_decode_only(const void* x, const void* weight, const void* bias, void* out, std::int64_t m, std::int64_t n,
-                        std::int64_t k, int dtype, int device, void* stream);
+                        std::int64_t k, bool gated, int dtype, int device, void* stream);
 
 }  // namespace fp

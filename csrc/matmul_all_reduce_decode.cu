@@ -22,6 +22,7 @@
 #include "common/device.h"
 #include "common/lamport.cuh"
 #include "common/launch.h"
+#include "common/silu.cuh"
 #include "common/tensor_map.h"
 #include "common/wgmma.cuh"
 #include "matmul_all_reduce.h"
@@ -40,8 +41,10 @@ struct Params {
   T* out;  // normed, where there is a norm
   const T *bias, *residual, *norm_weight;
   T* new_residual;
-  unsigned long long* squares;  // [tokens][CTAs]: a float, and in the upper half the call it belongs to
-  int m, n, depths;
+  unsigned long long* squares;  // [tokens][CTAs], then [tokens]: see tell
+  int m, n, k, depths;
+  const T* rows;    // the weight again
+  int ahead_bytes;  // of a row of the weight, brought into the L2 beyond what the stages hold
   float inverse_hidden, eps;
 };
 
@@ -52,13 +55,15 @@ struct Params {
 #endif
 
 // The shape of a CTA's work: kGroups warpgroups of 64 columns, K split over clusters of kSplit.
-template <int kTokens, int kGroups, int kSplit>
+// kGated: of two groups, one has columns of the first half of the weight's rows, the other those of the second.
+template <int kTokens, int kGroups, int kSplit, bool kGated>
 struct Plan {
+  static_assert(!kGated || (kGroups == 2 && kSplit == 1));
   static constexpr int kThreads = kGroups * 128;  // that multiply; one more warp brings operands
   static constexpr int kTileColumns = kGroups * kGroupColumns;
-  static constexpr int kColumns = kTileColumns / kSplit;                   // of the finished result, a CTA's
-  static constexpr int kRowVecs = kColumns / 8;                            // vectors of a token
-  static constexpr int kVecs = std::max(1, kTokens* kRowVecs / kThreads);  // of a thread
+  static constexpr int kColumns = kTileColumns / kSplit / (kGated ? 2 : 1);  // of the finished result, a CTA's
+  static constexpr int kRowVecs = kColumns / 8;                              // vectors of a token
+  static constexpr int kVecs = std::max(1, kTokens* kRowVecs / kThreads);    // of a thread
   static constexpr unsigned kWeightBytes = kTileColumns * kDepth * 2;
   static constexpr unsigned kStageBytes = kWeightBytes + kTokens * kDepth * 2;
   static constexpr int kStages = static_cast<int>(kStagesBytes / kStageBytes);
@@ -94,45 +99,86 @@ __device__ __forceinline__ float4 load_cluster(const float* p, int of) {
   return v;
 }
 
-// The sums of squares of a token over all CTAs, each with the number of its call: nothing has to be cleared, and a
-// value is its own flag. Threads take neighbours in turn; `of` threads share a token, which are neighbours in a warp.
-// Relaxed: a word arrives whole, and nothing else is announced by it. False after a failed wait, which means that some
-// CTA has given up waiting for a peer.
-__device__ __forceinline__ bool sum_of_squares(const Lamport& l, const unsigned long long* squares, int ctas, int part,
-                                               int of, const Call& call, unsigned long long& start, float& total) {
+// A float with the number of its call, in this GPU's memory: it is its own flag, and nothing has to be cleared.
+// Relaxed: a word arrives whole, and nothing else is announced by it.
+__device__ __forceinline__ void tell(unsigned long long* to, const Call& call, float value) {
+  asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" ::"l"(to), "l"((call.epoch + 1) << 32 | __float_as_uint(value))
+               : "memory");
+}
+__device__ __forceinline__ bool told(unsigned long long word, const Call& call) {
+  return static_cast<unsigned>(word >> 32) == static_cast<unsigned>(call.epoch + 1);
+}
+
+// The sum of what `ctas` CTAs have told of a token, over `of` neighbouring threads of a warp, of which this one is
+// number `part`; all of them get it, and the same bits. False after a failed wait: some CTA has given up waiting for a
+// peer.
+__device__ __forceinline__ bool sum_told(const Lamport& l, const unsigned long long* words, int ctas, int part, int of,
+                                         const Call& call, unsigned long long& start, float& total) {
   constexpr int kAtOnce = 8;
-  const unsigned tag = static_cast<unsigned>(call.epoch + 1);
+  bool there = true;
   total = 0.0f;
-  for (int first = part; first < ctas; first += kAtOnce * of) {
-    unsigned long long words[kAtOnce];
+  for (int first = part; first < ctas && there; first += kAtOnce * of) {
+    unsigned long long found[kAtOnce];
     for (unsigned spins = 1;; ++spins) {
       bool missing = false;
 #pragma unroll
       for (int u = 0; u < kAtOnce; ++u) {
-        const int i = first + u * of;
-        if (i < ctas) words[u] = load_relaxed_gpu(squares + i);
+        if (first + u * of < ctas) found[u] = load_relaxed_gpu(words + first + u * of);
       }
 #pragma unroll
-      for (int u = 0; u < kAtOnce; ++u) {
-        missing |= first + u * of < ctas && static_cast<unsigned>(words[u] >> 32) != tag;
-      }
+      for (int u = 0; u < kAtOnce; ++u) missing |= first + u * of < ctas && !told(found[u], call);
       if (!missing) break;
-      if (spins % kSpinsPerCheck == 0 && wait_is_over(l.bound, start, l.operation, l.rank, call.epoch)) return false;
+      if (spins % kSpinsPerCheck == 0 && wait_is_over(l.bound, start, l.operation, l.rank, call.epoch)) {
+        there = false;
+        break;
+      }
     }
 #pragma unroll
     for (int u = 0; u < kAtOnce; ++u) {
-      if (first + u * of < ctas) total += __uint_as_float(static_cast<unsigned>(words[u]));
+      if (first + u * of < ctas) total += __uint_as_float(static_cast<unsigned>(found[u]));
     }
   }
-  return true;
+  for (int offset = of / 2; offset > 0; offset /= 2) total += __shfl_xor_sync(0xffffffffu, total, offset);
+  return there;
+}
+
+// scales[token] of all tokens, from the sums of squares that all CTAs have told. Few tokens: every CTA adds for itself.
+// Many: a warp of some CTA adds for one token and tells the others, or all CTAs would read all sums of all tokens.
+// Called by whole warps.
+template <int kThreads, int kTokens, typename T>
+__device__ __forceinline__ void find_scales(const Params<T>& p, const Call& call, unsigned long long& start,
+                                            float* scales) {
+  const int ctas = gridDim.x;
+  const Lamport& l = p.lamport;
+  float total;
+  if constexpr (kTokens == 8) {
+    constexpr int kOf = kThreads / kTokens;
+    const int token = threadIdx.x / kOf, part = threadIdx.x % kOf;
+    sum_told(l, p.squares + token * ctas, token < p.m ? ctas : 0, part, kOf, call, start, total);
+    if (token < p.m && part == 0) scales[token] = rsqrtf(fmaf(total, p.inverse_hidden, p.eps));
+  } else {
+    unsigned long long* const of_tokens = p.squares + kSquaresBytes / 8 - kDecodeMaxRows;
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    for (int token = blockIdx.x + warp * ctas; token < p.m; token += kThreads / 32 * ctas) {
+      const bool there = sum_told(l, p.squares + token * ctas, ctas, lane, 32, call, start, total);
+      if (__all_sync(0xffffffffu, there) && lane == 0) {
+        tell(of_tokens + token, call, rsqrtf(fmaf(total, p.inverse_hidden, p.eps)));
+      }
+    }
+    if (threadIdx.x < p.m) {
+      sum_told(l, of_tokens + threadIdx.x, 1, 0, 1, call, start, total);
+      scales[threadIdx.x] = total;
+    }
+  }
 }
 #endif
 
-template <typename T, int kTokens, int kGroups, int kSplit, int kWorld>
-__global__ void __launch_bounds__(Plan<kTokens, kGroups, kSplit>::kThreads + 32)
+template <typename T, int kTokens, int kGroups, int kSplit, int kWorld, bool kGated>
+__global__ void __launch_bounds__(Plan<kTokens, kGroups, kSplit, kGated>::kThreads + 32)
     matmul_decode(const __grid_constant__ Params<T> p) {
 #if FP_HAS_WGMMA
-  using P = Plan<kTokens, kGroups, kSplit>;
+  using P = Plan<kTokens, kGroups, kSplit, kGated>;
+  static_assert(!kGated || kWorld == 1);
   constexpr int kStages = P::kStages;
   extern __shared__ unsigned char dynamic[];
   __shared__ Shared<kStages> shared;
@@ -144,10 +190,17 @@ __global__ void __launch_bounds__(Plan<kTokens, kGroups, kSplit>::kThreads + 32)
   const bool brings = threadIdx.x == P::kThreads, multiplies = threadIdx.x < P::kThreads;
   const int ahead = min(kStages, depths);
 
+  const auto first_row = [&](int group) {  // of the weight
+    return kGated ? group * p.n + tile * kGroupColumns : (tile * kGroups + group) * kGroupColumns;
+  };
   const auto bring_weight = [&](int i) {
     const int s = i % kStages;
     barrier_expect(&shared.full[s], P::kStageBytes);
-    load_tile(stages + s * P::kStageBytes, &p.weight, (first + i) * kDepth, tile * P::kTileColumns, &shared.full[s]);
+#pragma unroll
+    for (int group = 0; group < kGroups; ++group) {
+      load_tile(stages + s * P::kStageBytes + group * kGroupColumns * kDepth * 2, &p.weight, (first + i) * kDepth,
+                first_row(group), &shared.full[s]);
+    }
   };
   const auto bring_x = [&](int i) {
     const int s = i % kStages;
@@ -161,14 +214,25 @@ __global__ void __launch_bounds__(Plan<kTokens, kGroups, kSplit>::kThreads + 32)
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");  // before the copies count on them
     for (int i = 0; i < ahead; ++i) bring_weight(i);                    // constants: no kernel under way writes them
   }
+  if (threadIdx.x > P::kThreads && p.ahead_bytes > 0) {
+    // The rest of the warp: what comes next, into the L2, or memory would rest between this and the loop below.
+    const long long row_bytes = p.k * 2ll, begin = (first + ahead) * kDepth * 2ll;
+    const long long end = min((first + depths) * kDepth * 2ll, row_bytes);
+    const int bytes = static_cast<int>(min(static_cast<long long>(p.ahead_bytes), end - begin));
+    for (int i = threadIdx.x % 32 - 1; bytes > 0 && i < P::kTileColumns; i += 31) {
+      const int row = first_row(i / kGroupColumns) + i % kGroupColumns;
+      if (row >= p.n * (kGated ? 2 : 1)) break;
+      asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(reinterpret_cast<const unsigned char*>(p.rows) +
+                                                                      row * row_bytes + begin),
+                   "r"(bytes)
+                   : "memory");
+    }
+  }
   // Before the wait, as in begin_kernel: the kernels of calls before have all taken their numbers.
   unsigned long long epoch = 0;
   if (kWorld != 1 && threadIdx.x == 0) epoch = next_epoch(l);
   dependency_wait();
   if (brings) {
-#ifdef FP_DECODE_L2
-    for (int i = 0; i < ahead; ++i) bring_weight(i);
-#endif
     for (int i = 0; i < ahead; ++i) bring_x(i);
   }
   Call call = {};
@@ -238,7 +302,7 @@ __global__ void __launch_bounds__(Plan<kTokens, kGroups, kSplit>::kThreads + 32)
   // tokens, on.
   const int token = threadIdx.x / P::kRowVecs, chunk = threadIdx.x % P::kRowVecs;
   constexpr int kTokenStride = P::kThreads / P::kRowVecs;
-  const int column = tile * P::kTileColumns + part * P::kColumns + chunk * 8;
+  const int column = tile * (kGated ? kGroupColumns : P::kTileColumns) + part * P::kColumns + chunk * 8;
   const int row_vecs = p.n / 8, vectors = p.m * row_vecs, stride = kTokenStride * row_vecs;
   // Past the end for a thread that has none.
   const int v = multiplies && column < p.n ? token * row_vecs + column / 8 : vectors;
@@ -255,6 +319,16 @@ __global__ void __launch_bounds__(Plan<kTokens, kGroups, kSplit>::kThreads + 32)
       const float values[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
 #pragma unroll
       for (int e = 0; e < 8; ++e) sum[e] = from == 0 ? values[e] : sum[e] + values[e];
+    }
+    if constexpr (kGated) {
+      // Rounded in between, as where these are operations of their own.
+      float up[8];
+#pragma unroll
+      for (int e = 0; e < 8; ++e) up[e] = at[kGroupColumns + e];
+      to_floats(from_floats<T>(sum), sum);
+      to_floats(from_floats<T>(up), up);
+#pragma unroll
+      for (int e = 0; e < 8; ++e) sum[e] = silu_times<T>(sum[e], up[e]);
     }
     if constexpr (kWorld == 1) {
       if (p.bias != nullptr) {
@@ -321,11 +395,7 @@ __global__ void __launch_bounds__(Plan<kTokens, kGroups, kSplit>::kThreads + 32)
         }
         const int of_token = token + u * kTokenStride;
         if (chunk == 0 && of_token < p.m && !failed) {
-          const unsigned long long word = (call.epoch + 1) << 32 | __float_as_uint(squares);
-          // Relaxed: as sum_of_squares says.
-          asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" ::"l"(p.squares + of_token * gridDim.x + blockIdx.x),
-                       "l"(word)
-                       : "memory");
+          tell(p.squares + of_token * gridDim.x + blockIdx.x, call, squares);
         }
       }
     }
@@ -333,17 +403,7 @@ __global__ void __launch_bounds__(Plan<kTokens, kGroups, kSplit>::kThreads + 32)
     failed = __syncthreads_or(failed);
     dependency_trigger();
     if (normed) {
-      if (multiplies) {
-        constexpr int kOf = P::kThreads / kTokens < 32 ? P::kThreads / kTokens : 32;  // threads of a token
-        const int row = threadIdx.x / kOf;
-        float total = 0.0f;
-        if (row < p.m && !failed) {
-          sum_of_squares(l, p.squares + row * gridDim.x, gridDim.x, threadIdx.x % kOf, kOf, call, start, total);
-        }
-#pragma unroll
-        for (int offset = kOf / 2; offset > 0; offset /= 2) total += __shfl_xor_sync(0xffffffffu, total, offset);
-        if (row < p.m && threadIdx.x % kOf == 0) scales[row] = rsqrtf(fmaf(total, p.inverse_hidden, p.eps));
-      }
+      if (multiplies && !failed) find_scales<P::kThreads, kTokens>(p, call, start, scales);
       __syncthreads();
 #pragma unroll
       for (int u = 0; u < P::kVecs; ++u) {
@@ -366,6 +426,11 @@ int tiles_of(std::int64_t size, int tile) {
   return static_cast<int>((size + tile - 1) / tile);
 }
 
+int ahead_bytes() {
+  const char* e = getenv("FP_AHEAD");
+  return e ? atoi(e) : 0;
+}
+
 struct Split {
   int groups, split;  // 0: none
 };
@@ -383,47 +448,55 @@ Split split_for(std::int64_t m, std::int64_t n, int most_ctas) {
 }
 
 int most_ctas(const AllReduceWorkspace& w) {
-  return static_cast<int>(std::min<std::int64_t>(w.max_threads / 512, kSquaresBytes / 8 / kDecodeMaxRows));
+  return static_cast<int>(std::min<std::int64_t>(w.max_threads / 512, kSquaresBytes / 8 / kDecodeMaxRows - 1));
 }
 
-template <typename T, int kTokens, int kGroups, int kSplit, int kWorld>
+template <typename T, int kTokens, int kGroups, int kSplit, int kWorld, bool kGated>
 void launch(Params<T>& p, const void* x, const void* weight, std::int64_t k, int dtype, int device,
             cudaStream_t stream) {
-  using P = Plan<kTokens, kGroups, kSplit>;
+  using P = Plan<kTokens, kGroups, kSplit, kGated>;
   constexpr unsigned kSharedBytes = 1024 + P::kStages * P::kStageBytes;
   p.x = tensor_map(x, p.m, k, kTokens, dtype);
-  p.weight = tensor_map(weight, p.n, k, P::kTileColumns, dtype);
-  const auto kernel = matmul_decode<T, kTokens, kGroups, kSplit, kWorld>;
+  p.weight = tensor_map(weight, p.n * (kGated ? 2 : 1), k, kGroupColumns, dtype);
+  const auto kernel = matmul_decode<T, kTokens, kGroups, kSplit, kWorld, kGated>;
   static thread_local int prepared = -1;  // the attribute is kept by the device
   if (prepared != device) {
     FP_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes));
     prepared = device;
   }
-  launch_dependent(kernel, p, tiles_of(p.n, P::kTileColumns) * kSplit, P::kThreads + 32, kSplit, true, stream,
-                   kSharedBytes);
+  launch_dependent(kernel, p, tiles_of(p.n, kGated ? kGroupColumns : P::kTileColumns) * kSplit, P::kThreads + 32,
+                   kSplit, true, stream, kSharedBytes);
 }
 
 // Calls launch with what is known at run time as constants.
-template <int kWorld, typename T>
+template <int kWorld, bool kGated = false, typename T>
 void dispatch(Params<T>& p, Split s, const void* x, const void* weight, std::int64_t k, int dtype, int device,
               cudaStream_t stream) {
   const auto with = [&](auto tokens, auto groups, auto split) {
-    launch<T, decltype(tokens)::value, decltype(groups)::value, decltype(split)::value, kWorld>(p, x, weight, k, dtype,
-                                                                                                device, stream);
+    launch<T, decltype(tokens)::value, decltype(groups)::value, decltype(split)::value, kWorld, kGated>(
+        p, x, weight, k, dtype, device, stream);
   };
   using std::integral_constant;
   const integral_constant<int, 1> one;
   const integral_constant<int, 2> two;
   const integral_constant<int, 4> four;
   const auto few = [&](auto tokens) {
-    if (s.groups == 2) return with(tokens, two, one);
-    if (s.split == 2) return with(tokens, one, two);
-    return with(tokens, one, one);
+    if constexpr (kGated) {
+      with(tokens, two, one);
+    } else {
+      if (s.groups == 2) return with(tokens, two, one);
+      if (s.split == 2) return with(tokens, one, two);
+      with(tokens, one, one);
+    }
   };
   const auto many = [&](auto tokens) {
-    if (s.split == 4) return with(tokens, two, four);
-    if (s.split == 2) return with(tokens, two, two);
-    return with(tokens, two, one);
+    if constexpr (kGated) {
+      with(tokens, two, one);
+    } else {
+      if (s.split == 4) return with(tokens, two, four);
+      if (s.split == 2) return with(tokens, two, two);
+      with(tokens, two, one);
+    }
   };
   if (p.m <= 8) return few(integral_constant<int, 8>());
   if (p.m <= 16) return few(integral_constant<int, 16>());
@@ -472,7 +545,10 @@ void matmul_all_reduce_decode(AllReduceWorkspace& w, const MatmulDecode& a, int 
     p.squares = reinterpret_cast<unsigned long long*>(w.control + kControlBytes - kSquaresBytes);
     p.m = static_cast<int>(a.m);
     p.n = static_cast<int>(a.n);
+    p.k = static_cast<int>(a.k);
     p.depths = tiles_of(a.k, kDepth);
+    p.rows = static_cast<const T*>(a.weight);
+    p.ahead_bytes = ahead_bytes();
     p.inverse_hidden = 1.0f / static_cast<float>(a.n);
     p.eps = a.eps;
     w.order(stream);
@@ -485,22 +561,28 @@ void matmul_all_reduce_decode(AllReduceWorkspace& w, const MatmulDecode& a, int 
 }
 
 void matmul_decode_only(const void* x, const void* weight, const void* bias, void* out, std::int64_t m, std::int64_t n,
-                        std::int64_t k, int dtype, int device, void* stream) {
+                        std::int64_t k, bool gated, int dtype, int device, void* stream) {
   const DeviceGuard guard(device);
   dispatch_half(dtype, [&](auto* null) {
     using T = std::remove_pointer_t<decltype(null)>;
-    // No CTA waits for another: as many as there are tiles, but K is split no further than two CTAs a multiprocessor.
-    Split s = split_for(m, n, 2 * multiprocessor_count(device));
-    if (s.groups == 0) s = {2, 1};
+    Split s = split_for(m, n, multiprocessor_count(device));
+    if (s.groups == 0) s = {2, 1};  // no CTA waits for another here: as many as there are tiles
     check(s, m, n, k, is_vec_aligned(x) && is_vec_aligned(weight) && is_vec_aligned(bias) && is_vec_aligned(out),
           device);
     Params<T> p = {};
     p.out = static_cast<T*>(out);
     p.bias = static_cast<const T*>(bias);
+    p.rows = static_cast<const T*>(weight);
     p.m = static_cast<int>(m);
     p.n = static_cast<int>(n);
+    p.k = static_cast<int>(k);
     p.depths = tiles_of(k, kDepth);
-    dispatch<1>(p, s, x, weight, k, dtype, device, static_cast<cudaStream_t>(stream));
+    p.ahead_bytes = ahead_bytes();
+    if (gated) {
+      dispatch<1, true>(p, s, x, weight, k, dtype, device, static_cast<cudaStream_t>(stream));
+    } else {
+      dispatch<1>(p, s, x, weight, k, dtype, device, static_cast<cudaStream_t>(stream));
+    }
   });
 }
 

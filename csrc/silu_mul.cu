@@ -9,6 +9,7 @@
 #include "common/dtype.cuh"
 #include "common/launch.h"
 #include "common/signal.cuh"
+#include "common/silu.cuh"
 #include "common/vec.cuh"
 #include "silu_mul.h"
 
@@ -27,13 +28,6 @@ struct Params {
   int size;
   int ctas_per_row;
 };
-
-template <typename T>
-__device__ __forceinline__ float silu_times(float gate, float up) {
-  // The fast exponential is off by some 2^-22, which only fp32 shows.
-  const float e = sizeof(T) == 4 ? expf(-gate) : __expf(-gate);
-  return gate / __fadd_rn(1.0f, e) * up;  // no contraction: vectors and elements must give the same bits
-}
 
 // A thread takes kVecs vectors, blockDim.x apart; all its loads are in flight before the first is used.
 template <typename T, int kVecs>

@@ -93,11 +93,6 @@ __device__ __forceinline__ unsigned long long begin_kernel(const Lamport& l) {
     if (threadIdx.x == 0) epoch = next_epoch(l);
     // The number is there before any thread triggers: a use of it that ends in the barrier.
     __syncthreads_or(epoch == ~0ull);
-#ifdef FP_LATE_TRIGGER
-    dependency_wait();
-    dependency_trigger();
-    return epoch;
-#endif
     dependency_trigger();
   }
   dependency_wait();

@@ -35,4 +35,9 @@ class ParallelMLP(nn.Module):
         merge_siblings(self)
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None, norm: RMSNorm | None = None):
-        return self.down_proj(ops.silu_mul(self.gate_up_proj(x)), residual, norm)
+        merged = self.gate_up_proj
+        if type(merged) is ColumnParallelLinear and merged.bias is None:
+            gated = ops.linear_silu_mul(x, merged.weight)
+        else:  # with a bias, or put in its place by someone
+            gated = ops.silu_mul(merged(x))
+        return self.down_proj(gated, residual, norm)

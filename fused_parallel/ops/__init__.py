@@ -4,7 +4,7 @@ from ._dispatch import use
 from .add_rms_norm import add_rms_norm, rms_norm
 from .all_reduce import all_gather, all_reduce, reduce_scatter
 from .all_reduce_add_rms_norm import all_reduce_add_rms_norm
-from .linear import linear
+from .linear import linear, linear_silu_mul
 from .matmul_all_reduce import matmul_all_reduce, matmul_all_reduce_add_rms_norm
 from .matmul_reduce_scatter import all_gather_matmul, matmul_reduce_scatter
 from .rotary_cache_write import rotary_cache_write
@@ -22,6 +22,7 @@ __all__ = [
     "all_reduce",
     "all_reduce_add_rms_norm",
     "linear",
+    "linear_silu_mul",
     "matmul_all_reduce",
     "matmul_all_reduce_add_rms_norm",
     "matmul_reduce_scatter",

@@ -1,4 +1,5 @@
-"""linear: torch.nn.functional.linear, with a kernel for few rows, where reading the weight is all that counts."""
+"""linear and linear_silu_mul: torch.nn.functional.linear, with a kernel for few rows, where reading the weight is all
+that counts."""
 
 from __future__ import annotations
 
@@ -11,6 +12,7 @@ from ._dispatch import choose_fused
 from ._library import as_rows, check_floating, register, why_no_kernel_for
 from .all_reduce import aligned
 from .matmul_all_reduce import check_matmul
+from .silu_mul import silu_mul
 
 
 def _takes_kernel(x: torch.Tensor, weight: torch.Tensor) -> bool:
@@ -26,20 +28,21 @@ def _takes_kernel(x: torch.Tensor, weight: torch.Tensor) -> bool:
 _MOST_ROWS = 64
 
 
-def _impl(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    if not _takes_kernel(x, weight):
-        return F.linear(x, weight, bias)
+def _launch(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, gated: bool) -> torch.Tensor:
     # Kept in names until after the launch: a temporary would give its memory back before the kernel is queued.
     rows, weight = aligned(as_rows(x)), aligned(weight)
     bias = None if bias is None else aligned(bias)
-    out = x.new_empty(*x.shape[:-1], weight.shape[0])
+    n = weight.shape[0] // (2 if gated else 1)
+    out = x.new_empty(*x.shape[:-1], n)
     _ext.extension().matmul_decode_only(
         rows.data_ptr(),
         weight.data_ptr(),
         0 if bias is None else bias.data_ptr(),
         out.data_ptr(),
         rows.shape[0],
-        *weight.shape,
+        n,
+        weight.shape[1],
+        gated,
         _ext.DTYPE_CODES[x.dtype],
         x.device.index,
         _direct.raw_stream(x.device.index),
@@ -47,10 +50,25 @@ def _impl(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> t
     return out
 
 
+def _impl(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    return _launch(x, weight, bias, False) if _takes_kernel(x, weight) else F.linear(x, weight, bias)
+
+
+def _impl_gated(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    if weight.shape[0] % 16 == 0 and _takes_kernel(x, weight):
+        return _launch(x, weight, None, True)
+    return silu_mul(F.linear(x, weight))
+
+
 _op = register(
     "linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
     _impl,
     lambda x, weight, bias: x.new_empty(*x.shape[:-1], weight.shape[0]),
+)
+_op_gated = register(
+    "linear_silu_mul(Tensor x, Tensor weight) -> Tensor",
+    _impl_gated,
+    lambda x, weight: x.new_empty(*x.shape[:-1], weight.shape[0] // 2),
 )
 
 
@@ -74,3 +92,20 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     check_floating("linear", ("bias",), x=x, weight=weight, bias=bias)
     check_matmul("linear", x, weight, bias)
     return _op(x, weight, bias)
+
+
+def linear_silu_mul(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """silu(gate) * up for (gate, up) = x @ weight.T: `linear`, then `silu_mul`, rounded in
+    between as there.
+
+    Args:
+        x: [..., K]; weight: [2 * size, K], gate before up; fp16, bf16 or fp32.
+
+    Returns:
+        [..., size]. Else as `linear`, for few rows one kernel.
+    """
+    check_floating("linear_silu_mul", x=x, weight=weight)
+    check_matmul("linear_silu_mul", x, weight)
+    if weight.shape[0] == 0 or weight.shape[0] % 2:
+        raise ValueError(f"linear_silu_mul: weight must be [2 * size, K] with size >= 1, got {tuple(weight.shape)}")
+    return _op_gated(x, weight)

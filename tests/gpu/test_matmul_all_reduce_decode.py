@@ -104,6 +104,12 @@ def test_linear(m, dtype, seed):
         assert_close(out, product)
         assert_close(with_bias, product + bias.double(), factor=2)
         assert torch.equal(out, again)
+        if n % 16 == 0:
+            with fp.use("fused"):
+                gated = ops.linear_silu_mul(x, weight)
+                assert torch.equal(gated, ops.linear_silu_mul(x, weight))
+            gate, up = product.to(dtype).double().chunk(2, -1)
+            assert_close(gated, gate * gate.sigmoid() * up, factor=2)
 
 
 @pytest.mark.parametrize("world", [2, 3, 4])
