@@ -24,6 +24,8 @@ class ColumnParallelLinear(ShardedModule):
         bias: whether there is a bias, split like the weight.
         group: ProcessGroup or 1-D DeviceMesh.
         gather_output: return all output features on every rank (one output only).
+        sequence_parallel: the ranks hold rows of the input, which are gathered (`all_gather_matmul`); not with
+            gather_output.
         names: for a merged layer, the names of the layers it replaces, beside it in the state dict.
         shards: instead of equal shares, each output's Shard of dim 0 (attention heads).
 
@@ -39,6 +41,7 @@ class ColumnParallelLinear(ShardedModule):
         *,
         group,
         gather_output: bool = False,
+        sequence_parallel: bool = False,
         names: Sequence[str] | None = None,
         shards: Sequence[Shard] | None = None,
         device=None,
@@ -52,6 +55,9 @@ class ColumnParallelLinear(ShardedModule):
             raise ValueError("ColumnParallelLinear: several outputs need the names of the layers they replace")
         if gather_output and len(sizes) > 1:
             raise ValueError("ColumnParallelLinear: gather_output works with one output")
+        if gather_output and sequence_parallel:
+            raise ValueError("ColumnParallelLinear: sequence_parallel leaves the outputs split; not with gather_output")
+        self.sequence_parallel = sequence_parallel
         self.in_features, self.out_features, self.gather_output = in_features, sum(sizes), gather_output
         if shards is None:
             shards = [even_shard(0, n, self.tp_rank, self.tp_size, "") for n in sizes]
@@ -65,7 +71,10 @@ class ColumnParallelLinear(ShardedModule):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., in_features] -> [..., local out] (outputs of a merged layer one after the other), or [...,
-        out_features] with `gather_output`."""
+        out_features] with `gather_output`. With `sequence_parallel` x [M / tp, in_features] -> [M, local out]."""
+        if self.sequence_parallel:
+            out = ops.all_gather_matmul(x, self.weight, group=self.group)
+            return out if self.bias is None else out.add_(self.bias)
         out = ops.linear(x, self.weight, self.bias)
         return gather_last(out, self.out_features, self.group) if self.gather_output else out
 
@@ -92,6 +101,7 @@ class RowParallelLinear(ShardedModule):
         group: ProcessGroup or 1-D DeviceMesh.
         input_is_parallel: forward gets this rank's part of the input (of a column-parallel layer); else the whole, of
             which it takes its part.
+        sequence_parallel: each rank keeps its rows of the output (`matmul_reduce_scatter`).
         shard: instead of an equal share, the Shard of the weight's dim 1 (attention heads).
 
     Parameters, not initialised: `weight` [out_features, local in], `bias` [out_features]. `load_state_dict` takes the
@@ -106,6 +116,7 @@ class RowParallelLinear(ShardedModule):
         *,
         group,
         input_is_parallel: bool = True,
+        sequence_parallel: bool = False,
         shard: Shard | None = None,
         device=None,
         dtype=None,
@@ -114,6 +125,7 @@ class RowParallelLinear(ShardedModule):
         if in_features < 1 or out_features < 1:
             raise ValueError(f"RowParallelLinear: sizes must be positive, got {in_features} and {out_features}")
         self.in_features, self.out_features, self.input_is_parallel = in_features, out_features, input_is_parallel
+        self.sequence_parallel = sequence_parallel
         shard = shard or even_shard(1, in_features, self.tp_rank, self.tp_size, "weight")
         self.add_parameter("weight", (out_features, shard.size), _named(shard, "weight"), device, dtype)
         if bias:
@@ -128,11 +140,18 @@ class RowParallelLinear(ShardedModule):
         norm: RMSNorm | None = None,
     ):
         """x [..., local in] -> out [..., out_features], whole on every rank. With `residual` [..., out_features]:
-        residual + out; with `norm` (an RMSNorm), too: (norm(sum), sum) for sum = residual + out, in one operation."""
+        residual + out; with `norm` (an RMSNorm), too: (norm(sum), sum) for sum = residual + out, in one operation. With
+        `sequence_parallel` x [M, local in], and out and residual are [M / tp, out_features]: this rank's rows."""
         if not self.input_is_parallel:
             x = take_part(x, self.shards["weight"])
         if norm is not None and residual is None:
             raise ValueError("RowParallelLinear: norm needs a residual to add to")
+        if self.sequence_parallel:
+            out = ops.matmul_reduce_scatter(x, self.weight, group=self.group)
+            out = out if self.bias is None else out.add_(self.bias)
+            if norm is not None:
+                return ops.add_rms_norm(out, residual, norm.weight, norm.variance_epsilon)
+            return out if residual is None else residual + out
         if norm is None:
             out = ops.matmul_all_reduce(x, self.weight, self.bias, group=self.group)
             return out if residual is None else residual + out

@@ -16,10 +16,21 @@ class ParallelMLP(nn.Module):
 
     Loads state dicts with gate_proj, up_proj and down_proj; gate and up are held merged in `gate_up_proj`. An
     intermediate size that the group does not divide is padded with zeros. forward: x [..., hidden] -> [..., hidden];
-    with `residual` and `norm`, (norm(sum), sum) for sum = residual + output.
+    with `residual` and `norm`, (norm(sum), sum) for sum = residual + output. With `sequence_parallel` every rank holds
+    its rows of all of these: x, residual and output are [M / tp, hidden].
     """
 
-    def __init__(self, hidden_size: int, intermediate_size: int, bias: bool = False, *, group, device=None, dtype=None):
+    def __init__(
+        self,
+        hidden_size: int,
+        intermediate_size: int,
+        bias: bool = False,
+        *,
+        group,
+        sequence_parallel: bool = False,
+        device=None,
+        dtype=None,
+    ):
         super().__init__()
         self.gate_up_proj = ColumnParallelLinear(
             hidden_size,
@@ -27,17 +38,18 @@ class ParallelMLP(nn.Module):
             bias,
             group=group,
             names=("gate_proj", "up_proj"),
+            sequence_parallel=sequence_parallel,
             device=device,
             dtype=dtype,
         )
-        kwargs = {"group": group, "device": device, "dtype": dtype}
+        kwargs = {"group": group, "sequence_parallel": sequence_parallel, "device": device, "dtype": dtype}
         self.down_proj = RowParallelLinear(intermediate_size, hidden_size, bias, **kwargs)
         merge_siblings(self)
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None, norm: RMSNorm | None = None):
         merged = self.gate_up_proj
-        if type(merged) is ColumnParallelLinear and merged.bias is None:
+        if type(merged) is ColumnParallelLinear and merged.bias is None and not merged.sequence_parallel:
             gated = ops.linear_silu_mul(x, merged.weight)
-        else:  # with a bias, or put in its place by someone
+        else:  # or something put in its place
             gated = ops.silu_mul(merged(x))
         return self.down_proj(gated, residual, norm)

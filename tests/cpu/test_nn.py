@@ -68,6 +68,17 @@ def rank_mlp(mesh):
         assert_close(new, expected + residual)
         assert torch.equal(normed, norm(new))
         assert_close(mlp(x, residual), expected + residual)
+        # The same, every rank holding its rows.
+        world, rank = mesh["tp"].size(), mesh["tp"].get_local_rank()
+        rows = torch.randn(2 * world, 8, generator=torch.Generator().manual_seed(4))
+        mine = slice(2 * rank, 2 * rank + 2)
+        split = fp.nn.ParallelMLP(8, 11, bias=True, group=mesh["tp"], sequence_parallel=True)
+        split.load_state_dict(state)
+        assert_close(split(rows[mine]), mlp(rows)[mine])
+        normed, new = split(rows[mine], rows[mine], norm)
+        assert_close(new, (mlp(rows) + rows)[mine])
+        assert torch.equal(normed, norm(new))
+        assert_close(split(rows[mine], rows[mine]), new)
     try:
         mlp.load_state_dict(state | {"gate_proj.weight": torch.randn(10, 8)})
     except ValueError as error:
@@ -204,7 +215,7 @@ def rank_wrong_input(mesh):
 
 def test_wrong_input():
     expected = [
-        "ValueError: ColumnParallelLinear: x [..., K] and weight [N, K] must share K, got (2, 7)",
+        "ValueError: linear: x [..., K] and weight [N, K] must share K, got (2, 7)",
         "ValueError: matmul_all_reduce: x [..., K] and weight [N, K] must share K, got (2, 7)",
         "ValueError: RowParallelLinear: norm needs a residual to add to",
         "ValueError: RowParallelLinear: sizes must be positive, got -4 and 4",
