@@ -33,7 +33,6 @@ void launch(Params<T>& p, const void* x, const void* weight, std::int64_t m, std
                              "GPU a Hopper");
   }
   p.x = tensor_map(x, m, k, kTileRows, dtype);
-  p.weight = tensor_map(weight, n, k, kTileColumns, dtype);
   p.n = static_cast<int>(n);
   p.depths = tiles_of(k, kDepth);
   p.tile_columns = tiles_of(n, kTileColumns);
@@ -43,24 +42,29 @@ void launch(Params<T>& p, const void* x, const void* weight, std::int64_t m, std
     const int rows = p.first_row[owner + 1] - p.first_row[owner];
     p.first_tile[turn + 1] = p.first_tile[turn] + tiles_of(rows, kTileRows) * p.tile_columns;
   }
-  static thread_local int prepared = -1;  // the attribute is kept by the device
-  if (prepared != device) {
-    FP_CUDA_CHECK(
-        cudaFuncSetAttribute(matmul_push<__nv_bfloat16>, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes));
-    FP_CUDA_CHECK(cudaFuncSetAttribute(matmul_push<__half>, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes));
-    prepared = device;
+  const int ctas = std::min(p.first_tile[world], std::min(most_ctas, multiprocessor_count(device)));
+  // Neighbours in the order of work are below each other where all owners have an even number of rows of tiles.
+  bool pairs = ctas > 1;
+  for (int turn = 0; turn < world; ++turn) {
+    pairs = pairs && (p.first_tile[turn + 1] - p.first_tile[turn]) / p.tile_columns % 2 == 0;
   }
-  cudaLaunchAttribute attribute = {};
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(std::min(p.first_tile[world], std::min(most_ctas, multiprocessor_count(device))));
-  config.blockDim = dim3(kThreads);
-  config.dynamicSmemBytes = kSharedBytes;
-  config.stream = stream;
-  config.attrs = &attribute;
-  config.numAttrs = 1;
-  FP_CUDA_CHECK(cudaLaunchKernelEx(&config, matmul_push<T>, p));
+  const auto run = [&](auto cluster) {
+    constexpr int kCluster = decltype(cluster)::value;
+    p.weight = tensor_map(weight, n, k, kTileColumns / kCluster, dtype);
+    static thread_local int prepared = -1;  // the attribute is kept by the device
+    if (prepared != device) {
+      FP_CUDA_CHECK(
+          cudaFuncSetAttribute(matmul_push<T, kCluster>, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes));
+      prepared = device;
+    }
+    launch_dependent(matmul_push<T, kCluster>, p, ctas / kCluster * kCluster, kThreads, kCluster, true, stream,
+                     kSharedBytes);
+  };
+  if (pairs) {
+    run(std::integral_constant<int, 2>());
+  } else {
+    run(std::integral_constant<int, 1>());
+  }
 }
 
 }  // namespace

@@ -126,9 +126,13 @@ __device__ __forceinline__ void meet(int consumer) {  // the threads of one cons
   asm volatile("bar.sync %0, 128;" ::"r"(consumer + 1) : "memory");
 }
 
-template <typename T>
+// The CTAs of a cluster work on tiles below each other and share the columns of the weight: each brings its part of
+// them for all. So a stage is free when all CTAs have read it.
+template <int kCluster, typename T>
 __device__ __forceinline__ void bring_operands(const Params<T>& p, unsigned char* stages, unsigned long long* full,
                                                unsigned long long* empty, int tiles) {
+  constexpr int kPartColumns = kTileColumns / kCluster;
+  const int part = kCluster > 1 ? blockIdx.x % kCluster : 0;
   unsigned stage = 0, parity = 1;  // the first pass finds all stages empty
   for (int i = blockIdx.x; i < tiles; i += gridDim.x) {
     const Tile tile = tile_at(p, i);
@@ -137,7 +141,13 @@ __device__ __forceinline__ void bring_operands(const Params<T>& p, unsigned char
       barrier_expect(&full[stage], kStageBytes);
       unsigned char* to = stages + stage * kStageBytes;
       load_tile(to, &p.x, d * kDepth, tile.row, &full[stage]);
-      load_tile(to + kTileRows * kDepth * 2, &p.weight, d * kDepth, tile.column, &full[stage]);
+      unsigned char* const part_to = to + (kTileRows + part * kPartColumns) * kDepth * 2;
+      if constexpr (kCluster > 1) {
+        load_tile_to(part_to, &p.weight, d * kDepth, tile.column + part * kPartColumns, &full[stage],
+                     (1 << kCluster) - 1);
+      } else {
+        load_tile(part_to, &p.weight, d * kDepth, tile.column, &full[stage]);
+      }
       if (++stage == kStages) stage = 0, parity ^= 1;
     }
   }
@@ -299,11 +309,22 @@ __device__ __forceinline__ void sum_result(const Params<T>& p, const Tile& tile,
   }
 }
 
-template <typename T>
+// A warp has read a stage.
+template <int kCluster>
+__device__ __forceinline__ void give_back(unsigned long long* empty) {
+  const unsigned lane = threadIdx.x % 32;
+  if constexpr (kCluster > 1) {
+    if (lane < kCluster) barrier_arrive_at(empty, lane);
+  } else {
+    if (lane == 0) barrier_arrive(empty);
+  }
+}
+
+template <int kCluster, typename T>
 __device__ __forceinline__ void multiply(const Params<T>& p, unsigned char* stages, unsigned char* half, Shared& shared,
                                          int tiles, int consumer, unsigned epoch) {
   const Exchange& x = p.exchange;
-  const int thread = threadIdx.x % 128, lane = threadIdx.x % 32;
+  const int thread = threadIdx.x % 128;
   unsigned stage = 0, parity = 0, sent = 0;
   unsigned long long start = 0;
   float d[128];
@@ -328,14 +349,14 @@ __device__ __forceinline__ void multiply(const Params<T>& p, unsigned char* stag
       wgmma_pin(d);
       if (depth > 0) {
         wgmma_wait<1>();  // the stage before has been read
-        if (lane == 0) barrier_arrive(&shared.empty[previous]);
+        give_back<kCluster>(&shared.empty[previous]);
       }
       previous = stage;
       if (++stage == kStages) stage = 0, parity ^= 1;
     }
     wgmma_wait<0>();
     wgmma_pin(d);
-    if (lane == 0) barrier_arrive(&shared.empty[previous]);
+    give_back<kCluster>(&shared.empty[previous]);
 
     // The result before this one has left.
     if (sent > 0) barrier_wait(&shared.result_empty[consumer], (sent - 1) & 1);
@@ -367,7 +388,7 @@ __device__ __forceinline__ void multiply(const Params<T>& p, unsigned char* stag
 }
 #endif
 
-template <typename T>
+template <typename T, int kCluster>
 __global__ void __launch_bounds__(kThreads, 1) matmul_push(const __grid_constant__ Params<T> p) {
 #if FP_HAS_WGMMA
   extern __shared__ unsigned char dynamic[];
@@ -378,17 +399,17 @@ __global__ void __launch_bounds__(kThreads, 1) matmul_push(const __grid_constant
   if (threadIdx.x == 0) {
     for (int s = 0; s < kStages; ++s) {
       barrier_init(&shared.full[s], 1);
-      barrier_init(&shared.empty[s], kConsumers * 4);  // a warp each
+      barrier_init(&shared.empty[s], kConsumers * 4 * kCluster);  // a warp each
     }
     for (int c = 0; c < kConsumers; ++c) {
       barrier_init(&shared.result_full[c], 1);
       barrier_init(&shared.result_empty[c], 1);
-      shared.silent[c] = false;
     }
     shared.copied = 0;
     // Before the copies count on them; the other threads see them by the barrier below.
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
+  if constexpr (kCluster > 1) cluster_arrive();
   dependency_wait();
   if (threadIdx.x == 0) {
     shared.epoch = 0;
@@ -398,17 +419,19 @@ __global__ void __launch_bounds__(kThreads, 1) matmul_push(const __grid_constant
       // Relaxed: an earlier call set it, whose kernel has completed; this call's own is looked at in every long wait.
       shared.failed_before = load_relaxed_gpu(x.bound.aborted) != 0;
     }
+    // A failed group's call multiplies, because the CTAs of a cluster need each other, and sends and awaits nothing.
+    for (int c = 0; c < kConsumers; ++c) shared.silent[c] = shared.failed_before;
   }
   __syncthreads();
-  if (shared.failed_before) return;  // all threads alike
+  if constexpr (kCluster > 1) cluster_wait();  // all CTAs' barriers are there, before a copy or a warp counts on them
   const unsigned epoch = static_cast<unsigned>(shared.epoch);
   const int tiles = p.first_tile[x.world];
   const int warpgroup = threadIdx.x / 128, warp = threadIdx.x / 32;
-  const bool copies = x.world > 1 && !p.scatter;
+  const bool copies = x.world > 1 && !p.scatter && !shared.failed_before;
   if (warpgroup == 0) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 72;");
     if (warp == 0) {
-      if (threadIdx.x == 0) bring_operands(p, stages, shared.full, shared.empty, tiles);
+      if (threadIdx.x == 0) bring_operands<kCluster>(p, stages, shared.full, shared.empty, tiles);
     } else if (warp <= kConsumers) {
       const int consumer = warp - 1;
       if (threadIdx.x % 32 == 0 && x.world > 1) {
@@ -420,8 +443,12 @@ __global__ void __launch_bounds__(kThreads, 1) matmul_push(const __grid_constant
   } else {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 216;");
     const int consumer = warpgroup - 1;
-    multiply(p, stages, results + consumer * kHalfBytes, shared, tiles, consumer, epoch);
+    multiply<kCluster>(p, stages, results + consumer * kHalfBytes, shared, tiles, consumer, epoch);
     if (copies) copy_sums(p, shared, epoch);
+  }
+  if constexpr (kCluster > 1) {  // nothing of a peer's may arrive in shared memory that is gone
+    cluster_arrive();
+    cluster_wait();
   }
 #endif
 }

@@ -79,13 +79,6 @@ struct Shared {
   unsigned long long full[kStages], empty[kStages];
 };
 
-__device__ __forceinline__ void cluster_arrive() {  // release: what was written before is there for who has waited
-  asm volatile("barrier.cluster.arrive.release;" ::: "memory");
-}
-__device__ __forceinline__ void cluster_wait() {
-  asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
-}
-
 // Four floats at `p`, in the shared memory of the cluster's CTA `of`.
 __device__ __forceinline__ float4 load_cluster(const float* p, int of) {
   float4 v;
