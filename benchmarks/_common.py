@@ -85,6 +85,7 @@ def parser(description: str) -> argparse.ArgumentParser:
     p.add_argument(
         "--device", choices=("cuda", "cpu"), default="cuda", help="cpu: two Gloo ranks, to try the script out"
     )
+    p.add_argument("--impls", nargs="+", metavar="NAME", help="measure only these rows")
     p.add_argument(
         "--results",
         metavar="DIR",
@@ -211,6 +212,8 @@ class Bench:
         `timing` goes to `time_collective`. Results beyond the tolerance (default: twice the dtype's) give no row and
         fail the benchmark. What does not run in a mode is not tried in that mode again.
         """
+        if self.arguments.impls and impl not in self.arguments.impls:
+            return
         name = f"{op} {impl} {results.shape_key(**shape)}"
         error = self.attempt(name, lambda: check(inputs(0)))
         if error is None:

@@ -96,6 +96,19 @@ void bind_matmul_all_reduce(py::module_& m) {
           },
           py::arg("x"), py::arg("weight"), py::arg("out"), py::arg("m"), py::arg("n"), py::arg("k"), py::arg("scatter"),
           py::arg("dtype"), py::arg("stream"));
+  using fp::GatherWorkspace;
+  m.def("gather_workspace_bytes", &fp::gather_workspace_bytes, py::arg("bytes"));
+  py::class_<GatherWorkspace>(m, "GatherWorkspace")
+      .def(py::init<fp::AllReduceWorkspace&, std::vector<Address>, std::int64_t, Address>(), py::keep_alive<1, 2>(),
+           py::arg("group"), py::arg("bases"), py::arg("bytes"), py::arg("control"))
+      .def(
+          "all_gather_matmul",
+          [](GatherWorkspace& w, Address x, Address weight, Address out, std::int64_t rows, std::int64_t n,
+             std::int64_t k, int dtype, Address stream) {
+            fp::all_gather_matmul(w, pointer(x), pointer(weight), pointer(out), rows, n, k, dtype, pointer(stream));
+          },
+          py::arg("x"), py::arg("weight"), py::arg("out"), py::arg("rows"), py::arg("n"), py::arg("k"),
+          py::arg("dtype"), py::arg("stream"));
   m.attr("matmul_decode_max_rows") = fp::kDecodeMaxRows;
   m.def("takes_matmul_decode", &fp::takes_decode, py::arg("workspace"), py::arg("m"), py::arg("n"));
   m.def(

@@ -21,10 +21,46 @@ int tiles_of(std::int64_t size, int tile) {
   return static_cast<int>((size + tile - 1) / tile);
 }
 
+// At the end of a rank's gather buffer.
+struct GatherFlags {
+  unsigned come[kMaxWorld][kGatherChunks];  // 1: that chunk of that rank's rows is there
+  unsigned entered[kMaxWorld];              // the number of the last call that the rank has begun
+};
+
+struct Entry {
+  GatherFlags* flags[kMaxWorld];
+  unsigned* calls;  // this rank's
+  WaitBound bound;
+  int rank, world;
+};
+
+// Before a gather's copies: takes back the flags of the call before and waits until every peer has begun this call, and
+// so has read what the call before gathered. A warp for each rank.
+__global__ void __launch_bounds__(32 * kMaxWorld) enter_gather(const __grid_constant__ Entry e) {
+  const int peer = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const unsigned call = *e.calls + 1;
+  GatherFlags* const mine = e.flags[e.rank];
+  if (threadIdx.x < kMaxWorld * kGatherChunks) (&mine->come[0][0])[threadIdx.x] = 0;
+  // Release after the barrier: the flags of all threads are taken back before a peer can see that this rank is here,
+  // and copies rows and sets flags again.
+  __syncthreads();
+  if (threadIdx.x == 0) *e.calls = call;
+  if (peer >= e.world || peer == e.rank || lane != 0) return;
+  if (load_relaxed_gpu(e.bound.aborted) != 0) return;  // a failed group's ranks do not go on
+  asm volatile("st.release.sys.global.u32 [%0], %1;" ::"l"(&e.flags[peer]->entered[e.rank]), "r"(call) : "memory");
+  unsigned long long start = 0;
+  for (unsigned spins = 1;; ++spins) {
+    unsigned there;
+    // Acquire: pairs with the peer's release. What follows in the stream writes the peer's buffer.
+    asm volatile("ld.acquire.sys.global.u32 %0, [%1];" : "=r"(there) : "l"(&mine->entered[peer]) : "memory");
+    if (static_cast<int>(there - call) >= 0) return;
+    if (spins % kSpinsPerCheck == 0 && wait_is_over(e.bound, start, kGatherMatmul, peer, call)) return;
+  }
+}
+
 template <typename T>
 void launch(Params<T>& p, const void* x, const void* weight, std::int64_t m, std::int64_t n, std::int64_t k, int dtype,
             int device, int most_ctas, cudaStream_t stream) {
-  const int world = p.exchange.world, rank = p.exchange.rank;
   if (m < 1 || n < 1 || k < 1 || n % 8 != 0 || k % 8 != 0 || !is_vec_aligned(x) || !is_vec_aligned(weight) ||
       !is_vec_aligned(p.out) || !runs_hopper_code(device)) {
     throw std::runtime_error("matmul_all_reduce: m=" + std::to_string(m) + ", n=" + std::to_string(n) +
@@ -37,15 +73,15 @@ void launch(Params<T>& p, const void* x, const void* weight, std::int64_t m, std
   p.depths = tiles_of(k, kDepth);
   p.tile_columns = tiles_of(n, kTileColumns);
   p.first_tile[0] = 0;
-  for (int turn = 0; turn < world; ++turn) {
-    const int owner = (rank + 1 + turn) % world;
+  for (int turn = 0; turn < p.owners; ++turn) {
+    const int owner = (p.first_owner + turn) % p.owners;
     const int rows = p.first_row[owner + 1] - p.first_row[owner];
     p.first_tile[turn + 1] = p.first_tile[turn] + tiles_of(rows, kTileRows) * p.tile_columns;
   }
-  const int ctas = std::min(p.first_tile[world], std::min(most_ctas, multiprocessor_count(device)));
+  const int ctas = std::min(p.first_tile[p.owners], std::min(most_ctas, multiprocessor_count(device)));
   // Neighbours in the order of work are below each other where all owners have an even number of rows of tiles.
   bool pairs = ctas > 1;
-  for (int turn = 0; turn < world; ++turn) {
+  for (int turn = 0; turn < p.owners; ++turn) {
     pairs = pairs && (p.first_tile[turn + 1] - p.first_tile[turn]) / p.tile_columns % 2 == 0;
   }
   const auto run = [&](auto cluster) {
@@ -107,6 +143,8 @@ void matmul_all_reduce(MatmulWorkspace& w, const void* x, const void* weight, vo
     p.exchange.rank = g.rank;
     p.exchange.world = g.world;
     p.exchange.tiles = static_cast<unsigned>(w.tiles);
+    p.owners = g.world;
+    p.first_owner = (g.rank + 1) % g.world;
     p.out = static_cast<T*>(out);
     p.scatter = scatter;
     // Whole tiles for every owner, or its part of the rows.
@@ -123,13 +161,94 @@ void matmul_all_reduce(MatmulWorkspace& w, const void* x, const void* weight, vo
   });
 }
 
+GatherWorkspace::GatherWorkspace(AllReduceWorkspace& group_, std::vector<std::uintptr_t> bases_, std::int64_t bytes_,
+                                 std::uintptr_t control_)
+    : group(group_), bases(std::move(bases_)), bytes(bytes_), control(control_) {
+  if (static_cast<int>(bases.size()) != group.world || bytes < 16 || bytes % 16 != 0) {
+    throw std::runtime_error("GatherWorkspace: " + std::to_string(bases.size()) + " ranks, the group has " +
+                             std::to_string(group.world) + ", bytes=" + std::to_string(bytes));
+  }
+  const DeviceGuard guard(group.device);
+  cudaStream_t stream;
+  FP_CUDA_CHECK(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
+  copies = stream;
+  for (void** event : {&forked, &joined}) {
+    cudaEvent_t made;
+    FP_CUDA_CHECK(cudaEventCreateWithFlags(&made, cudaEventDisableTiming));
+    *event = made;
+  }
+}
+
+std::int64_t gather_workspace_bytes(std::int64_t bytes) {
+  return bytes + static_cast<std::int64_t>(sizeof(GatherFlags));
+}
+
+void all_gather_matmul(GatherWorkspace& w, const void* x, const void* weight, void* out, std::int64_t rows,
+                       std::int64_t n, std::int64_t k, int dtype, void* stream_) {
+  AllReduceWorkspace& g = w.group;
+  const DeviceGuard guard(g.device);
+  const std::int64_t source_bytes = rows * k * 2;
+  if (rows < 1 || k % 8 != 0 || source_bytes * (g.world - 1) > w.bytes) {
+    throw std::runtime_error("all_gather_matmul: [" + std::to_string(rows) + ", " + std::to_string(k) +
+                             "] of each rank; they must fit " + std::to_string(w.bytes) +
+                             " bytes, and k be a multiple of 8");
+  }
+  dispatch_half(dtype, [&](auto* null) {
+    using T = std::remove_pointer_t<decltype(null)>;
+    Params<T> p = {};
+    p.exchange.bound = lamport_of(g, 0, false).bound;
+    p.exchange.rank = g.rank;
+    p.exchange.world = 1;
+    p.out = static_cast<T*>(out);
+    p.owners = g.world;
+    p.first_owner = g.rank;
+    for (int r = 0; r <= g.world; ++r) p.first_row[r] = static_cast<int>(rows * r);
+    const auto flags_at = [&](int rank) { return reinterpret_cast<GatherFlags*>(w.bases[rank] + w.bytes); };
+    const int tile_rows = tiles_of(rows, kTileRows);
+    p.gather = true;
+    p.gathered.x = tensor_map(reinterpret_cast<void*>(w.bases[g.rank]), (g.world - 1) * rows, k, kTileRows, dtype);
+    p.gathered.flags = &flags_at(g.rank)->come[0][0];
+    p.gathered.rows = static_cast<int>(rows);
+    p.gathered.chunk_rows = tiles_of(tile_rows, kGatherChunks) * kTileRows;
+
+    g.order(stream_);
+    const cudaStream_t stream = static_cast<cudaStream_t>(stream_), copies = static_cast<cudaStream_t>(w.copies);
+    Entry entry = {};
+    for (int r = 0; r < g.world; ++r) entry.flags[r] = flags_at(r);
+    entry.calls = reinterpret_cast<unsigned*>(w.control);
+    entry.bound = p.exchange.bound;
+    entry.rank = g.rank;
+    entry.world = g.world;
+    enter_gather<<<1, 32 * kMaxWorld, 0, stream>>>(entry);
+    FP_CUDA_CHECK(cudaGetLastError());
+    FP_CUDA_CHECK(cudaEventRecord(static_cast<cudaEvent_t>(w.forked), stream));
+    FP_CUDA_CHECK(cudaStreamWaitEvent(copies, static_cast<cudaEvent_t>(w.forked), 0));
+    const void* const one = reinterpret_cast<const unsigned*>(w.control) + 3;
+    for (std::int64_t first = 0, chunk = 0; first < rows; first += p.gathered.chunk_rows, ++chunk) {
+      const std::int64_t count = std::min<std::int64_t>(p.gathered.chunk_rows, rows - first);
+      for (int turn = 1; turn < g.world; ++turn) {
+        const int peer = (g.rank + turn) % g.world, index = g.rank - (g.rank > peer);
+        unsigned char* const to = reinterpret_cast<unsigned char*>(w.bases[peer]) + index * source_bytes;
+        // One after the other on this stream: the flag is copied when the rows are there.
+        FP_CUDA_CHECK(cudaMemcpyAsync(to + first * k * 2, static_cast<const unsigned char*>(x) + first * k * 2,
+                                      count * k * 2, cudaMemcpyDefault, copies));
+        FP_CUDA_CHECK(
+            cudaMemcpyAsync(&flags_at(peer)->come[g.rank][chunk], one, sizeof(unsigned), cudaMemcpyDefault, copies));
+      }
+    }
+    FP_CUDA_CHECK(cudaEventRecord(static_cast<cudaEvent_t>(w.joined), copies));
+    launch(p, x, weight, rows, n, k, dtype, g.device, g.max_threads / 512, stream);
+    FP_CUDA_CHECK(cudaStreamWaitEvent(stream, static_cast<cudaEvent_t>(w.joined), 0));
+  });
+}
+
 void matmul_only(const void* x, const void* weight, void* out, std::int64_t m, std::int64_t n, std::int64_t k,
                  int dtype, int device, void* stream) {
   const DeviceGuard guard(device);
   dispatch_half(dtype, [&](auto* null) {
     using T = std::remove_pointer_t<decltype(null)>;
     Params<T> p = {};
-    p.exchange.world = 1;
+    p.exchange.world = p.owners = 1;
     p.out = static_cast<T*>(out);
     p.first_row[1] = static_cast<int>(m);
     launch(p, x, weight, m, n, k, dtype, device, 1 << 20, static_cast<cudaStream_t>(stream));

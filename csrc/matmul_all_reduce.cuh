@@ -62,16 +62,25 @@ struct Exchange {
   }
 };
 
+// Rows of x that copy engines of the peers bring while the kernel runs (all_gather_matmul): flags say which have come.
+struct Gathered {
+  CUtensorMap x;          // [(world - 1) * rows, K], by source
+  const unsigned* flags;  // [world][kGatherChunks]; 1: the chunk of that source is there
+  int rows, chunk_rows;   // of a source
+};
+
 template <typename T>
 struct Params {
   CUtensorMap x, weight;
-  Exchange exchange;
+  Exchange exchange;  // world 1: none
   T* out;
   int n, depths;                  // depths: steps of kDepth along K
   int tile_columns;               // tiles along N
+  int owners, first_owner;        // rows belong to ranks; the order of work begins with that one's
   int first_row[kMaxWorld + 1];   // of each owner
-  int first_tile[kMaxWorld + 1];  // of each owner in the order of work: rank + 1, rank + 2, ..., rank
-  bool scatter;
+  int first_tile[kMaxWorld + 1];  // of each owner in the order of work
+  bool scatter, gather;
+  Gathered gathered;
 };
 
 #if !defined(__CUDA_ARCH__) || (defined(__CUDA_ARCH_FEAT_SM90_ALL) && __CUDA_ARCH__ == 900)
@@ -89,11 +98,10 @@ struct Tile {
 
 template <typename T>
 __device__ __forceinline__ Tile tile_at(const Params<T>& p, int i) {
-  const int world = p.exchange.world;
   int turn = 0;
   while (i >= p.first_tile[turn + 1]) ++turn;
-  int owner = p.exchange.rank + 1 + turn;
-  owner = owner >= world ? owner - world : owner;
+  int owner = p.first_owner + turn;
+  owner = owner >= p.owners ? owner - p.owners : owner;
   const int index = i - p.first_tile[turn];
   const int tile_rows = (p.first_tile[turn + 1] - p.first_tile[turn]) / p.tile_columns;
   const int group = index / (kGroupRows * p.tile_columns), within = index % (kGroupRows * p.tile_columns);
@@ -134,13 +142,32 @@ __device__ __forceinline__ void bring_operands(const Params<T>& p, unsigned char
   constexpr int kPartColumns = kTileColumns / kCluster;
   const int part = kCluster > 1 ? blockIdx.x % kCluster : 0;
   unsigned stage = 0, parity = 1;  // the first pass finds all stages empty
+  unsigned long long start = 0;
   for (int i = blockIdx.x; i < tiles; i += gridDim.x) {
     const Tile tile = tile_at(p, i);
+    const CUtensorMap* x = &p.x;
+    int x_row = tile.row;
+    if (p.gather) {
+      const Gathered& g = p.gathered;
+      const int rank = p.exchange.rank;
+      x_row -= p.first_row[tile.owner];
+      if (tile.owner != rank) {
+        // Acquire, then the fence: the rows were written before the flag, and the copy below reads them by another way
+        // than ordinary loads. After a failed wait whatever is there is multiplied, and never used.
+        const unsigned* flag = g.flags + tile.owner * kGatherChunks + x_row / g.chunk_rows;
+        for (unsigned spins = 1; load_acquire_sys(flag) == 0; ++spins) {
+          if (spins % kSpinsPerCheck == 0 && wait_is_over(p.exchange.bound, start, kGatherMatmul, tile.owner, 0)) break;
+        }
+        asm volatile("fence.proxy.async;" ::: "memory");
+        x = &g.x;
+        x_row += (tile.owner - (tile.owner > rank)) * g.rows;
+      }
+    }
     for (int d = 0; d < p.depths; ++d) {
       barrier_wait(&empty[stage], parity);
       barrier_expect(&full[stage], kStageBytes);
       unsigned char* to = stages + stage * kStageBytes;
-      load_tile(to, &p.x, d * kDepth, tile.row, &full[stage]);
+      load_tile(to, x, d * kDepth, x_row, &full[stage]);
       unsigned char* const part_to = to + (kTileRows + part * kPartColumns) * kDepth * 2;
       if constexpr (kCluster > 1) {
         load_tile_to(part_to, &p.weight, d * kDepth, tile.column + part * kPartColumns, &full[stage],
@@ -275,16 +302,15 @@ __device__ __forceinline__ void sum_result(const Params<T>& p, const Tile& tile,
   for (int first = 0; first < static_cast<int>(kHalfBytes / 16); first += kAtOnce * 128) {
     float sum[kAtOnce][8];
     for (int source = 0; source < x.world; ++source) {
+      const bool mine = x.world == 1 || source == x.rank;
       Vec<T> values[kAtOnce];
       const unsigned char* from = half;
-      if (source != x.rank) {
-        from = x.data(x.rank, x.slot(x.rank, source, tile.index, false), epoch) + consumer * kHalfBytes;
-      }
+      if (!mine) from = x.data(x.rank, x.slot(x.rank, source, tile.index, false), epoch) + consumer * kHalfBytes;
 #pragma unroll
       for (int u = 0; u < kAtOnce; ++u) {
         const unsigned at = (first + u * 128 + thread) * 16;
-        values[u] = source == x.rank ? Vec<T>{*reinterpret_cast<const uint4*>(from + at)}
-                                     : load_once_written(reinterpret_cast<const T*>(from + at));
+        values[u] = mine ? Vec<T>{*reinterpret_cast<const uint4*>(from + at)}
+                         : load_once_written(reinterpret_cast<const T*>(from + at));
       }
 #pragma unroll
       for (int u = 0; u < kAtOnce; ++u) {
@@ -361,10 +387,10 @@ __device__ __forceinline__ void multiply(const Params<T>& p, unsigned char* stag
     // The result before this one has left.
     if (sent > 0) barrier_wait(&shared.result_empty[consumer], (sent - 1) & 1);
     leave_result<T>(d, half);
-    const bool own = tile.owner == x.rank;
+    const bool own = p.gather || tile.owner == x.rank;
     if (own) {
       if (thread == 0) {
-        for (int source = 0; source < x.world && !shared.silent[consumer]; ++source) {
+        for (int source = 0; source < x.world && x.world > 1 && !shared.silent[consumer]; ++source) {
           if (source == x.rank) continue;
           const unsigned slot = x.slot(x.rank, source, tile.index, false);
           // A sum without a peer's partial is none: it must not be sent. Here it is never used, because the next call
@@ -425,7 +451,7 @@ __global__ void __launch_bounds__(kThreads, 1) matmul_push(const __grid_constant
   __syncthreads();
   if constexpr (kCluster > 1) cluster_wait();  // all CTAs' barriers are there, before a copy or a warp counts on them
   const unsigned epoch = static_cast<unsigned>(shared.epoch);
-  const int tiles = p.first_tile[x.world];
+  const int tiles = p.first_tile[p.owners];
   const int warpgroup = threadIdx.x / 128, warp = threadIdx.x / 32;
   const bool copies = x.world > 1 && !p.scatter && !shared.failed_before;
   if (warpgroup == 0) {

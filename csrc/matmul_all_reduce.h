@@ -10,6 +10,7 @@ namespace fp {
 
 constexpr int kTileRows = 128, kTileColumns = 256;
 constexpr std::int64_t kTileBytes = kTileRows * kTileColumns * 2;
+constexpr int kGatherChunks = 8;  // parts, at most, that a rank's rows are sent in
 
 // One rank's view of the memory that tiles travel through: on every rank, at `bases`, matmul_workspace_bytes(tiles)
 // bytes of symmetric memory, zeros at first. `control`: 8 bytes of this rank's own device memory, zeros. Waits are
@@ -34,6 +35,27 @@ std::int64_t matmul_most_rows(const MatmulWorkspace& workspace, std::int64_t n, 
 // multiple of world; m large enough for a row of tiles for every rank.
 void matmul_all_reduce(MatmulWorkspace& workspace, const void* x, const void* weight, void* out, std::int64_t m,
                        std::int64_t n, std::int64_t k, bool scatter, int dtype, void* stream);
+
+// One rank's view of the memory that rows of x are gathered in: on every rank, at `bases`,
+// gather_workspace_bytes(bytes) bytes of symmetric memory, zeros at first, `bytes` of them for rows. `control`: 16
+// bytes of this rank's own device memory, zeros but for an unsigned 1 at the end. Else as MatmulWorkspace.
+struct GatherWorkspace {
+  GatherWorkspace(AllReduceWorkspace& group, std::vector<std::uintptr_t> bases, std::int64_t bytes,
+                  std::uintptr_t control);
+
+  AllReduceWorkspace& group;
+  std::vector<std::uintptr_t> bases;
+  std::int64_t bytes;
+  std::uintptr_t control;
+  void *copies, *forked, *joined;  // the stream of the copies, and events between it and the caller's
+};
+
+std::int64_t gather_workspace_bytes(std::int64_t bytes);
+
+// out[world * rows, n] = all ranks' x[rows, k], in rank order, times weight[n, k]^T. What the other ranks' rows fill
+// must fit `bytes`. Else as matmul_all_reduce; x is read until the caller's stream is through, by copy engines.
+void all_gather_matmul(GatherWorkspace& workspace, const void* x, const void* weight, void* out, std::int64_t rows,
+                       std::int64_t n, std::int64_t k, int dtype, void* stream);
 
 // The same kernel without any exchange, to measure the matmul by itself.
 void matmul_only(const void* x, const void* weight, void* out, std::int64_t m, std::int64_t n, std::int64_t k,

@@ -23,6 +23,9 @@ SLOTS_BYTES = 64 << 20
 # it. At two ranks 4096 rows of 8192 columns go in one launch.
 MATMUL_TILES = 1024
 
+# Room for the rows that all_gather_matmul gathers from the other ranks; made when it is first needed.
+GATHER_BYTES = 128 << 20
+
 
 def slot_bytes_for(world: int) -> int:
     return SLOTS_BYTES // world // 16 * 16
@@ -47,7 +50,7 @@ class AllReduceWorkspace:
         self.hopper = agree(pg).compute_capability[0] == 9
         self._decode = self.hopper and agree(pg).multiprocessors > 0
         self._most_row_bytes = extension.all_reduce_max_norm_row_bytes if self.hopper else 0
-        self._handles, self._matmul = [], None
+        self._handles, self._matmul, self._gather = [], None, None
         buffer, bases = self._symmetric(extension.all_reduce_workspace_bytes(pg.size(), slot_bytes))
         self.native, self._owned = make_native(pg.rank(), bases, slot_bytes, timeout_seconds, device)
         self._owned += (buffer,)
@@ -64,11 +67,7 @@ class AllReduceWorkspace:
     def matmul(self):
         """The extension's MatmulWorkspace; made at the first call, which is collective and may not be captured."""
         if self._matmul is None:
-            if torch.cuda.is_current_stream_capturing():
-                raise RuntimeError(
-                    "the first matmul_all_reduce or matmul_reduce_scatter of many rows makes its workspace, which "
-                    "cannot be captured in a CUDA graph: run the operation once before the capture"
-                )
+            self._refuse_capture("matmul_all_reduce or matmul_reduce_scatter")
             extension = _ext.extension()
             buffer, bases = self._symmetric(extension.matmul_workspace_bytes(MATMUL_TILES))
             buffer.zero_()
@@ -77,6 +76,26 @@ class AllReduceWorkspace:
             self._owned += (buffer, control)
             self._matmul = extension.MatmulWorkspace(self.native, bases, MATMUL_TILES, control.data_ptr())
         return self._matmul
+
+    def gather(self):
+        """The extension's GatherWorkspace; as `matmul`."""
+        if self._gather is None:
+            self._refuse_capture("all_gather_matmul")
+            extension = _ext.extension()
+            buffer, bases = self._symmetric(extension.gather_workspace_bytes(GATHER_BYTES))
+            buffer.zero_()
+            control = torch.tensor([0, 0, 0, 1], dtype=torch.int32, device=self.device)
+            self._meet()
+            self._owned += (buffer, control)
+            self._gather = extension.GatherWorkspace(self.native, bases, GATHER_BYTES, control.data_ptr())
+        return self._gather
+
+    def _refuse_capture(self, ops: str) -> None:
+        if torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                f"the first {ops} of many rows makes its workspace, which cannot be captured in a CUDA graph: run the "
+                "operation once before the capture"
+            )
 
     def _symmetric(self, size: int) -> tuple[torch.Tensor, list[int]]:
         """A buffer of `size` bytes on every rank, and its addresses here by rank."""

@@ -1,18 +1,23 @@
 """matmul_reduce_scatter and all_gather_matmul: the two halves of sequence-parallel tensor parallelism.
 
-Many rows of the first go to the persistent kernel of matmul_all_reduce. The second gathers, then multiplies: gathering
-block by block beside torch's matmuls was slower (docs/matmul_all_reduce.md).
+Many rows go to the persistent kernel of matmul_all_reduce; the second's begins with this rank's rows, while copy
+engines bring the others'.
 """
 
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 
+from .. import _ext
 from ..comm.groups import group_from_name, resolve_group
+from ..comm.workspace import GATHER_BYTES, workspace_of
+from . import _direct
 from ._debug import check_agreement
+from ._dispatch import choose_fused
 from ._library import check_floating, register
-from .all_reduce import all_gather_, check_divisible, reduce_scatter_
+from .all_reduce import aligned, all_gather_, check_divisible, reduce_scatter_, why_not_fused
 from .matmul_all_reduce import algorithm, check_matmul, launch_matmul
 
 
@@ -24,9 +29,42 @@ def _reduce_scatter(x: torch.Tensor, weight: torch.Tensor, group_name: str) -> t
     return reduce_scatter_(F.linear(x, weight), pg)
 
 
+def _gathers_beside(x: torch.Tensor, weight: torch.Tensor, pg: dist.ProcessGroup) -> bool:
+    """Whether the kernel takes x [M / W, K] and weight [N, K]; from what all ranks share."""
+    if pg.size() == 1 or not choose_fused("all_gather_matmul", lambda: why_not_fused(x, pg), on_gpu=x.is_cuda):
+        return False
+    workspace, bytes = workspace_of(pg), x.numel() * x.element_size()
+    if not workspace.hopper or x.element_size() != 2 or weight.shape[0] % 8 or weight.shape[1] % 8:
+        return False
+    fits = 0 < bytes * (pg.size() - 1) <= GATHER_BYTES and weight.shape[0] > 0
+    return fits and workspace.choice("all_gather_matmul", bytes).algorithm == "persistent"
+
+
+def _launch_gather(x: torch.Tensor, weight: torch.Tensor, pg: dist.ProcessGroup) -> torch.Tensor:
+    workspace = workspace_of(pg)
+    workspace.check()
+    # Kept in names until after the launch: a temporary would give its memory back before the kernel is queued.
+    x, weight = aligned(x), aligned(weight)
+    (rows, k), n = x.shape, weight.shape[0]
+    out = x.new_empty(rows * pg.size(), n)
+    workspace.gather().all_gather_matmul(
+        x.data_ptr(),
+        weight.data_ptr(),
+        out.data_ptr(),
+        rows,
+        n,
+        k,
+        _ext.DTYPE_CODES[x.dtype],
+        _direct.raw_stream(workspace.device_index),
+    )
+    return out
+
+
 def _all_gather(x: torch.Tensor, weight: torch.Tensor, group_name: str) -> torch.Tensor:
     pg = group_from_name(group_name)
     check_agreement("all_gather_matmul", pg, x, weight)
+    if _gathers_beside(x, weight, pg):
+        return _launch_gather(x, weight, pg)
     return F.linear(all_gather_(x, pg), weight)
 
 

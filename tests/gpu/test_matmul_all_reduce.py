@@ -166,6 +166,92 @@ def test_calls_of_other_shapes_do_not_mix(late, seed):
     ranks.check()
 
 
+class VirtualGathers(VirtualRanks):
+    """VirtualRanks with the memory that rows are gathered in."""
+
+    def __init__(self, world: int, timeout_seconds: float = 20.0, room: int = 4 << 20):
+        super().__init__(world, timeout_seconds=timeout_seconds)
+        size = _ext.extension().gather_workspace_bytes(room)
+        self.gathered = [torch.zeros(size, dtype=torch.uint8, device=self.device) for _ in range(world)]
+        self.controls = [torch.tensor([0, 0, 0, 1], dtype=torch.int32, device=self.device) for _ in range(world)]
+        bases = [t.data_ptr() for t in self.gathered]
+        self.gathers = [
+            _ext.extension().GatherWorkspace(native, bases, room, control.data_ptr())
+            for native, control in zip(self.native, self.controls, strict=True)
+        ]
+        torch.cuda.synchronize()
+
+    def launch_gather(self, rank: int, x, weight, out) -> None:
+        self.gathers[rank].all_gather_matmul(
+            x=x.data_ptr(),
+            weight=weight.data_ptr(),
+            out=out.data_ptr(),
+            rows=x.shape[0],
+            n=weight.shape[0],
+            k=x.shape[1],
+            dtype=_ext.DTYPE_CODES[x.dtype],
+            stream=self.streams[rank].cuda_stream,
+        )
+
+
+@pytest.mark.parametrize("world", [2, 3, 4])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_all_gather_matmul(world, dtype, seed):
+    """Calls of changing shapes, one after the other without waiting, ranks delayed, eager and as replays of a graph."""
+    ranks = VirtualGathers(world)
+    shapes = [(256, 512, 512), (1, 64, 264), (130, 72, 520), (300, 256, 256)]  # few tiles: SMs are left for copies
+    problems = []
+    for rows, k, n in shapes:
+        xs, _ = operands(world, rows, k, 8, dtype)
+        _, weights = operands(world, 8, k, n, dtype)
+        problems.append((xs, weights, [x.new_empty(world * rows, n) for x in xs]))
+
+    def body(sleeps):
+        ranks.start()
+        for rank in range(world):
+            with torch.cuda.stream(ranks.streams[rank]):
+                torch.cuda._sleep(sleeps[rank])
+            for xs, weights, outs in (*problems, problems[0]):
+                ranks.launch_gather(rank, xs[rank], weights[rank], outs[rank])
+        ranks.finish()
+
+    def check():
+        for xs, weights, outs in problems:
+            whole = torch.cat(xs).double()
+            for weight, out in zip(weights, outs, strict=True):
+                assert_close(out, whole @ weight.double().t())
+                out.fill_(float("nan"))
+
+    for sleeps in torch.randint(0, 200_000, (5, world)).tolist():
+        body(sleeps)
+        check()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        body([0] * world)
+    for _ in range(50):
+        for xs, *_ in problems:
+            for x in xs:
+                x.normal_()
+        graph.replay()
+        check()
+    ranks.check()
+
+
+def test_gather_names_the_missing_rank():
+    ranks = VirtualGathers(2, timeout_seconds=0.5)
+    xs, ws = operands(2, 128, 64, 128, torch.bfloat16)
+    out = torch.empty(256, 128, device="cuda", dtype=torch.bfloat16)
+    torch.cuda.synchronize()
+    begin = time.monotonic()
+    ranks.start()
+    ranks.launch_gather(0, xs[0], ws[0], out)
+    torch.cuda.synchronize()
+    assert 0.4 < time.monotonic() - begin < 1.8
+    assert ranks.native[0].failure() == "all_gather_matmul on rank 0 waited in vain for rank 1 (call 1)"
+    with pytest.raises(RuntimeError, match="waited in vain for rank 1"):
+        ranks.launch_gather(0, xs[0], ws[0], out)
+
+
 def test_missing_rank_is_named_within_the_timeout():
     ranks = VirtualMatmuls(2, timeout_seconds=0.5)
     xs, ws = operands(2, 512, 256, 512, torch.bfloat16)

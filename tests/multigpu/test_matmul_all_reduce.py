@@ -20,6 +20,7 @@ def use_kernel(group) -> None:
     pg = group.get_group()
     fp.all_reduce(torch.ones(8, device="cuda"), group=group)  # makes the workspace
     for op in OPS:
+        agree(pg).tuning["all_gather_matmul"] = [(None, Choice("persistent"))]
         agree(pg).tuning[op] = [(400 << 10, Choice("decode")), (None, Choice("persistent"))]
     workspace_of(pg)._choices.clear()
 
