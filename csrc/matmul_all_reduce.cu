@@ -58,7 +58,7 @@ __global__ void __launch_bounds__(32 * kMaxWorld) enter_gather(const __grid_cons
   }
 }
 
-template <typename T>
+template <bool kSends, typename T>
 void launch(Params<T>& p, const void* x, const void* weight, std::int64_t m, std::int64_t n, std::int64_t k, int dtype,
             int device, int most_ctas, cudaStream_t stream) {
   if (m < 1 || n < 1 || k < 1 || n % 8 != 0 || k % 8 != 0 || !is_vec_aligned(x) || !is_vec_aligned(weight) ||
@@ -69,6 +69,7 @@ void launch(Params<T>& p, const void* x, const void* weight, std::int64_t m, std
                              "GPU a Hopper");
   }
   p.x = tensor_map(x, m, k, kTileRows, dtype);
+  p.weight = tensor_map(weight, n, k, kTileColumns, dtype);
   p.n = static_cast<int>(n);
   p.depths = tiles_of(k, kDepth);
   p.tile_columns = tiles_of(n, kTileColumns);
@@ -79,28 +80,13 @@ void launch(Params<T>& p, const void* x, const void* weight, std::int64_t m, std
     p.first_tile[turn + 1] = p.first_tile[turn] + tiles_of(rows, kTileRows) * p.tile_columns;
   }
   const int ctas = std::min(p.first_tile[p.owners], std::min(most_ctas, multiprocessor_count(device)));
-  // Neighbours in the order of work are below each other where all owners have an even number of rows of tiles.
-  bool pairs = ctas > 1;
-  for (int turn = 0; turn < p.owners; ++turn) {
-    pairs = pairs && (p.first_tile[turn + 1] - p.first_tile[turn]) / p.tile_columns % 2 == 0;
+  static thread_local int prepared = -1;  // the attribute is kept by the device
+  if (prepared != device) {
+    FP_CUDA_CHECK(cudaFuncSetAttribute(matmul_push<T, kSends>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                       Room<kSends>::kBytes));
+    prepared = device;
   }
-  const auto run = [&](auto cluster) {
-    constexpr int kCluster = decltype(cluster)::value;
-    p.weight = tensor_map(weight, n, k, kTileColumns / kCluster, dtype);
-    static thread_local int prepared = -1;  // the attribute is kept by the device
-    if (prepared != device) {
-      FP_CUDA_CHECK(
-          cudaFuncSetAttribute(matmul_push<T, kCluster>, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes));
-      prepared = device;
-    }
-    launch_dependent(matmul_push<T, kCluster>, p, ctas / kCluster * kCluster, kThreads, kCluster, true, stream,
-                     kSharedBytes);
-  };
-  if (pairs) {
-    run(std::integral_constant<int, 2>());
-  } else {
-    run(std::integral_constant<int, 1>());
-  }
+  launch_dependent(matmul_push<T, kSends>, p, ctas, kThreads, 1, true, stream, Room<kSends>::kBytes);
 }
 
 }  // namespace
@@ -157,7 +143,7 @@ void matmul_all_reduce(MatmulWorkspace& w, const void* x, const void* weight, vo
     for (int r = 0; r < g.world; ++r) most = std::max(most, tiles_of(p.first_row[r + 1] - p.first_row[r], kTileRows));
     p.exchange.most_owned = most * tiles_of(n, kTileColumns);
     g.order(stream);
-    launch(p, x, weight, m, n, k, dtype, g.device, g.max_threads / 512, static_cast<cudaStream_t>(stream));
+    launch<true>(p, x, weight, m, n, k, dtype, g.device, g.max_threads / 512, static_cast<cudaStream_t>(stream));
   });
 }
 
@@ -198,7 +184,6 @@ void all_gather_matmul(GatherWorkspace& w, const void* x, const void* weight, vo
     Params<T> p = {};
     p.exchange.bound = lamport_of(g, 0, false).bound;
     p.exchange.rank = g.rank;
-    p.exchange.world = 1;
     p.out = static_cast<T*>(out);
     p.owners = g.world;
     p.first_owner = g.rank;
@@ -237,7 +222,7 @@ void all_gather_matmul(GatherWorkspace& w, const void* x, const void* weight, vo
       }
     }
     FP_CUDA_CHECK(cudaEventRecord(static_cast<cudaEvent_t>(w.joined), copies));
-    launch(p, x, weight, rows, n, k, dtype, g.device, g.max_threads / 512, stream);
+    launch<false>(p, x, weight, rows, n, k, dtype, g.device, g.max_threads / 512, stream);
     FP_CUDA_CHECK(cudaStreamWaitEvent(stream, static_cast<cudaEvent_t>(w.joined), 0));
   });
 }
@@ -248,10 +233,10 @@ void matmul_only(const void* x, const void* weight, void* out, std::int64_t m, s
   dispatch_half(dtype, [&](auto* null) {
     using T = std::remove_pointer_t<decltype(null)>;
     Params<T> p = {};
-    p.exchange.world = p.owners = 1;
+    p.owners = 1;
     p.out = static_cast<T*>(out);
     p.first_row[1] = static_cast<int>(m);
-    launch(p, x, weight, m, n, k, dtype, device, 1 << 20, static_cast<cudaStream_t>(stream));
+    launch<false>(p, x, weight, m, n, k, dtype, device, 1 << 20, static_cast<cudaStream_t>(stream));
   });
 }
 

@@ -23,15 +23,6 @@ __device__ __forceinline__ void barrier_expect(unsigned long long* barrier, unsi
                "r"(bytes)
                : "memory");
 }
-// The same barrier in the cluster's CTA number `cta`.
-__device__ __forceinline__ void barrier_arrive_at(unsigned long long* barrier, unsigned cta) {
-  asm volatile(
-      "{\n\t.reg .b32 at;\n\t"
-      "mapa.shared::cluster.u32 at, %0, %1;\n\t"
-      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [at];\n\t}" ::"r"(shared_address(barrier)),
-      "r"(cta)
-      : "memory");
-}
 // Within a CTA: every wait here is for a thread of the same CTA or for a copy that one of them has issued.
 __device__ __forceinline__ void barrier_wait(unsigned long long* barrier, unsigned parity) {
   asm volatile(
@@ -49,16 +40,6 @@ __device__ __forceinline__ void load_tile(void* to, const CUtensorMap* map, int 
       "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];" ::
           "r"(shared_address(to)),
       "l"(map), "r"(shared_address(barrier)), "r"(x), "r"(y)
-      : "memory");
-}
-
-// The same into the CTAs of the cluster that `ctas` has bits of, at the same place in each, whose barrier counts it.
-__device__ __forceinline__ void load_tile_to(void* to, const CUtensorMap* map, int x, int y,
-                                             unsigned long long* barrier, unsigned short ctas) {
-  asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster "
-      "[%0], [%1, {%3, %4}], [%2], %5;" ::"r"(shared_address(to)),
-      "l"(map), "r"(shared_address(barrier)), "r"(x), "r"(y), "h"(ctas)
       : "memory");
 }
 

@@ -1,0 +1,272 @@
+// What the persistent matmul kernel (matmul_all_reduce.cuh) exchanges with peers, and where: the order of tiles, slots
+// and flags, the sending of finished tiles and the adding of those that arrive.
+#pragma once
+
+#include <cuda.h>
+#include <cuda_runtime.h>
+
+#include <type_traits>
+
+#include "common/lamport.cuh"
+#include "common/tensor_map.h"
+#include "common/wgmma.cuh"
+#include "matmul_all_reduce.h"
+
+namespace fp {
+
+constexpr int kDepth = kTensorBoxColumns;  // of an operand tile
+constexpr int kConsumers = 2;
+constexpr int kThreads = 128 * (1 + kConsumers);
+constexpr int kGroupRows = 8;  // rows of tiles that are worked on together: their operands share the L2
+constexpr int kHalfRows = 64;  // of a consumer
+constexpr unsigned kStageBytes = (kTileRows + kTileColumns) * kDepth * 2;
+// A consumer's half of a tile, in shared memory and in the slots: 4 panels of 64 columns, in each rows of 128 bytes,
+// whose chunks of 16 bytes have changed places by the row so that no access meets a bank twice.
+constexpr int kPanelColumns = 64, kPanels = kTileColumns / kPanelColumns;
+constexpr unsigned kPanelBytes = kHalfRows * kPanelColumns * 2, kHalfBytes = kPanels * kPanelBytes;
+
+// Shared memory: a result that is sent stays in it whole while the next tile is computed; one that is only stored
+// passes through it in two parts, which leaves room for another stage.
+template <bool kSends>
+struct Room {
+  static constexpr int kStages = kSends ? 3 : 4;
+  static constexpr int kResultPanels = kSends ? kPanels : kPanels / 2;
+  static constexpr unsigned kResultBytes = kResultPanels * kPanelBytes;  // of a consumer
+  static constexpr unsigned kBytes = 1024 + kStages * kStageBytes + kConsumers * kResultBytes;
+};
+constexpr int kMostStages = 4;
+
+// Where tiles travel through; see MatmulWorkspace. Call e uses the half e % 2 of the slots: a peer that is in call e +
+// 2 has seen this rank in call e + 1, and so at the end of call e.
+struct Exchange {
+  unsigned char* bases[kMaxWorld];
+  unsigned long long* arrivals;  // as Control::arrivals
+  WaitBound bound;
+  int rank, world;
+  unsigned tiles;       // slots of a half
+  unsigned most_owned;  // tiles of one owner, at most
+
+  // Slots: [2 halves][tiles][kTileBytes], then flags: [2 halves][tiles][kConsumers]. In a half first the partials of
+  // this rank's tiles by source, then the sums of the others' tiles by owner. Flags have halves like the tiles they
+  // speak of: with more than two ranks, a peer that is in call e + 1 may set flags where, by that call's shape, another
+  // peer's are that has yet to send its tiles of call e.
+  __device__ __forceinline__ unsigned slot(int on, int peer, unsigned tile, bool sum) const {
+    return ((sum ? world - 1 : 0) + peer - (peer > on)) * most_owned + tile;
+  }
+  __device__ __forceinline__ unsigned char* data(int on, unsigned slot, unsigned epoch) const {
+    return bases[on] + ((epoch & 1) * tiles + slot) * static_cast<unsigned long long>(kTileBytes);
+  }
+  __device__ __forceinline__ unsigned* flag(int on, unsigned slot, unsigned epoch, int half) const {
+    unsigned* flags = reinterpret_cast<unsigned*>(bases[on] + 2ull * tiles * kTileBytes);
+    return flags + ((epoch & 1) * tiles + slot) * kConsumers + half;
+  }
+};
+
+// Rows of x that copy engines of the peers bring while the kernel runs (all_gather_matmul): flags say which have come.
+struct Gathered {
+  CUtensorMap x;          // [(world - 1) * rows, K], by source
+  const unsigned* flags;  // [world][kGatherChunks]; 1: the chunk of that source is there
+  int rows, chunk_rows;   // of a source
+};
+
+template <typename T>
+struct Params {
+  CUtensorMap x, weight;
+  Exchange exchange;
+  T* out;
+  int n, depths;                  // depths: steps of kDepth along K
+  int tile_columns;               // tiles along N
+  int owners, first_owner;        // rows belong to ranks; the order of work begins with that one's
+  int first_row[kMaxWorld + 1];   // of each owner
+  int first_tile[kMaxWorld + 1];  // of each owner in the order of work
+  bool scatter, gather;
+  Gathered gathered;
+};
+
+#if !defined(__CUDA_ARCH__) || (defined(__CUDA_ARCH_FEAT_SM90_ALL) && __CUDA_ARCH__ == 900)
+#define FP_HAS_WGMMA 1
+#else
+#define FP_HAS_WGMMA 0  // the kernel's body is left out; the launcher refuses such GPUs
+#endif
+
+#if FP_HAS_WGMMA
+struct Tile {
+  int owner;
+  unsigned index;  // among the owner's, the same on all ranks
+  int row, column, end_row;
+};
+
+template <typename T>
+__device__ __forceinline__ Tile tile_at(const Params<T>& p, int i) {
+  int turn = 0;
+  while (i >= p.first_tile[turn + 1]) ++turn;
+  int owner = p.first_owner + turn;
+  owner = owner >= p.owners ? owner - p.owners : owner;
+  const int index = i - p.first_tile[turn];
+  const int tile_rows = (p.first_tile[turn + 1] - p.first_tile[turn]) / p.tile_columns;
+  const int group = index / (kGroupRows * p.tile_columns), within = index % (kGroupRows * p.tile_columns);
+  const int rows = min(kGroupRows, tile_rows - group * kGroupRows);
+  const int row = p.first_row[owner] + (group * kGroupRows + within % rows) * kTileRows;
+  return {owner, static_cast<unsigned>(index), row, within / rows * kTileColumns, p.first_row[owner + 1]};
+}
+
+__device__ __forceinline__ unsigned load_acquire_sys(const unsigned* p) {
+  unsigned v;
+  asm volatile("ld.acquire.sys.global.u32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
+  return v;
+}
+__device__ __forceinline__ void store_release_sys(unsigned* p, unsigned v) {
+  asm volatile("st.release.sys.global.u32 [%0], %1;" ::"l"(p), "r"(v) : "memory");
+}
+
+// Until the flag says call `epoch`; what it said before were calls that used this half earlier. Acquire: pairs with the
+// release that set it, so that the tile, written before, is visible to this thread, and to those that it meets at a
+// barrier afterwards. False after a failed wait.
+__device__ __forceinline__ bool await(const Exchange& x, const unsigned* flag, int peer, unsigned epoch,
+                                      unsigned long long& start) {
+  for (unsigned spins = 1; static_cast<int>(load_acquire_sys(flag) - epoch) < 0; ++spins) {
+    if (spins % kSpinsPerCheck == 0 && wait_is_over(x.bound, start, kMatmul, peer, epoch)) return false;
+  }
+  return true;
+}
+
+__device__ __forceinline__ void meet(int consumer) {  // the threads of one consumer warpgroup
+  asm volatile("bar.sync %0, 128;" ::"r"(consumer + 1) : "memory");
+}
+
+// What the threads of a CTA share beside the operand stages and the results.
+struct Shared {
+  unsigned long long full[kMostStages], empty[kMostStages];  // operands
+  unsigned long long result_full[kConsumers], result_empty[kConsumers];
+  unsigned long long epoch;
+  unsigned copied;  // items of copy_sums that are taken
+  bool failed_before;
+  bool silent[kConsumers];  // a wait has failed: nothing is sent any more
+};
+
+// A half tile to a peer, by the copy engine.
+__device__ __forceinline__ void send_half(void* to, const void* from) {
+  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(to), "r"(shared_address(from)),
+               "r"(kHalfBytes)
+               : "memory");
+}
+
+// One thread for each consumer: sends finished halves, to the tile's owner or, summed, to all peers, then sets the
+// flags.
+template <typename T>
+__device__ __forceinline__ void send_results(const Params<T>& p, const unsigned char* half, Shared& shared, int tiles,
+                                             int consumer, unsigned epoch) {
+  const Exchange& x = p.exchange;
+  unsigned parity = 0;
+  for (int i = blockIdx.x; i < tiles; i += gridDim.x) {
+    const Tile tile = tile_at(p, i);
+    const bool own = tile.owner == x.rank;
+    if (own && p.scatter) continue;
+    barrier_wait(&shared.result_full[consumer], parity);
+    parity ^= 1;
+    const bool silent = shared.silent[consumer];
+    const int first = own ? 0 : tile.owner, end = own ? x.world : tile.owner + 1;
+    for (int peer = first; peer < end && !silent; ++peer) {
+      if (peer == x.rank) continue;
+      send_half(x.data(peer, x.slot(peer, x.rank, tile.index, own), epoch) + consumer * kHalfBytes, half);
+    }
+    asm volatile("cp.async.bulk.commit_group;\n\tcp.async.bulk.wait_group.read 0;" ::: "memory");
+    barrier_arrive(&shared.result_empty[consumer]);
+    // Written, not only read; then visible to what generic accesses follow, of which the first is the release.
+    asm volatile("cp.async.bulk.wait_group 0;\n\tfence.proxy.async;" ::: "memory");
+    for (int peer = first; peer < end && !silent; ++peer) {
+      if (peer != x.rank)
+        store_release_sys(x.flag(peer, x.slot(peer, x.rank, tile.index, own), epoch, consumer), epoch);
+    }
+  }
+}
+
+// The sums of the others' tiles, as they arrive, into `out`, a panel at a time: by one warp while the others multiply,
+// by all that have nothing left to multiply in the end.
+template <typename T>
+__device__ __forceinline__ void copy_sums(const Params<T>& p, Shared& shared, unsigned epoch) {
+  constexpr int kAtOnce = 8, kItems = kConsumers * kPanels;
+  const Exchange& x = p.exchange;
+  const int lane = threadIdx.x % 32, others = p.first_tile[x.world - 1];
+  unsigned long long start = 0;
+  for (;;) {
+    unsigned item = 0;
+    if (lane == 0) item = atomicAdd(&shared.copied, 1u);
+    item = __shfl_sync(0xffffffffu, item, 0);
+    const int i = blockIdx.x + item / kItems * gridDim.x;
+    if (i >= others) return;
+    const Tile tile = tile_at(p, i);
+    const int half = item % kItems / kPanels, panel = item % kPanels;
+    const unsigned slot = x.slot(x.rank, tile.owner, tile.index, true);
+    bool there = true;
+    if (lane == 0) there = await(x, x.flag(x.rank, slot, epoch, half), tile.owner, epoch, start);
+    if (!__shfl_sync(0xffffffffu, there, 0)) return;
+    __syncwarp();  // where the warp meets the lane that has seen the flag
+    const unsigned char* from = x.data(x.rank, slot, epoch) + half * kHalfBytes + panel * kPanelBytes;
+#pragma unroll 1
+    for (int first = 0; first < static_cast<int>(kPanelBytes / 16); first += kAtOnce * 32) {
+      Vec<T> values[kAtOnce];
+#pragma unroll
+      for (int u = 0; u < kAtOnce; ++u) {
+        values[u] = load_once_written(reinterpret_cast<const T*>(from) + (first + u * 32 + lane) * 8);
+      }
+#pragma unroll
+      for (int u = 0; u < kAtOnce; ++u) {
+        const int v = first + u * 32 + lane, row = v / 8;
+        const int out_row = tile.row + half * kHalfRows + row;
+        const int column = tile.column + panel * kPanelColumns + ((v ^ row) % 8) * 8;
+        if (out_row < tile.end_row && column < p.n) {
+          store(p.out + static_cast<std::int64_t>(out_row) * p.n + column, values[u]);
+        }
+      }
+    }
+  }
+}
+
+// A half of an own tile: the peers' partials added in rank order, in fp32, rounded once; to `out`, and back into shared
+// memory if it is sent on.
+template <typename T>
+__device__ __forceinline__ void sum_result(const Params<T>& p, const Tile& tile, unsigned char* half, int consumer,
+                                           unsigned epoch) {
+  constexpr int kAtOnce = 4;
+  const Exchange& x = p.exchange;
+  const int thread = threadIdx.x % 128;
+#pragma unroll 1
+  for (int first = 0; first < static_cast<int>(kHalfBytes / 16); first += kAtOnce * 128) {
+    float sum[kAtOnce][8];
+    for (int source = 0; source < x.world; ++source) {
+      const bool mine = source == x.rank;
+      Vec<T> values[kAtOnce];
+      const unsigned char* from = half;
+      if (!mine) from = x.data(x.rank, x.slot(x.rank, source, tile.index, false), epoch) + consumer * kHalfBytes;
+#pragma unroll
+      for (int u = 0; u < kAtOnce; ++u) {
+        const unsigned at = (first + u * 128 + thread) * 16;
+        values[u] = mine ? Vec<T>{*reinterpret_cast<const uint4*>(from + at)}
+                         : load_once_written(reinterpret_cast<const T*>(from + at));
+      }
+#pragma unroll
+      for (int u = 0; u < kAtOnce; ++u) {
+        float value[8];
+        to_floats(values[u], value);
+#pragma unroll
+        for (int e = 0; e < 8; ++e) sum[u][e] = source == 0 ? value[e] : sum[u][e] + value[e];
+      }
+    }
+#pragma unroll
+    for (int u = 0; u < kAtOnce; ++u) {
+      const int v = first + u * 128 + thread, panel = v / (kHalfRows * 8), row = v / 8 % kHalfRows;
+      const int out_row = tile.row + consumer * kHalfRows + row;
+      const int column = tile.column + panel * kPanelColumns + ((v ^ row) % 8) * 8;
+      const Vec<T> total = from_floats<T>(sum[u]);
+      if (out_row < tile.end_row && column < p.n) {
+        const int at = p.scatter ? out_row - p.first_row[x.rank] : out_row;
+        store(p.out + static_cast<std::int64_t>(at) * p.n + column, total);
+      }
+      if (!p.scatter) *reinterpret_cast<uint4*>(half + v * 16) = total.raw;
+    }
+  }
+}
+#endif
+
+}  // namespace fp
