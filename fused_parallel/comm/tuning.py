@@ -37,7 +37,9 @@ class Choice(NamedTuple):
 Table = dict[str, list[tuple[int | None, Choice]]]
 
 _MB = 1 << 20
-ONE, TWO, LIBRARY, WHOLE, DECODE = map(Choice, ("one_shot", "two_shot", "library", "whole", "decode"))
+ONE, TWO, LIBRARY, WHOLE, DECODE, PERSISTENT = map(
+    Choice, ("one_shot", "two_shot", "library", "whole", "decode", "persistent")
+)
 
 
 def default_table(world: int) -> Table:
@@ -56,17 +58,16 @@ def default_table(world: int) -> Table:
         all_reduce = [(_MB // world, ONE), (None, TWO)]
         # Only one-shot keeps the sums for the norm.
         with_norm = [(4 * _MB // world, ONE), (None, LIBRARY)]
-    persistent = Choice("persistent")
     return {
         "all_reduce": all_reduce,
         "all_reduce_add_rms_norm": with_norm,
         "reduce_scatter": [(None, ONE)],
-        "matmul_all_reduce": [(2 * _MB, DECODE), (12 * _MB, WHOLE), (None, persistent)],
+        "matmul_all_reduce": [(2 * _MB, DECODE), (12 * _MB, WHOLE), (None, PERSISTENT)],
         # The sum in one kernel with the norm gains more than the exchange beside the matmul.
         "matmul_all_reduce_add_rms_norm": [(2 * _MB, DECODE), (None, WHOLE)],
-        "matmul_reduce_scatter": [(6 * _MB, WHOLE), (None, persistent)],
+        "matmul_reduce_scatter": [(6 * _MB, WHOLE), (None, PERSISTENT)],
         "all_gather": [(None, ONE)],
-        "all_gather_matmul": [(4 * _MB, WHOLE), (None, persistent)],
+        "all_gather_matmul": [(4 * _MB, WHOLE), (None, PERSISTENT)],
     }
 
 

@@ -64,6 +64,11 @@ class AllReduceWorkspace:
             found = self._choices[op, bytes] = tuning.choose(agree(self.pg).tuning, op, bytes)
         return found
 
+    def forget_choices(self) -> None:
+        """After the group's table has been changed, as tuning and tests do."""
+        self._choices.clear()
+        self.known.clear()
+
     def matmul(self):
         """The extension's MatmulWorkspace; made at the first call, which is collective and may not be captured."""
         if self._matmul is None:

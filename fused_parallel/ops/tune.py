@@ -18,6 +18,7 @@ from ..testing.timer import Timing, time_collective
 from .add_rms_norm import add_norm
 from .all_reduce import launch_all_reduce
 from .all_reduce_add_rms_norm import launch_reduce_norm
+from .tune_matmul import measure_matmuls
 
 HIDDEN = 8192
 DTYPE = torch.bfloat16
@@ -110,11 +111,11 @@ def measure(pg: dist.ProcessGroup, quick: bool, tell: Callable[[str], None] | No
                 measured.append((op, bytes, choice, timing))
                 times.append((timing.us_p50, choice))
             best.append((bytes, min(times)[1]))
-        table[op] = _steps(best)
-    return table, measured
+        table[op] = steps(best)
+    return table, measured + measure_matmuls(workspace, table, quick, tell)
 
 
-def _steps(best: list[tuple[int, Choice]]) -> list[tuple[int | None, Choice]]:
+def steps(best: list[tuple[int, Choice]]) -> list[tuple[int | None, Choice]]:
     """A choice serves up to the middle, in powers, between its size and the next; neighbours alike become one."""
     steps: list[tuple[int | None, Choice]] = []
     for (bytes, choice), (next_bytes, following) in itertools.pairwise(best):

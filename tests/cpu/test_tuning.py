@@ -8,9 +8,10 @@ import torch
 from fused_parallel.cli import main
 from fused_parallel.comm import tuning
 from fused_parallel.comm.tuning import Choice
-from fused_parallel.ops.tune import _steps, candidates, rows_tried
+from fused_parallel.ops import tune_matmul
+from fused_parallel.ops.tune import candidates, rows_tried, steps
 
-ALGORITHMS = {"one_shot", "two_shot", "library", "whole", "persistent"}
+ALGORITHMS = {"one_shot", "two_shot", "library", "whole", "persistent", "decode"}
 
 
 @pytest.fixture
@@ -54,10 +55,10 @@ def test_a_file_that_is_no_table_is_named(file, text):
         tuning.load(2)
 
 
-def test_steps_lie_between_the_sizes_measured():
+def teststeps_lie_between_the_sizes_measured():
     a, b = Choice("one_shot"), Choice("two_shot")
-    assert _steps([(100, a), (400, a), (1600, b)]) == [(800, a), (None, b)]
-    assert _steps([(100, a)]) == [(None, a)]
+    assert steps([(100, a), (400, a), (1600, b)]) == [(800, a), (None, b)]
+    assert steps([(100, a)]) == [(None, a)]
 
 
 def test_candidates():
@@ -66,6 +67,17 @@ def test_candidates():
             for world in (2, 3, 8):
                 found = candidates(op, world, rows, 132)
                 assert len(set(found)) == len(found) > 3 and tuning.LIBRARY in found
+
+
+def test_matmul_candidates():
+    for op in tune_matmul.OPS:
+        for rows in tune_matmul.rows_tried(op, quick=False):
+            for world in (2, 3, 8):
+                found = tune_matmul.candidates(op, world, rows)
+                assert tuning.WHOLE in found and len(set(found)) == len(found)
+    assert tuning.DECODE in tune_matmul.candidates("matmul_all_reduce", 2, 64)
+    assert tuning.DECODE not in tune_matmul.candidates("matmul_all_reduce", 2, 128)
+    assert tuning.PERSISTENT in tune_matmul.candidates("all_gather_matmul", 2, 256)
 
 
 def test_tune_without_gpus_says_so(capsys):

@@ -22,7 +22,7 @@ def use_kernel(group) -> None:
     for op in OPS:
         agree(pg).tuning["all_gather_matmul"] = [(None, Choice("persistent"))]
         agree(pg).tuning[op] = [(400 << 10, Choice("decode")), (None, Choice("persistent"))]
-    workspace_of(pg)._choices.clear()
+    workspace_of(pg).forget_choices()
 
 
 class Problem:

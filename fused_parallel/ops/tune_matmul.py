@@ -1,0 +1,102 @@
+"""Measuring the tuning table's rows of matmuls with a collective: every kernel for the shape, the fastest is kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from ..comm import tuning
+from ..comm.capabilities import agree
+from ..comm.tuning import Choice, Table
+from ..comm.workspace import AllReduceWorkspace
+from ..testing.timer import Timing, time_collective
+from .matmul_all_reduce import matmul_all_reduce, matmul_all_reduce_add_rms_norm
+from .matmul_reduce_scatter import all_gather_matmul, matmul_reduce_scatter
+
+OPS = ("matmul_all_reduce", "matmul_all_reduce_add_rms_norm", "matmul_reduce_scatter", "all_gather_matmul")
+N, K = 8192, 8192  # of a rank: between a 70B model's attention output and its MLP's on two
+DTYPE = torch.bfloat16
+_EPS = 1e-5
+
+
+def rows_tried(op: str, quick: bool) -> list[int]:
+    """Rows of the whole result."""
+    few = [] if op in ("matmul_reduce_scatter", "all_gather_matmul") else [1, 64] if quick else [1, 8, 32, 64]
+    return few + ([256, 2048] if quick else [128, 256, 512, 1024, 2048, 4096])
+
+
+def candidates(op: str, world: int, rows: int) -> list[Choice]:
+    """What is tried for a result of `rows` rows."""
+    found = [tuning.WHOLE]
+    if rows <= 64 and op.startswith("matmul_all_reduce"):
+        found.append(tuning.DECODE)
+    if rows > 128 * (world - 1):
+        found.append(tuning.PERSISTENT)
+    return found
+
+
+def _function(op: str, pg, norm: torch.Tensor) -> Callable:
+    return {
+        "matmul_all_reduce": lambda x, w, _: matmul_all_reduce(x, w, group=pg),
+        "matmul_all_reduce_add_rms_norm": lambda x, w, r: matmul_all_reduce_add_rms_norm(x, w, r, norm, _EPS, group=pg),
+        "matmul_reduce_scatter": lambda x, w, _: matmul_reduce_scatter(x, w, group=pg),
+        "all_gather_matmul": lambda x, w, _: all_gather_matmul(x, w, group=pg),
+    }[op]
+
+
+def measure_matmuls(
+    workspace: AllReduceWorkspace, table: Table, quick: bool, tell: Callable[[str], None] | None = None
+) -> list[tuple[str, int, Choice, Timing]]:
+    """Time all candidates on the ranks of the workspace's group, all of which call this, and put the fastest into
+    `table`, whose collectives are used where a choice is "whole". Returns (op, payload bytes, Choice, Timing) rows."""
+    from .tune import steps
+
+    pg, device = workspace.pg, workspace.device
+    world, norm = pg.size(), torch.randn(N, device=device, dtype=DTYPE)
+    weights = [
+        torch.randn(N, K, device=device, dtype=DTYPE).mul_(K**-0.5) for _ in range(3)
+    ]  # 400 MB: no L2 keeps them
+    agreed = agree(pg).tuning
+    before = dict(agreed)
+    measured: list[tuple[str, int, Choice, Timing]] = []
+
+    def use(op: str, rows: list) -> None:
+        agreed[op] = rows
+        workspace.forget_choices()
+
+    try:
+        for op in table:
+            use(op, table[op])
+        for op in OPS:
+            best: list[tuple[int, Choice]] = []
+            gathers = op == "all_gather_matmul"
+            for rows in rows_tried(op, quick):
+                # What the table is asked with: the result, or the input that is gathered.
+                bytes = (rows // world * K if gathers else rows * N) * DTYPE.itemsize
+                if tell is not None:
+                    tell(f"{op} of {rows} rows")
+
+                def inputs(i, rows=rows, gathers=gathers):
+                    x = torch.randn(rows // world if gathers else rows, K, device=device, dtype=DTYPE)
+                    return x, weights[i % len(weights)], torch.randn(rows, N, device=device, dtype=DTYPE)
+
+                times = []
+                for choice in candidates(op, world, rows):
+                    use(op, [(None, choice)])
+                    timing = time_collective(
+                        _function(op, pg, norm),
+                        inputs=inputs,
+                        group=pg,
+                        calls=12 if rows <= 512 else 4,
+                        rounds=9 if quick else 15,
+                    )
+                    measured.append((op, bytes, choice, timing))
+                    times.append((timing.us_p50, choice))
+                best.append((bytes, min(times)[1]))
+            table[op] = steps(best)
+            use(op, table[op])
+    finally:
+        for op, rows in before.items():
+            use(op, rows)
+    return measured
