@@ -16,7 +16,8 @@ test: $(ENVIRONMENT)
 
 gpu-test: $(ENVIRONMENT)
 	@$(python) -c 'import sys, torch; torch.cuda.is_available() or sys.exit("make gpu-test: torch sees no CUDA device")'
-	$(python) -m pytest tests/gpu tests/multigpu
+	$(python) -m pytest tests/gpu $$($(python) -c 'import torch; print("-n", torch.cuda.device_count())')
+	$(python) -m pytest tests/multigpu
 
 bench: $(ENVIRONMENT)
 	@failed=; for script in benchmarks/bench_*.py; do \

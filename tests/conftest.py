@@ -12,6 +12,10 @@ os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
 # virtual ranks is a kernel that waits for the rank whose kernel is being loaded.
 os.environ.setdefault("CUDA_MODULE_LOADING", "EAGER")
 
+# Workers of pytest-xdist (make gpu-test) have a GPU each.
+if worker := os.environ.get("PYTEST_XDIST_WORKER"):
+    os.environ["CUDA_VISIBLE_DEVICES"] = worker.removeprefix("gw")
+
 import torch
 
 from fused_parallel.testing.spawn import close_pools
