@@ -53,6 +53,8 @@ def test_generate_alone_and_on_two_ranks():
         (("--prompt", "x", "--max-new-tokens", "0"), "max_new_tokens must be an integer of at least 1"),
         (("--prompt-file", "/nowhere.txt"), "/nowhere.txt"),
         (("--prompt", "x", "--device", "cuda"), "has no GPU"),
+        (("--prompt", "x", "--host-memory", "1"), "give --offload GB, too"),
+        (("--prompt", "x", "--offload", "0", "--host-memory", "-1"), "host_bytes must be an integer of at least 0"),
     ],
 )
 def test_generate_errors(options, message, capsys):

@@ -8,11 +8,9 @@ import torch
 from torch import nn
 
 import fused_parallel as fp
+from fused_parallel.cli.generate import describe
 from fused_parallel.nn.streamed_layers import _spread
 from fused_parallel.testing.spawn import run_ranks
-
-PROMPTS = [[5, 17, 200, 3], [9], [44, 45, 46, 47, 48, 49, 50, 51, 52]]
-NEW = 16
 
 
 @pytest.fixture(scope="module")
@@ -24,31 +22,34 @@ def pair(tmp_path_factory):
     return path, draft
 
 
-def offloaded(mesh, path, draft_path, offload, **options):
-    """(tokens, stats, parameter bytes that are not streamed, streamed bytes a pass, layers) of a generation."""
-    model = fp.LlamaForCausalLM.from_pretrained(path, mesh=mesh, dtype=torch.float32, offload=offload)
-    draft = draft_path
-    if draft_path not in (None, "ngram"):
-        draft = fp.LlamaForCausalLM.from_pretrained(draft_path, mesh=None, dtype=torch.float32)
-    result = fp.generate(model, PROMPTS, NEW, draft=draft, **options)
-    host = model.model.layers.host_bytes if model.offloaded else 0
-    return result.tokens, vars(result.stats), host, model.offloaded
-
-
 @pytest.mark.parametrize("tp,pp", [(1, 1), (2, 1), (1, 2)])
 def test_same_tokens(pair, tp, pp):
     path, draft = pair
-    expected = run_ranks(offloaded, tp * pp, path, None, None, tp=tp, pp=pp)[0][0]
+    expected = run_ranks(ranks.offloaded, tp * pp, path, None, None, tp=tp, pp=pp)[0][0]
     every = 1 << 40
     for offload in (fp.Offload(), fp.Offload(slots=1), fp.Offload(resident_bytes=40_000, slots=3), fp.Offload(every)):
         for drafter, options in ((None, {}), (draft, {}), ("ngram", {}), (draft, {"num_draft_tokens": "auto"})):
             for tokens, stats, host, streams in run_ranks(
-                offloaded, tp * pp, path, drafter, offload, tp=tp, pp=pp, **options
+                ranks.offloaded, tp * pp, path, drafter, offload, tp=tp, pp=pp, **options
             ):
                 assert tokens == expected and streams
                 passes = stats["rounds"] + 1  # the prompts' and the rounds'
                 assert stats["streamed_bytes"] == passes * host
                 assert (host == 0) == (offload.resident_bytes == every)
+
+
+def test_statistics_of_streaming(pair):
+    path, _ = pair
+    mesh = fp.init(device="cpu")
+    for offload in (None, fp.Offload(), fp.Offload(host_bytes=0), fp.Offload(1 << 40)):
+        model = fp.LlamaForCausalLM.from_pretrained(path, mesh=mesh, offload=offload)
+        stats = fp.generate(model, ranks.OFFLOAD_PROMPTS, 8).stats
+        if offload is None or offload.resident_bytes:
+            assert stats.streamed_bytes == 0 and stats.link_utilisation is None and stats.stream_gb_per_second is None
+            assert "streamed" not in describe(stats)
+        else:
+            assert 0 < stats.link_utilisation < 1 and 0.01 < stats.stream_gb_per_second < 1000
+            assert "GB/s in" in describe(stats)
 
 
 def places(mesh, path, resident):
@@ -110,4 +111,4 @@ def test_truncated_file(pair, tmp_path):
         data = file.read_bytes()
         (tmp_path / file.name).write_bytes(data[:-1000] if file.suffix == ".safetensors" else data)
     with pytest.raises(RuntimeError, match=r"raised ValueError: .*safetensors"):
-        run_ranks(offloaded, 1, tmp_path, None, fp.Offload())
+        run_ranks(ranks.offloaded, 1, tmp_path, None, fp.Offload())

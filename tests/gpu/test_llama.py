@@ -6,6 +6,8 @@ import torch
 from torch import nn
 
 import fused_parallel as fp
+from fused_parallel.offload import host_memory
+from fused_parallel.offload.host_memory import HostBlocks
 from fused_parallel.testing.spawn import run_ranks
 from fused_parallel.testing.tolerances import assert_close
 
@@ -122,9 +124,111 @@ def test_streamed_layers(seed):
             expected = layer(expected)
         for slots in (1, 2, 3):
             streamed = fp.nn.StreamedLayers(layers, device="cuda", slots=slots)
-            assert all(p.is_pinned() for p in streamed.parameters())
+            # Norms and biases live on the device, matrices in pinned host memory.
+            assert all(p.is_pinned() if p.dim() > 1 else p.is_cuda for p in streamed.parameters())
             for _ in range(20):
                 y = x.cuda()
                 for _, layer in streamed:
                     y = layer(y)
                 assert torch.allclose(y.cpu(), expected, atol=1e-4)
+
+
+def pinned(tensor: torch.Tensor) -> bool:
+    """By CUDA itself, not by what torch remembers."""
+    return tensor.is_pinned()
+
+
+def test_blocks_are_pinned_and_given_back():
+    """At their own size, by several threads; released memory is not pinned any longer, and may be pinned again."""
+    device = torch.device("cuda", 0)
+    sizes = [100_000_000 + 4096 * i + 17 for i in range(8)]
+    for _ in range(2):
+        blocks = HostBlocks(sizes, device, "test")
+        assert all(pinned(t) and pinned(t[-17:]) for t in blocks.tensors)
+        for t in blocks.tensors:
+            t[:1000].random_(256)
+        copies = [torch.empty_like(t, device=device).copy_(t, non_blocking=True) for t in blocks.tensors]
+        torch.cuda.synchronize()
+        assert all(torch.equal(a.cpu()[:1000], b[:1000]) for a, b in zip(copies, blocks.tensors, strict=True))
+        blocks.release()
+        assert not any(pinned(t) for t in blocks.tensors)
+
+
+def test_no_room_to_pin_is_told(monkeypatch):
+    """The driver refuses: what was pinned until then is given back."""
+    kept = []
+
+    def register(address, size, real=host_memory._register):
+        if len(kept) == 3:
+            return "out of memory"
+        kept.append(address)
+        return real(address, size)
+
+    monkeypatch.setattr(host_memory, "_register", register)
+    released = []
+    release = HostBlocks.release
+    monkeypatch.setattr(HostBlocks, "release", lambda self: (released.append(self), release(self)))
+    with pytest.raises(RuntimeError, match=r"mine: .* of host memory are needed, and pinning them failed"):
+        HostBlocks([10_000_000] * 8, torch.device("cuda", 0), "mine")
+    assert len(released[0].tensors) == 8 and not any(pinned(t) for t in released[0].tensors)
+
+
+@pytest.mark.parametrize("slots", [1, 2, 3])
+def test_offloaded_equals_resident(tmp_path, slots):
+    """With layers on the device, in host memory and in files; eager and in CUDA graphs."""
+    ranks.save_random_model(tmp_path / "target", scale=6.0, num_hidden_layers=8)
+    ranks.save_random_model(tmp_path / "draft", scale=6.0, num_hidden_layers=1)
+    args = tmp_path / "target", tmp_path / "draft"
+    (expected, *_) = run_ranks(ranks.offloaded, 1, *args, None, device="cuda")[0]
+    layer = 4 * (96 * (128 + 2 * 64) + 96 * 128 + 3 * 96 * 250)
+    for offload in (
+        fp.Offload(slots=slots),
+        fp.Offload(slots=slots, resident_bytes=3 * layer + 8192),
+        fp.Offload(slots=slots, host_bytes=5 * layer),
+    ):
+        options = [{}, {"num_draft_tokens": "auto"}, {"num_draft_tokens": 6}]
+        if offload.host_bytes is None:
+            options.append({"cuda_graph": True})
+        for more in options:
+            (tokens, stats, host, _) = run_ranks(ranks.offloaded, 1, *args, offload, device="cuda", **more)[0]
+            assert tokens == expected
+            assert host > 0 and stats["streamed_bytes"] > 0
+
+
+def test_streaming_in_a_graph_equals_eager(seed):
+    """Replays with inputs that change, between eager passes; the first copies begin before the pass (`prefetch`)."""
+    layers = {str(i): nn.Linear(1024, 1024, bias=False) for i in range(7)}
+    with torch.no_grad():
+        streamed = fp.nn.StreamedLayers(layers, device="cuda", slots=2)
+        x = torch.randn(4, 1024, device="cuda")
+
+        def run(y):
+            streamed.prefetch()
+            for _, layer in streamed:
+                y = torch.tanh(layer(y))
+            return y
+
+        weights = [layer.weight.double().cuda() for layer in streamed.values()]
+
+        def expected():
+            y = x.double()
+            for weight in weights:
+                y = torch.tanh(y @ weight.T)
+            return y
+
+        side = torch.cuda.Stream()
+        with torch.cuda.stream(side):
+            run(x)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = run(x)
+        torch.cuda.synchronize()
+        for turn in range(12):
+            x.copy_(torch.randn_like(x))
+            out.fill_(float("nan"))
+            graph.replay()
+            if turn % 3 == 0:
+                assert torch.allclose(run(x).double(), expected(), atol=1e-4)
+            assert torch.allclose(out.double(), expected(), atol=1e-4)
+        assert streamed.copy_seconds > 0
