@@ -133,9 +133,14 @@ class StreamedLayers(nn.Module):
             self._blocks[index], self._views[index] = block, views
 
     @property
+    def blocks(self) -> list[torch.Tensor]:
+        """uint8 [bytes] in host memory, one for each layer that is copied from there, in the order of a pass."""
+        return [self._blocks[i] for i in self._order if self._blocks[i] is not None]
+
+    @property
     def host_bytes(self) -> int:
         """Bytes of weights in host memory, which every pass copies."""
-        return sum(block.numel() for block in self._blocks.values() if block is not None)
+        return sum(block.numel() for block in self.blocks)
 
     @property
     def disk_bytes(self) -> int:

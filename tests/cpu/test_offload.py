@@ -1,6 +1,10 @@
 """Offloaded models: the same tokens as on the device, in every arrangement, with drafts; what stays where; errors."""
 
 import itertools
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import _llama_ranks as ranks
 import pytest
@@ -10,7 +14,10 @@ from torch import nn
 import fused_parallel as fp
 from fused_parallel.cli.generate import describe
 from fused_parallel.nn.streamed_layers import _spread
+from fused_parallel.testing import results
 from fused_parallel.testing.spawn import run_ranks
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -112,3 +119,19 @@ def test_truncated_file(pair, tmp_path):
         (tmp_path / file.name).write_bytes(data[:-1000] if file.suffix == ".safetensors" else data)
     with pytest.raises(RuntimeError, match=r"raised ValueError: .*safetensors"):
         run_ranks(ranks.offloaded, 1, tmp_path, None, fp.Offload())
+
+
+def test_benchmark_runs_on_ranks(tmp_path):
+    """bench_weight_stream on two CPU ranks: the rows that the report expects, and peers that compute the same."""
+    script = ["benchmarks/bench_weight_stream.py", "--device", "cpu", "--results", str(tmp_path), "--passes", "1"]
+    sizes = ["--gb", "0.004", "--hidden", "256", "--intermediate", "600", "--vocabulary", "64", "--tokens", "1", "3"]
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run([*start, *script, *sizes], capture_output=True, text=True, cwd=ROOT, env=environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = results.read(tmp_path / "weight_stream.csv")
+    impls = {"copy_only", "fused", "fused_first_token", "sync_loop"}
+    assert {row["impl"] for row in rows} - {"accelerate"} == impls
+    sizes_of = {row["shape"].split(";")[2]: int(row["bytes"]) for row in rows}
+    assert all(row["world_size"] == "2" and float(row["us_p50"]) > 0 for row in rows)
+    assert 0.35 < sizes_of["resident=0.5"] / sizes_of["resident=0"] < 0.65
