@@ -14,6 +14,7 @@ from ..models.config import DTYPES, LlamaConfig
 from ..models.llama import LlamaForCausalLM
 from ..models.tokenizer import load_tokenizer
 from ..offload import Offload
+from ..reference.quantized_matmul import KINDS
 from ..speculative import generate
 
 
@@ -60,6 +61,7 @@ def add_parser(subparsers) -> None:
         metavar="GB",
         help="with --offload: GB of host memory for each rank's layers; those beyond are read from the files each pass",
     )
+    parser.add_argument("--quantize", choices=KINDS, help="quantise the layers' matrices while they are read")
     parser.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda where there is a GPU")
     parser.add_argument("--dtype", choices=sorted(DTYPES), help="default: the checkpoint's")
     parser.add_argument("--timeout", type=float, default=300.0, help="seconds that bound every wait for another rank")
@@ -95,7 +97,8 @@ def run(args: argparse.Namespace) -> int:
     if args.offload is not None:
         host = None if args.host_memory is None else int(args.host_memory * 1e9)
         offload = Offload(resident_bytes=int(args.offload * 1e9), host_bytes=host)
-    model = LlamaForCausalLM.from_pretrained(args.model, mesh=mesh, dtype=dtype, offload=offload, progress=shown)
+    options = {"offload": offload, "quantize": args.quantize, "progress": shown}
+    model = LlamaForCausalLM.from_pretrained(args.model, mesh=mesh, dtype=dtype, **options)
     draft = args.draft
     if draft is not None and draft != "ngram":
         draft = LlamaForCausalLM.from_pretrained(draft, mesh=None, dtype=dtype)

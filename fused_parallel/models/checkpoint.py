@@ -5,6 +5,7 @@ Files are mapped, and values go from the page cache straight into their place: n
 
 from __future__ import annotations
 
+import functools
 import json
 import mmap
 import os
@@ -19,6 +20,7 @@ from torch import nn
 
 from .._progress import progress_bar
 from ..nn._shards import Piece, Shard, fill, full_shape
+from ..nn.quantize import fill_quantized
 
 _FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _THREADS = 8  # that read at once: disks want several requests, and ranks under torchrun compute with one thread
@@ -136,6 +138,7 @@ def load_weights(
     *,
     renamed: Mapping[str, str] | None = None,
     from_files: Callable[[nn.Parameter, Callable[[torch.Tensor], None]], bool] | None = None,
+    device: torch.device | None = None,
     progress: bool = False,
 ) -> set[str]:
     """Fill every parameter of `model`, reading only what this rank holds; the names of the tensors that were read.
@@ -144,18 +147,27 @@ def load_weights(
         renamed: name -> name of the tensor to read in its place (tied weights).
         from_files: from_files(parameter, fill) tells whether a parameter stays in its file: it is checked, but not
             read; `fill(tensor)` reads it whenever it is wanted.
+        device: where weights are quantised (default: the CPU).
         progress: show a bar.
 
     Several threads read at once. Raises ValueError, before anything is read, where the checkpoint does not match.
     """
     used: set[str] = set()
-    renamed = renamed or {}
-    fillers: list[tuple[nn.Parameter, Callable[[torch.Tensor], None]]] = []
+    renamed, device = renamed or {}, device or torch.device("cpu")
+    fillers: list[tuple[int, Callable[[], None]]] = []  # bytes to fill, and what fills them
     for module_name, module in model.named_modules():
         prefix = f"{module_name}." if module_name else ""
         parent = prefix[: prefix.rstrip(".").rfind(".") + 1]
-        for name, parameter in module.named_parameters(recurse=False):
+        quantized = getattr(module, "quantized", None)
+        parameters = dict(module.named_parameters(recurse=False))
+        if quantized is not None:
+            values, scales = parameters.pop("values"), parameters.pop("scales")
+            # Stands for the weight that the checkpoint holds.
+            parameters["weight"] = torch.empty(module.weight_shape, dtype=scales.dtype, device="meta")
+        for name, parameter in parameters.items():
             shard: Shard | None = getattr(module, "shards", {}).get(name)
+            if quantized is not None and name == "weight":
+                shard = module.weight_shard
             if shard is None:
                 whole = list(parameter.shape)
                 shard = Shard(0, whole[0], (Piece(name, 0, whole[0], 0, whole[0]),))
@@ -175,15 +187,23 @@ def load_weights(
                 for key in keys.values():
                     checkpoint.forget(key)
 
-            if from_files is None or not from_files(parameter, fill_from_file):
-                fillers.append((parameter, fill_from_file))
+            def quantize_from_file(module=module, shard=shard, read=read, keys=keys):
+                fill_quantized(
+                    module.values.data, module.scales.data, module.quantized, module.weight_shape, shard, read, device
+                )
+                for key in keys.values():
+                    checkpoint.forget(key)
+
+            if quantized is not None and name == "weight":
+                fillers.append((values.nbytes + scales.nbytes, quantize_from_file))
+            elif from_files is None or not from_files(parameter, fill_from_file):
+                fillers.append((parameter.nbytes, functools.partial(fill_from_file, parameter.data)))
 
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     threads = ThreadPoolExecutor(max(1, min(_THREADS, len(os.sched_getaffinity(0)) // ranks)))
-    total = sum(parameter.nbytes for parameter, _ in fillers)
     try:
-        with progress_bar(progress, "loading", total, "GB") as advance:
-            reading = {threads.submit(read_one, parameter.data): parameter.nbytes for parameter, read_one in fillers}
+        with progress_bar(progress, "loading", sum(size for size, _ in fillers), "GB") as advance:
+            reading = {threads.submit(read_one): size for size, read_one in fillers}
             for future in as_completed(reading):
                 future.result()
                 advance(reading[future])

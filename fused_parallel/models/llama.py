@@ -23,6 +23,7 @@ from ..nn import (
     RotaryEmbedding,
     StreamedLayers,
     VocabParallelEmbedding,
+    quantize_,
 )
 from ..nn.attention import lens_after
 from ..offload import Offload
@@ -73,18 +74,31 @@ class LlamaModel(nn.Module):
         device,
         dtype,
         offload: Offload | None = None,
+        quantize: str | None = None,
         progress: bool = False,
     ) -> None:
         super().__init__()
         kwargs = {"group": group, "device": device, "dtype": dtype}
-        of_layers = kwargs | {"device": "meta"} if offload is not None else kwargs
+        later = offload is not None or quantize is not None  # memory of the layers is made afterwards
+        of_layers = kwargs | {"device": "meta"} if later else kwargs
         self.embed_tokens = VocabParallelEmbedding(config.vocab_size, config.hidden_size, **kwargs) if first else None
         # A ModuleDict keyed by the global index keeps transformers' names on every stage.
         stack = {str(i): LlamaDecoderLayer(config, i - layers.start, **of_layers) for i in layers}
+        if quantize is not None:
+            for layer in stack.values():
+                quantize_(layer, quantize)
+                if offload is None:
+                    layer.to_empty(device=device)
         if offload is None:
             self.layers: nn.ModuleDict | StreamedLayers = nn.ModuleDict(stack)
         else:
             self.layers = StreamedLayers(stack, device=device, progress=progress, **vars(offload))
+            if quantize is not None and self.layers.disk_bytes:
+                self.layers.release()
+                raise ValueError(
+                    f"offload=Offload(host_bytes={offload.host_bytes}) leaves layers in their files, which hold no "
+                    f"quantised weights; give it more or leave quantize={quantize!r} out"
+                )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, device=device, dtype=dtype) if last else None
         self.rotary_emb = RotaryEmbedding(config.head_dim, config.rope_theta, config.rope_scaling, device)
 
@@ -111,6 +125,7 @@ class LlamaForCausalLM(nn.Module):
         mesh: of `fp.init`; its "tp" and "pp" dimensions are used. None: every rank holds the whole model (a draft).
         device, dtype: of the parameters; default: the mesh's device and the config's dtype.
         offload: keep the layers in host memory and stream them (`fp.Offload`).
+        quantize: "int8" or "int4": the layers' matrices are quantised (`nn.quantize_`), embedding and head are not.
         progress: show a bar while host memory is pinned.
 
     Parameters hold this rank's shards and are uninitialised: use `from_pretrained` or `load_state_dict`.
@@ -124,6 +139,7 @@ class LlamaForCausalLM(nn.Module):
         device=None,
         dtype: torch.dtype | None = None,
         offload: Offload | None = None,
+        quantize: str | None = None,
         progress: bool = False,
     ) -> None:
         super().__init__()
@@ -135,7 +151,7 @@ class LlamaForCausalLM(nn.Module):
         device = torch.device(device) if device is not None else default_device(mesh)
         kwargs = {"group": self.tp_group, "device": device, "dtype": dtype or DTYPES[config.dtype]}
         self._device = device
-        options = {"offload": offload, "progress": progress}
+        options = {"offload": offload, "quantize": quantize, "progress": progress}
         self.model = LlamaModel(config, self.layer_range, first, last, **options, **kwargs)
         self.lm_head = ParallelLMHead(config.hidden_size, config.vocab_size, **kwargs) if last else None
         if last and first and config.tie_word_embeddings:
@@ -155,6 +171,7 @@ class LlamaForCausalLM(nn.Module):
         dtype: torch.dtype | None = None,
         device=None,
         offload: Offload | None = None,
+        quantize: str | None = None,
         progress: bool = False,
     ) -> LlamaForCausalLM:
         """Load a Hugging Face directory (config.json and safetensors); each rank reads only what it holds.
@@ -165,6 +182,8 @@ class LlamaForCausalLM(nn.Module):
             dtype: of parameters and activations; default: the checkpoint's.
             device: default: the mesh's.
             offload: keep the layers in host memory (read straight into it) and stream them; None: on the device.
+            quantize: "int8" or "int4": quantise the layers' matrices while they are read, on the model's device, each
+                rank its part; embedding and head keep their dtype. Offloaded, they travel quantised.
             progress: show bars on stderr (rank 0 only) while memory is pinned and files are read.
 
         Raises FileNotFoundError or ValueError naming the file that is missing, corrupt or of another model, and
@@ -172,7 +191,9 @@ class LlamaForCausalLM(nn.Module):
         """
         config = LlamaConfig.from_pretrained(path)
         checkpoint = Checkpoint(path)
-        model = cls(config, mesh=mesh, device=device, dtype=dtype, offload=offload, progress=progress)
+        model = cls(
+            config, mesh=mesh, device=device, dtype=dtype, offload=offload, quantize=quantize, progress=progress
+        )
         try:
             model._load(checkpoint, progress)
         except BaseException:
@@ -184,7 +205,8 @@ class LlamaForCausalLM(nn.Module):
     def _load(self, checkpoint: Checkpoint, progress: bool) -> None:
         tied = {"lm_head.weight": "model.embed_tokens.weight"} if self.config.tie_word_embeddings else {}
         from_files = self.model.layers.from_files if self.offloaded else None
-        used = load_weights(self, checkpoint, renamed=tied, from_files=from_files, progress=progress)
+        options = {"from_files": from_files, "device": self._device, "progress": progress}
+        used = load_weights(self, checkpoint, renamed=tied, **options)
         unknown = sorted(k for k in checkpoint.keys() - used if not self._is_elsewhere(k) and k not in tied)
         if unknown:
             raise ValueError(
@@ -219,7 +241,7 @@ class LlamaForCausalLM(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """Of the parameters and activations."""
-        return next(self.model.layers.parameters()).dtype
+        return next(iter(self.model.layers.values())).input_layernorm.weight.dtype
 
     @property
     def offloaded(self) -> bool:

@@ -67,8 +67,12 @@ class ColumnParallelLinear(ShardedModule):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., in_features] -> [..., local out] (outputs of a merged layer one after the other), or [...,
         out_features] with `gather_output`."""
-        check_matmul("ColumnParallelLinear", x, self.weight, self.bias)
-        out = F.linear(x, self.weight, self.bias)
+        if self.quantized is not None:
+            out = ops.quantized_matmul(x, self.values, self.scales)
+            out = out if self.bias is None else out.add_(self.bias)
+        else:
+            check_matmul("ColumnParallelLinear", x, self.weight, self.bias)
+            out = F.linear(x, self.weight, self.bias)
         return gather_last(out, self.out_features, self.group) if self.gather_output else out
 
 
@@ -132,9 +136,11 @@ class RowParallelLinear(ShardedModule):
         """x [..., local in] -> out [..., out_features], whole on every rank. With `residual` [..., out_features]:
         residual + out; with `norm` (an RMSNorm), too: (norm(sum), sum) for sum = residual + out, in one operation."""
         if not self.input_is_parallel:
-            x = take_part(x, self.shards["weight"])
+            x = take_part(x, self.weight_shard if self.quantized else self.shards["weight"])
         if norm is not None and residual is None:
             raise ValueError("RowParallelLinear: norm needs a residual to add to")
+        if self.quantized is not None:
+            return self._quantized(x, residual, norm)
         if norm is None:
             out = ops.matmul_all_reduce(x, self.weight, self.bias, group=self.group)
             return out if residual is None else residual + out
@@ -147,6 +153,18 @@ class RowParallelLinear(ShardedModule):
             self.bias,
             group=self.group,
         )
+
+    def _quantized(self, x: torch.Tensor, residual: torch.Tensor | None, norm: RMSNorm | None):
+        """forward with a quantised weight: the product, then the operation that sums it."""
+        out = ops.quantized_matmul(x, self.values, self.scales)
+        if norm is not None and self.bias is None:
+            eps = norm.variance_epsilon
+            return ops.all_reduce_add_rms_norm(out, residual, norm.weight, eps, group=self.group)
+        out = ops.all_reduce(out, group=self.group)
+        out = out if self.bias is None else out + self.bias
+        if norm is not None:
+            return ops.add_rms_norm(out, residual, norm.weight, norm.variance_epsilon)
+        return out if residual is None else residual + out
 
 
 def take_part(x: torch.Tensor, shard: Shard) -> torch.Tensor:
