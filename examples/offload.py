@@ -6,7 +6,8 @@ tokens is worth, on the CPU (where "streaming" copies within the same memory) or
 A GPU shows it with a pair for which a pass costs something; trained and measured in about four minutes:
 
     python examples/train_tiny.py --size large --minutes 2.5 --out /tmp/pair
-    python examples/offload.py --target /tmp/pair/large-target --draft /tmp/pair/large-draft --lengths 4 8 16 24 --cuda-graph
+    python examples/offload.py --target /tmp/pair/large-target --draft /tmp/pair/large-draft \\
+        --lengths 4 8 16 24 --cuda-graph
 
 Greedy, so that every row but the quantised ones gives the same tokens. "predicted": tokens a round over (time of a
 plain offloaded pass + k times that of a draft's pass, both measured), against the plain offloaded model.

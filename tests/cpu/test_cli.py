@@ -68,6 +68,14 @@ def test_generate_errors(options, message, capsys):
     assert message in text and "Traceback" not in text
 
 
+def test_generate_offloaded_and_quantised(capsys):
+    options = ["--device", "cpu", "--prompt", "import os", "--max-new-tokens", "12", "--offload", "0"]
+    for more in (["--quantize", "int8"], ["--quantize", "int4"], ["--host-memory", "0.01"]):
+        assert main(["generate", "--model", str(TARGET), *options, *more]) == 0
+        told = capsys.readouterr()
+        assert told.out.startswith("import os") and "MB streamed a token at" in told.err
+
+
 def test_checkpoint_without_tokenizer(tmp_path, capsys):
     ranks.save_random_model(tmp_path)
     assert main(["generate", "--model", str(tmp_path), "--device", "cpu", "--prompt", "x"]) == 1

@@ -134,4 +134,10 @@ def test_benchmark_runs_on_ranks(tmp_path):
     assert {row["impl"] for row in rows} - {"accelerate"} == impls
     sizes_of = {row["shape"].split(";")[2]: int(row["bytes"]) for row in rows}
     assert all(row["world_size"] == "2" and float(row["us_p50"]) > 0 for row in rows)
+    quantized = [*script, *sizes, "--quantize", "int4", "--resident", "0"]
+    done = subprocess.run([*start, *quantized], capture_output=True, text=True, cwd=ROOT, env=environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    last = results.read(tmp_path / "weight_stream.csv")[-1]
+    assert last["impl"] == "fused_int4_first_token"
+    assert 0.25 < int(last["bytes"]) / sizes_of["resident=0"] < 0.3
     assert 0.35 < sizes_of["resident=0.5"] / sizes_of["resident=0"] < 0.65

@@ -232,3 +232,18 @@ def test_streaming_in_a_graph_equals_eager(seed):
                 assert torch.allclose(run(x).double(), expected(), atol=1e-4)
             assert torch.allclose(out.double(), expected(), atol=1e-4)
         assert streamed.copy_seconds > 0
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_quantised_model(tmp_path, kind):
+    """Quantised on the GPU or the CPU, streamed or on the device: the same integers, so the same logits."""
+    ranks.save_random_model(tmp_path)
+    (expected,) = run_ranks(quantized_logits, 1, tmp_path, kind, None, device="cpu")
+    for offload in (None, fp.Offload(), fp.Offload(resident_bytes=60_000)):
+        (got,) = run_ranks(quantized_logits, 1, tmp_path, kind, offload, device="cuda")
+        assert (got - expected).norm() / expected.norm() < 1e-4
+
+
+def quantized_logits(mesh, path, kind, offload):
+    model = fp.LlamaForCausalLM.from_pretrained(path, mesh=mesh, quantize=kind, offload=offload)
+    return model(IDS.to(model.device)).cpu()
