@@ -3,9 +3,10 @@
     python benchmarks/bench_quantized_matmul.py [--rows 1 8] [--kind int4]
 
 Rows: `fused` (fp.quantized_matmul: a kernel up to 32 rows, beyond as the next), `dequantize` (the reference: to a bf16
-matrix, then cuBLAS), `cublas` (bf16 weights: two or four times the bytes, what quantising is to beat), `torch_int8pack` and
-`torch_int4pack` (torch._weight_int8pack_mm, aten::_weight_int4pack_mm). All are checked against float64. `bytes`:
-values, scales, input and output once; `floor_us`: a launch + those at the rate of reading this GPU's memory.
+matrix, then cuBLAS), `cublas` (bf16 weights: two or four times the bytes, what quantising is to beat),
+`torch_int8pack` and `torch_int4pack` (torch._weight_int8pack_mm, aten::_weight_int4pack_mm). All are checked against
+float64. `bytes`: values, scales, input and output once; `floor_us`: a launch + those at the rate of reading this GPU's
+memory.
 """
 
 from __future__ import annotations

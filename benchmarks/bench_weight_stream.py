@@ -21,6 +21,7 @@ floor_us: `bytes` at the rate of copy_only, measured before and after.
 from __future__ import annotations
 
 import argparse
+import gc
 import itertools
 import sys
 import time
@@ -276,6 +277,7 @@ def run(arguments: argparse.Namespace) -> int:
             wrong += run_peers(stack, report, resident, floor)
         stack.layers.release()
         del stack
+        gc.collect()
         if on_gpu:
             torch.cuda.empty_cache()
     if dist.get_rank() == 0:

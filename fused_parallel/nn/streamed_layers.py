@@ -150,10 +150,13 @@ class StreamedLayers(nn.Module):
     @property
     def copy_seconds(self) -> float:
         """For how long copies to the device have run, as far as they are over; not those of captured passes."""
+        self._take_in_events()
+        return self._copy_seconds
+
+    def _take_in_events(self) -> None:
         while self._timed and self._timed[0][1].query():
             start, end = self._timed.popleft()
             self._copy_seconds += start.elapsed_time(end) * 1e-3
-        return self._copy_seconds
 
     def __len__(self) -> int:
         return len(self._layers)
@@ -258,7 +261,8 @@ class StreamedLayers(nn.Module):
         self.prefetch()
         self._ahead = self._ahead_in_capture = False
         self.passes += 1
-        _ = self.copy_seconds  # takes in the events that are over
+        if not self._capturing():  # where events may not be queried
+            self._take_in_events()
         place = {index: number for number, index in enumerate(self._order)}
         for index, (name, layer) in enumerate(self._layers):
             if index not in place:

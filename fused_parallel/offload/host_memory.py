@@ -98,32 +98,31 @@ def _register(address: int, size: int) -> str | None:
     return None if int(error) == 0 else runtime.cudaGetErrorString(error)
 
 
-def _unregister(address: int) -> None:
-    # Copies that still read the pages must end before they are unpinned; any GPU may have been given some.
+def _unregister(address: int, device: int) -> None:
+    # Copies that still read the pages must end before they are unpinned.
     if not torch.cuda.is_current_stream_capturing():
-        for index in range(torch.cuda.device_count()):
-            torch.cuda.synchronize(index)
+        torch.cuda.synchronize(device)
     torch.cuda.cudart().cudaHostUnregister(address)
 
 
 class _Pages(mmap.mmap):
     """An anonymous mapping; unpinned before it is unmapped, with the last tensor that lies in it."""
 
-    pinned_at = 0
+    pinned: tuple[int, int] | None = None  # address, and the GPU that copies from it
 
-    def pin(self, address: int) -> None:
+    def pin(self, address: int, device: int) -> None:
         # A child of fork() must not get a copy of pinned pages: the kernel would make it at once.
         self.madvise(mmap.MADV_DONTFORK)
         np.frombuffer(self, np.uint8)[:: mmap.PAGESIZE] = 0  # taken by this thread, so beside its CPU
         reason = _register(address, len(self))
         if reason is not None:
             raise RuntimeError(reason)
-        self.pinned_at = address
+        self.pinned = address, device
 
     def unpin(self) -> None:
-        address, self.pinned_at = self.pinned_at, 0
-        if address:
-            _unregister(address)
+        pinned, self.pinned = self.pinned, None
+        if pinned is not None:
+            _unregister(*pinned)
 
     def __del__(self):
         if not sys.is_finalizing():  # the end of the process gives everything back, and faster
@@ -169,17 +168,18 @@ class HostBlocks:
     def _pin(self, device: torch.device, what: str, total: int, advance: Callable[[int], object]) -> None:
         from ..comm.topology import cpus_near
 
-        near = cpus_near(device.index if device.index is not None else torch.cuda.current_device())
+        index = device.index if device.index is not None else torch.cuda.current_device()
+        near = cpus_near(index)
 
         def place() -> None:
             if near:
                 os.sched_setaffinity(0, near)  # of this thread alone: pages are taken from the memory beside its CPU
-            torch.cuda.set_device(device)
+            torch.cuda.set_device(index)
 
         threads = ThreadPoolExecutor(min(_THREADS, len(near or os.sched_getaffinity(0))), initializer=place)
         try:
             waiting = {
-                threads.submit(pages.pin, tensor.data_ptr()): len(pages)
+                threads.submit(pages.pin, tensor.data_ptr(), index): len(pages)
                 for pages, tensor in zip(self._pages, self.tensors, strict=True)
             }
             done = 0

@@ -39,7 +39,7 @@ class Registrar:
         self.lock = threading.Lock()
         self.at, self.action = at, action
         monkeypatch.setattr(host_memory, "_register", self.register)
-        monkeypatch.setattr(host_memory, "_unregister", self.pinned.pop)
+        monkeypatch.setattr(host_memory, "_unregister", lambda address, device: self.pinned.pop(address))
         monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
 
     def register(self, address: int, size: int) -> str | None:

@@ -159,7 +159,7 @@ def test_no_room_to_pin_is_told(monkeypatch):
     kept = []
 
     def register(address, size, real=host_memory._register):
-        if len(kept) == 3:
+        if len(kept) >= 3:
             return "out of memory"
         kept.append(address)
         return real(address, size)
