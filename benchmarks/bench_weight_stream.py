@@ -10,7 +10,8 @@ that from the end of the pass before. Rows, with `gb` what a pass copies, `resid
 
     fused              nn.StreamedLayers
     fused_first_token  the same from a standstill, nothing copied ahead
-    fused_<quantize>   quantised weights, dequantised on the device
+    fused_<quantize>   quantised weights
+    fused_cpu          with --cpu: some layers computed on the CPU instead of copied (`bytes`: of all of them)
     copy_only          the same blocks copied, one after the other and nothing else: the plain pinned rate
     sync_loop          a plain loop: copy a layer's matrices, wait, compute (from the same pinned memory)
     accelerate         accelerate's CPU offload hooks (AlignDevicesHook) on the layers' linears, same pinned memory
@@ -96,7 +97,8 @@ class Stack:
             dtype="bfloat16",
         )
         per_layer = layer_bytes(arguments) // self.world
-        offload = fp.Offload(resident_bytes=int(resident * layers + 0.5) * (per_layer + 4096))
+        resident_bytes = int(resident * layers + 0.5) * (per_layer + 4096)
+        offload = fp.Offload(resident_bytes=resident_bytes, cpu=arguments.cpu)
         options = {"quantize": arguments.quantize} if arguments.quantize else {}
         begin = time.perf_counter()
         self.model = fp.LlamaForCausalLM(config, mesh=mesh, offload=offload, **options)
@@ -251,7 +253,7 @@ def run(arguments: argparse.Namespace) -> int:
     gb = arguments.gb or min(60.0, free * 1e-9)
     layers = max(2, round(gb * 1e9 / (layer_bytes(arguments) / world)))
     report, wrong = Report(arguments, world, on_gpu), []
-    impl = "fused" + (f"_{arguments.quantize}" if arguments.quantize else "")
+    impl = "fused" + (f"_{arguments.quantize}" if arguments.quantize else "") + ("_cpu" if arguments.cpu else "")
     for resident in arguments.resident:
         stack = Stack(arguments, layers, resident, mesh)
         size = stack.layers.host_bytes
@@ -273,7 +275,11 @@ def run(arguments: argparse.Namespace) -> int:
         for tokens, cold, us in measured:
             report.add(stack, impl, us, tokens, resident, floor)
             report.add(stack, f"{impl}_first_token", [cold], tokens, resident, floor)
-        if resident == 0 and not arguments.quantize and not arguments.no_peers:
+            if arguments.cpu and dist.get_rank() == 0:
+                print(
+                    f"{len(stack.layers.on_cpu(tokens))} of {layers} layers on the CPU at {tokens} tokens", flush=True
+                )
+        if resident == 0 and impl == "fused" and not arguments.no_peers:
             wrong += run_peers(stack, report, resident, floor)
         stack.layers.release()
         del stack
@@ -295,6 +301,7 @@ def main() -> int:
     parser.add_argument("--resident", type=float, nargs="+", default=[0.0, 0.5], help="shares of layers on the device")
     parser.add_argument("--passes", type=int, default=4, help="measured passes of each row (peers: 2)")
     parser.add_argument("--quantize", choices=("int8", "int4"))
+    parser.add_argument("--cpu", action="store_true", help="compute layers on the CPU where that wins (one rank)")
     parser.add_argument("--no-peers", action="store_true", help="leave sync_loop and accelerate out")
     parser.add_argument("--hidden", type=int, default=8192)
     parser.add_argument("--intermediate", type=int, default=28672)

@@ -61,6 +61,11 @@ def add_parser(subparsers) -> None:
         metavar="GB",
         help="with --offload: GB of host memory for each rank's layers; those beyond are read from the files each pass",
     )
+    parser.add_argument(
+        "--offload-cpu",
+        action="store_true",
+        help="with --offload: compute layers on the CPU instead of streaming them, as many as a measurement says",
+    )
     parser.add_argument("--quantize", choices=KINDS, help="quantise the layers' matrices while they are read")
     parser.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda where there is a GPU")
     parser.add_argument("--dtype", choices=sorted(DTYPES), help="default: the checkpoint's")
@@ -85,8 +90,8 @@ def run(args: argparse.Namespace) -> int:
     if args.prompt_file is not None and not args.prompt_file.is_file():
         raise FileNotFoundError(f"--prompt-file {args.prompt_file}: there is no such file")
     prompt = args.prompt if args.prompt is not None else args.prompt_file.read_text()
-    if args.host_memory is not None and args.offload is None:
-        raise ValueError("--host-memory bounds what --offload keeps in host memory: give --offload GB, too")
+    if (args.host_memory is not None or args.offload_cpu) and args.offload is None:
+        raise ValueError("--host-memory and --offload-cpu say what --offload does: give --offload GB, too")
     mesh = init(tp=args.tp, pp=args.pp, timeout=args.timeout, device=args.device)
     dtype = DTYPES[args.dtype] if args.dtype else None
     tokenizer = load_tokenizer(args.model)
@@ -96,7 +101,7 @@ def run(args: argparse.Namespace) -> int:
     offload, shown = None, sys.stderr.isatty()
     if args.offload is not None:
         host = None if args.host_memory is None else int(args.host_memory * 1e9)
-        offload = Offload(resident_bytes=int(args.offload * 1e9), host_bytes=host)
+        offload = Offload(resident_bytes=int(args.offload * 1e9), host_bytes=host, cpu=args.offload_cpu)
     options = {"offload": offload, "quantize": args.quantize, "progress": shown}
     model = LlamaForCausalLM.from_pretrained(args.model, mesh=mesh, dtype=dtype, **options)
     draft = args.draft

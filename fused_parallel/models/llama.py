@@ -92,6 +92,8 @@ class LlamaModel(nn.Module):
         if offload is None:
             self.layers: nn.ModuleDict | StreamedLayers = nn.ModuleDict(stack)
         else:
+            if offload.cpu and group.size() > 1:
+                raise ValueError(f"Offload(cpu=True) is for one tensor-parallel rank, not for {group.size()}")
             self.layers = StreamedLayers(stack, device=device, progress=progress, **vars(offload))
             if quantize is not None and self.layers.disk_bytes:
                 self.layers.release()
@@ -112,7 +114,9 @@ class LlamaModel(nn.Module):
         layers = list(self.layers.values())
         norms = [layer.input_layernorm for layer in layers[1:]] + [self.norm]
         normed = layers[0].input_layernorm(residual)
-        for (_, layer), norm in zip(self.layers.items(), norms, strict=True):
+        streamed = isinstance(self.layers, StreamedLayers)
+        passing = self.layers.items(x.shape[0] * x.shape[1]) if streamed else self.layers.items()
+        for (_, layer), norm in zip(passing, norms, strict=True):
             normed, residual = layer(normed, residual, cos, sin, cache, positions, lens, norm)
         return residual if self.norm is None else normed
 
@@ -251,8 +255,7 @@ class LlamaForCausalLM(nn.Module):
     @property
     def streamed_bytes(self) -> int:
         """Bytes that offloaded layers have copied to the device since the model was made; 0 where all are there."""
-        layers = self.model.layers
-        return layers.passes * (layers.host_bytes + layers.disk_bytes) if self.offloaded else 0
+        return self.model.layers.streamed_bytes if self.offloaded else 0
 
     @property
     def stream_seconds(self) -> float:

@@ -67,8 +67,8 @@ class ColumnParallelLinear(ShardedModule):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., in_features] -> [..., local out] (outputs of a merged layer one after the other), or [...,
         out_features] with `gather_output`."""
-        if self.quantized is not None:
-            out = ops.quantized_matmul(x, self.values, self.scales)
+        if _is_apart(self, x):
+            out = local_product(self, x)
             out = out if self.bias is None else out.add_(self.bias)
         else:
             check_matmul("ColumnParallelLinear", x, self.weight, self.bias)
@@ -139,8 +139,8 @@ class RowParallelLinear(ShardedModule):
             x = take_part(x, self.weight_shard if self.quantized else self.shards["weight"])
         if norm is not None and residual is None:
             raise ValueError("RowParallelLinear: norm needs a residual to add to")
-        if self.quantized is not None:
-            return self._quantized(x, residual, norm)
+        if _is_apart(self, x):
+            return self._apart(x, residual, norm)
         if norm is None:
             out = ops.matmul_all_reduce(x, self.weight, self.bias, group=self.group)
             return out if residual is None else residual + out
@@ -154,9 +154,9 @@ class RowParallelLinear(ShardedModule):
             group=self.group,
         )
 
-    def _quantized(self, x: torch.Tensor, residual: torch.Tensor | None, norm: RMSNorm | None):
-        """forward with a quantised weight: the product, then the operation that sums it."""
-        out = ops.quantized_matmul(x, self.values, self.scales)
+    def _apart(self, x: torch.Tensor, residual: torch.Tensor | None, norm: RMSNorm | None):
+        """forward as two operations: the product, then what sums it."""
+        out = local_product(self, x)
         if norm is not None and self.bias is None:
             eps = norm.variance_epsilon
             return ops.all_reduce_add_rms_norm(out, residual, norm.weight, eps, group=self.group)
@@ -165,6 +165,22 @@ class RowParallelLinear(ShardedModule):
         if norm is not None:
             return ops.add_rms_norm(out, residual, norm.weight, norm.variance_epsilon)
         return out if residual is None else residual + out
+
+
+def _is_apart(layer: ShardedModule, x: torch.Tensor) -> bool:
+    """Whether the product is an operation of its own: of a quantised weight, or of one that is left in host memory."""
+    return layer.quantized is not None or (layer.on_cpu and layer.weight.device != x.device)
+
+
+def local_product(layer: ShardedModule, x: torch.Tensor) -> torch.Tensor:
+    """x [..., K] times this rank's weight, without bias or communication. With `layer.on_cpu` it is computed where the
+    weight is: a GPU's x goes to the CPU and back for a weight in host memory, and the host waits."""
+    here = x
+    if layer.on_cpu:
+        here = x.to(layer.scales.device if layer.quantized is not None else layer.weight.device)
+    if layer.quantized is not None:
+        return ops.quantized_matmul(here, layer.values, layer.scales).to(x.device)
+    return F.linear(here, layer.weight).to(x.device)
 
 
 def take_part(x: torch.Tensor, shard: Shard) -> torch.Tensor:

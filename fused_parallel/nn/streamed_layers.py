@@ -12,9 +12,13 @@ from torch import nn
 from .._progress import progress_bar
 from ..offload.disk_reader import DiskReader
 from ..offload.host_memory import HostBlocks
+from .linear import ColumnParallelLinear, RowParallelLinear, local_product
 
 _ALIGNMENT = 256  # bytes; what CUDA's allocator gives, so that views into a block are aligned like tensors of their own
 _DISK_BLOCKS = 2  # one is read while the other is copied
+_MOST_ROWS_ON_CPU = 64
+_LEAST_SHARE_ON_CPU = 0.1  # of the layers: what it saves, less is not worth the waits of the host
+_LINEARS = (ColumnParallelLinear, RowParallelLinear)
 
 
 class StreamedLayers(nn.Module):
@@ -31,6 +35,8 @@ class StreamedLayers(nn.Module):
         host_bytes: layers of up to so many bytes in all are in host memory, evenly again; those beyond stay in the
             files they are loaded from (`from_files`) and are read in every pass, ahead of their use, through two blocks
             that count here. None: all are in host memory. Only for layers on the meta device.
+        cpu: compute layers of parallel linears on the CPU, from host memory, instead of copying them, as many as a
+            measurement says: in passes of up to 64 rows (`items(rows)`), not in captured ones.
         progress: show a bar while memory is pinned.
 
     One-dimensional parameters (norms, biases) and buffers are on the device always. Iterating yields (name, layer) with
@@ -52,6 +58,7 @@ class StreamedLayers(nn.Module):
         slots: int = 2,
         resident_bytes: int = 0,
         host_bytes: int | None = None,
+        cpu: bool = False,
         progress: bool = False,
     ) -> None:
         super().__init__()
@@ -102,6 +109,12 @@ class StreamedLayers(nn.Module):
             self.register_state_dict_pre_hook(_refuse_state_dict)
             self.register_load_state_dict_pre_hook(_refuse_state_dict)
         self.passes = 0
+        self.streamed_bytes = 0  # copied to the device by all passes
+        self._cpu = cpu
+        for linear in [m for layer in layers.values() for m in layer.modules() if isinstance(m, _LINEARS)]:
+            linear.on_cpu = cpu
+        self._on_cpu: dict[int, frozenset[int]] = {}  # rows of a pass -> the layers that are then computed on the CPU
+        self._streaming = self._order  # the layers that this pass copies, or the one to come
         self._timed: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
         self._copy_seconds = 0.0
 
@@ -165,9 +178,67 @@ class StreamedLayers(nn.Module):
         """The layers, as they are in memory: only what is one-dimensional may be used outside a pass."""
         return [layer for _, layer in self._layers]
 
-    def items(self) -> Iterator[tuple[str, nn.Module]]:
-        """A pass: the same as iterating."""
-        return iter(self)
+    def items(self, rows: int | None = None) -> Iterator[tuple[str, nn.Module]]:
+        """A pass, as iterating is; for `rows` rows of input, by which layers are chosen for the CPU (`cpu`)."""
+        if self._iterating:
+            raise RuntimeError("StreamedLayers: one pass at a time, its slots are in use")
+        self._iterating = True
+        try:
+            yield from self._pass(rows)
+        finally:
+            self._iterating = False
+
+    def on_cpu(self, rows: int) -> frozenset[int]:
+        """Which layers, by their number, a pass of `rows` rows computes on the CPU; measured at the first call.
+
+        n layers of which m are computed on the CPU, in t_cpu each, while the others are copied, in t_copy each, take
+        max(m * t_cpu, (n - m) * t_copy): least at m = n * t_copy / (t_copy + t_cpu).
+        """
+        if not self._cpu or rows > _MOST_ROWS_ON_CPU:
+            return frozenset()
+        if rows not in self._on_cpu:
+            places = [index for index in self._order if self._blocks[index] is not None]
+            share = 0.0
+            if places:
+                copying, computing = self._time_copy(places[0]), self._time_on_cpu(places[0], rows)
+                share = copying / (copying + computing)
+            count = int(len(places) * share) if share >= _LEAST_SHARE_ON_CPU else 0
+            self._on_cpu[rows] = frozenset(places[i] for i in _spread([1] * len(places), count))
+        return self._on_cpu[rows]
+
+    def _time_copy(self, index: int) -> float:
+        """Seconds of a layer's copy, the best of three. What was copied ahead is lost."""
+        self._ahead, took = False, []
+        block = self._blocks[index]
+        for _ in range(3):
+            self._synchronize()
+            begin = time.perf_counter()
+            self._slots[0][: block.numel()].copy_(block)
+            self._synchronize()
+            took.append(time.perf_counter() - begin)
+        return min(took)
+
+    def _time_on_cpu(self, index: int, rows: int) -> float:
+        """Seconds of a layer's matrix products on the CPU, from and to the device, the best of three."""
+        linears = [m for m in self._layers[index][1].modules() if isinstance(m, _LINEARS)]
+        inputs = []
+        for linear in linears:
+            k = linear.weight_shape[1] if linear.quantized else linear.weight.shape[1]
+            dtype = (linear.scales if linear.quantized else linear.weight).dtype
+            inputs.append(torch.randn(rows, k, device=self.device).to(dtype))
+        took = []
+        for _ in range(3):
+            self._synchronize()
+            begin = time.perf_counter()
+            for linear, x in zip(linears, inputs, strict=True):
+                local_product(linear, x)
+            self._synchronize()
+            took.append(time.perf_counter() - begin)
+        return min(took)
+
+    def _synchronize(self) -> None:
+        if self._stream is not None:
+            torch.cuda.synchronize(self.device)
 
     def from_files(self, parameter: nn.Parameter, fill: Callable[[torch.Tensor], None]) -> bool:
         """Whether `parameter` is of a layer that stays in files; then `fill(tensor)`, which reads it, is kept for every
@@ -193,7 +264,7 @@ class StreamedLayers(nn.Module):
 
     def _fetch(self, place: int) -> None:
         """Start the copy of the streamed layer that is number `place` among them."""
-        index, slot = self._order[place], place % len(self._slots)
+        index, slot = self._streaming[place], place % len(self._slots)
         block = self._blocks[index]
         source = block if block is not None else self._disk.take(index)
         target = self._slots[slot]
@@ -219,7 +290,7 @@ class StreamedLayers(nn.Module):
             self._disk.give_back(source, end)
 
     def _fetch_first(self) -> None:
-        for place in range(min(len(self._slots), len(self._order))):
+        for place in range(min(len(self._slots), len(self._streaming))):
             self._fetch(place)
 
     def _begin(self) -> None:
@@ -249,23 +320,23 @@ class StreamedLayers(nn.Module):
             self._ahead = True
 
     def __iter__(self) -> Iterator[tuple[str, nn.Module]]:
-        if self._iterating:
-            raise RuntimeError("StreamedLayers: one pass at a time, its slots are in use")
-        self._iterating = True
-        try:
-            yield from self._pass()
-        finally:
-            self._iterating = False
+        return self.items()
 
-    def _pass(self) -> Iterator[tuple[str, nn.Module]]:
+    def _pass(self, rows: int | None) -> Iterator[tuple[str, nn.Module]]:
+        capturing = self._capturing()
+        on_cpu = frozenset() if capturing or rows is None else self.on_cpu(rows)
+        streaming = [index for index in self._order if index not in on_cpu]
+        if streaming != self._streaming:  # what was copied ahead is not what comes first
+            self._streaming, self._ahead, self._ahead_in_capture = streaming, False, False
         self.prefetch()
         self._ahead = self._ahead_in_capture = False
         self.passes += 1
-        if not self._capturing():  # where events may not be queried
+        self.streamed_bytes += sum(_padded(p) for i in streaming for p, *_ in self._views[i])
+        if not capturing:  # where events may not be queried
             self._take_in_events()
-        place = {index: number for number, index in enumerate(self._order)}
+        place = {index: number for number, index in enumerate(streaming)}
         for index, (name, layer) in enumerate(self._layers):
-            if index not in place:
+            if index not in place:  # on the device, or computed where it is
                 yield name, layer
                 continue
             slot = place[index] % len(self._slots)
@@ -282,7 +353,7 @@ class StreamedLayers(nn.Module):
                     parameter.data = host
                 if self._stream is not None:
                     self._read[slot].record(torch.cuda.current_stream(self.device))
-            if place[index] + len(self._slots) < len(self._order):
+            if place[index] + len(self._slots) < len(streaming):
                 self._fetch(place[index] + len(self._slots))
         if not self._captured:
             # Every slot's last reader has been recorded above: its copy need not wait for the whole pass.

@@ -13,6 +13,8 @@ class Offload:
         embedding, head, norms and the KV cache.
     host_bytes: bytes of host memory for this rank's layers; those beyond stay in the safetensors files and are read in
         every pass. None: what the layers need, and an error where there is less.
+    cpu: compute layers on the CPU from host memory instead of copying them, as many as a measurement says, in passes of
+        up to 64 tokens; no tensor parallelism. Products then round as the CPU's do, not as the GPU's.
     slots: device blocks that layers are copied to in turn, each of the largest layer's size.
 
     Raises ValueError for negative sizes and less than one slot.
@@ -21,6 +23,7 @@ class Offload:
     resident_bytes: int = 0
     slots: int = 2
     host_bytes: int | None = None
+    cpu: bool = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.resident_bytes, int) or self.resident_bytes < 0:

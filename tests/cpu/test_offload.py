@@ -59,6 +59,47 @@ def test_statistics_of_streaming(pair):
             assert "GB/s in" in describe(stats)
 
 
+def test_layers_computed_on_the_cpu(tmp_path, monkeypatch):
+    """As many as the measured times say, other ones for other numbers of rows; the same tokens."""
+    ranks.save_random_model(tmp_path, scale=6.0, num_hidden_layers=8)
+    mesh = fp.init(device="cpu")
+    load = {"mesh": mesh, "dtype": torch.float32}
+    plain = fp.LlamaForCausalLM.from_pretrained(tmp_path, **load)
+    model = fp.LlamaForCausalLM.from_pretrained(tmp_path, **load, offload=fp.Offload(cpu=True))
+    layers = model.model.layers
+    found = layers.on_cpu(1)  # measured
+    assert found <= set(range(8)) and layers.on_cpu(65) == frozenset()
+    measured = []
+
+    def on_cpu(self, index, rows):
+        measured.append(rows)
+        return rows
+
+    monkeypatch.setattr(fp.nn.StreamedLayers, "_time_copy", lambda self, index: 9.0)
+    monkeypatch.setattr(fp.nn.StreamedLayers, "_time_on_cpu", on_cpu)
+    layers._on_cpu.clear()
+    assert [len(layers.on_cpu(rows)) for rows in (1, 9, 27, 64)] == [7, 4, 2, 0]  # 9 / (9 + 64) of 8 is less than one
+    assert layers.on_cpu(9) == {1, 3, 5, 7} and measured == [1, 9, 27, 64]  # once for each
+    prompts = ranks.OFFLOAD_PROMPTS
+    for options in ({}, {"draft": "ngram", "num_draft_tokens": "auto"}, {"draft": "ngram", "num_draft_tokens": 8}):
+        expected = fp.generate(plain, prompts, 24, **options).tokens
+        result = fp.generate(model, prompts, 24, **options)
+        assert result.tokens == expected
+        assert 0 < result.stats.streamed_bytes < 0.9 * (result.stats.rounds + 1) * layers.host_bytes
+    with pytest.raises(RuntimeError, match=r"Offload\(cpu=True\) is for one tensor-parallel rank, not for 2"):
+        run_ranks(ranks.offloaded, 2, tmp_path, None, fp.Offload(cpu=True), tp=2)
+
+
+def test_weights_left_in_host_memory():
+    """A linear layer that may takes its input to where its weight is; the meta device stands for another device."""
+    group = fp.init(device="cpu")["tp"]
+    for kind in (fp.nn.ColumnParallelLinear, fp.nn.RowParallelLinear):
+        layer = kind(8, 8, group=group, device="meta")
+        layer.on_cpu = True
+        with pytest.raises(NotImplementedError, match="Cannot copy out of meta tensor"):  # the result, on its way back
+            layer(torch.randn(2, 8))
+
+
 def places(mesh, path, resident):
     """Which tensors of which layers are in blocks of host memory, and whether a pass leaves them there."""
     model = fp.LlamaForCausalLM.from_pretrained(path, mesh=mesh, offload=fp.Offload(resident_bytes=resident))

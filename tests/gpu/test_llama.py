@@ -234,6 +234,34 @@ def test_streaming_in_a_graph_equals_eager(seed):
         assert streamed.copy_seconds > 0
 
 
+def test_layers_computed_on_the_cpu(tmp_path):
+    """Half the layers' products on the CPU, whatever it costs: the same tokens, plain and drafted."""
+    ranks.save_random_model(tmp_path / "target", scale=6.0, num_hidden_layers=8)
+    ranks.save_random_model(tmp_path / "draft", scale=6.0, num_hidden_layers=1)
+    for draft in (None, tmp_path / "draft"):
+        args = tmp_path / "target", draft
+        expected = run_ranks(ranks.offloaded, 1, *args, None, device="cuda")[0][0]
+        for more in ({}, {"quantize": "int8"}):
+            reference = expected if not more else run_ranks(half_on_cpu, 1, *args, False, device="cuda", **more)[0][0]
+            tokens, streamed, whole = run_ranks(half_on_cpu, 1, *args, True, device="cuda", **more)[0]
+            assert tokens == reference and 0.3 * whole < streamed < 0.8 * whole
+
+
+def half_on_cpu(mesh, path, draft_path, cpu, quantize=None):
+    """(tokens, bytes streamed, bytes that passes without the CPU would have streamed)."""
+    load = {"dtype": torch.float32}
+    offload = fp.Offload(cpu=cpu)
+    model = fp.LlamaForCausalLM.from_pretrained(path, mesh=mesh, offload=offload, quantize=quantize, **load)
+    draft = draft_path and fp.LlamaForCausalLM.from_pretrained(draft_path, mesh=None, **load)
+    layers = model.model.layers
+    if cpu:
+        assert layers.on_cpu(1) <= set(range(8))  # what is measured here
+        layers._time_copy = layers._time_on_cpu = lambda *_: 1.0
+        layers._on_cpu.clear()
+    result = fp.generate(model, ranks.OFFLOAD_PROMPTS, ranks.OFFLOAD_NEW, draft=draft)
+    return result.tokens, result.stats.streamed_bytes, (result.stats.rounds + 1) * layers.host_bytes
+
+
 @pytest.mark.parametrize("kind", ["int8", "int4"])
 def test_quantised_model(tmp_path, kind):
     """Quantised on the GPU or the CPU, streamed or on the device: the same integers, so the same logits."""
