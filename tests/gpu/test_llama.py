@@ -275,3 +275,58 @@ def test_quantised_model(tmp_path, kind):
 def quantized_logits(mesh, path, kind, offload):
     model = fp.LlamaForCausalLM.from_pretrained(path, mesh=mesh, quantize=kind, offload=offload)
     return model(IDS.to(model.device)).cpu()
+
+
+@pytest.mark.parametrize("slots", [1, 2, 3])
+@pytest.mark.parametrize("resident", [0, 2])
+def test_copies_wait_for_slow_readers(slots, resident, seed):
+    """Each layer reads its weights late, so that a copy that does not wait overwrites them, within a pass and from one
+    to the next."""
+    layers = {str(i): nn.Linear(1024, 1024, bias=False) for i in range(7)}
+    weights = [layer.weight.detach().double().cuda() for layer in layers.values()]
+    bytes_of_one = 4 * 1024 * 1024
+    with torch.no_grad():
+        streamed = fp.nn.StreamedLayers(layers, device="cuda", slots=slots, resident_bytes=resident * bytes_of_one)
+        assert streamed.host_bytes == (7 - resident) * bytes_of_one
+        outputs, inputs = [], []
+        for _ in range(6):  # enqueued without a wait of the host in between
+            y = torch.randn(4, 1024, device="cuda")
+            inputs.append(y)
+            for _, layer in streamed:
+                torch.cuda._sleep(1_000_000)  # about half a millisecond; a copy takes a fraction of it
+                y = torch.tanh(layer(y))
+            outputs.append(y)
+        for x, y in zip(inputs, outputs, strict=True):
+            expected = x.double()
+            for weight in weights:
+                expected = torch.tanh(expected @ weight.T)
+            assert torch.allclose(y.double(), expected, atol=1e-4)
+
+
+def interrupted_load(mesh, path):
+    """Whether blocks were pinned when a load was interrupted, and whether any is afterwards."""
+    from fused_parallel.models.checkpoint import Checkpoint
+
+    made, seen = [], []
+    init, read = HostBlocks.__init__, Checkpoint.read
+
+    def keep(self, *args, **kwargs):
+        init(self, *args, **kwargs)
+        made.append(self)
+
+    def interrupt(self, *args):
+        seen.extend(pinned(t) for t in made[0].tensors)
+        raise KeyboardInterrupt
+
+    HostBlocks.__init__, Checkpoint.read = keep, interrupt
+    try:
+        fp.LlamaForCausalLM.from_pretrained(path, mesh=mesh, offload=fp.Offload())
+    except KeyboardInterrupt:
+        return all(seen) and len(seen) > 0, any(pinned(t) for t in made[0].tensors)
+    finally:
+        HostBlocks.__init__, Checkpoint.read = init, read
+
+
+def test_interrupted_load_leaves_nothing_pinned(tmp_path):
+    ranks.save_random_model(tmp_path)
+    assert run_ranks(interrupted_load, 1, tmp_path, device="cuda") == [(True, False)]
