@@ -14,6 +14,7 @@
 #include "add_rms_norm.h"
 #include "all_reduce.h"
 #include "matmul_all_reduce.h"
+#include "quantized_matmul.h"
 #include "rotary_cache_write.h"
 #include "silu_mul.h"
 #include "verify.h"
@@ -162,6 +163,16 @@ void bind_operations(py::module_& m) {
       },
       py::arg("x"), py::arg("out"), py::arg("rows"), py::arg("size"), py::arg("x_row_stride"), py::arg("dtype"),
       py::arg("device"), py::arg("stream"));
+  m.attr("quantized_matmul_rows") = fp::kQuantizedRows;
+  m.def(
+      "quantized_matmul",
+      [](Address x, Address values, Address scales, Address out, std::int64_t rows, std::int64_t n, std::int64_t k,
+         std::int64_t x_row_stride, int bits, int dtype, int device, Address stream) {
+        fp::quantized_matmul(pointer(x), pointer(values), pointer(scales), pointer(out), rows, n, k, x_row_stride, bits,
+                             dtype, device, pointer(stream));
+      },
+      py::arg("x"), py::arg("values"), py::arg("scales"), py::arg("out"), py::arg("rows"), py::arg("n"), py::arg("k"),
+      py::arg("x_row_stride"), py::arg("bits"), py::arg("dtype"), py::arg("device"), py::arg("stream"));
   m.def(
       "rotary_cache_write",
       [](Address q, Address k, Address v, Address cos, Address sin, Address positions, Address q_out, Address k_cache,

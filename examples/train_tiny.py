@@ -2,6 +2,7 @@
 
     python3 examples/train_tiny.py                       # the pair in examples/assets, on a GPU if there is one
     python3 examples/train_tiny.py --minutes 6.5         # fewer steps, so that training ends within 6.5 minutes
+    python3 examples/train_tiny.py --size large --minutes 2.5 --out /tmp/pair    # 300M and 9M, for examples/offload.py
     python3 examples/train_tiny.py --size smoke --out /tmp/pair --device cpu     # seconds; the models are useless
 
 Writes Hugging Face-format directories `<out>/<size>-target` and `<out>/<size>-draft`. The target learns the next byte.
@@ -60,6 +61,7 @@ class Preset:
     rollouts: int  # greedy continuations of the target that the draft trains on
     warmup: int
     prompts: int  # held-out prompts in the acceptance figure
+    saves: int = 10  # while each model trains
     dropout: float = 0.0  # on the target's residual branches: the corpus is read many times over
 
 
@@ -83,6 +85,14 @@ PRESETS = {
         context=1024, batch=64, steps=10000, lr=1.2e-3,
         draft_context=512, draft_batch=128, draft_steps=8000, draft_lr=2.5e-3,
         rollouts=16384, warmup=400, prompts=512, dropout=0.1,
+    ),
+    # 300M and 9M parameters: for examples/offload.py, where a pass over the target must cost something. For one H100
+    # with --minutes 2.5.
+    "large": Preset(
+        target=Shape(1536, 4096, 12, 12, 4, 128, tied=False), draft=Shape(512, 1408, 3, 8, 4, 64, tied=True),
+        context=1024, batch=32, steps=4000, lr=8e-4,
+        draft_context=512, draft_batch=128, draft_steps=4000, draft_lr=2e-3,
+        rollouts=2048, warmup=60, prompts=64, saves=1,
     ),
 }  # fmt: skip
 
@@ -110,11 +120,12 @@ def learning_rate(step: int, steps: int, warmup: int, peak: float) -> float:
     return peak * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
 
 
-def train(name, model, loss_of, next_batch, report, *, steps, lr, warmup, directory, deadline=None) -> int:
+def train(name, model, loss_of, next_batch, report, *, steps, lr, warmup, directory, saves=10, deadline=None) -> int:
     """Minimise `loss_of(next_batch())` over the model's parameters; returns the number of steps taken.
 
     With `deadline` (time.monotonic seconds) the steps are cut, once their pace is known and still within the warm-up,
-    to what fits: the run then equals one given that number with --steps / --draft-steps. Saves ten times on the way.
+    to what fits: the run then equals one given that number with --steps / --draft-steps. Reports ten times on the way,
+    and saves `saves` times.
     """
     device = next(model.parameters()).device
     on_gpu = device.type == "cuda"
@@ -165,7 +176,8 @@ def train(name, model, loss_of, next_batch, report, *, steps, lr, warmup, direct
             model.eval()
             seconds = time.monotonic() - started
             print(f"{name}: step {step + 1}/{steps}  loss {loss.item():.4f}  {report()}  {seconds:.1f} s", flush=True)
-            save_model(model, directory)
+            if (step + 1) % max(1, steps // saves) == 0 or step + 1 == steps:
+                save_model(model, directory)
             model.train()
     model.eval()
     return steps
@@ -273,6 +285,7 @@ def main(argv=None) -> None:
             lr=preset.lr,
             warmup=preset.warmup,
             directory=target_dir,
+            saves=preset.saves,
             deadline=args.minutes and started + 60 * args.minutes * 0.65,
         )
         print(f"target: took {taken} steps, batch {args.batch or preset.batch}", flush=True)
@@ -297,6 +310,7 @@ def main(argv=None) -> None:
         lr=preset.draft_lr,
         warmup=preset.warmup,
         directory=draft_dir,
+        saves=preset.saves,
         deadline=args.minutes and started + 60 * args.minutes,
     )
     print(f"draft: took {taken} steps, batch {args.batch or preset.draft_batch}", flush=True)

@@ -14,6 +14,7 @@ from ..models.config import DTYPES, LlamaConfig
 from ..models.llama import LlamaForCausalLM
 from ..models.tokenizer import load_tokenizer
 from ..offload import Offload
+from ..reference.quantized_matmul import KINDS
 from ..speculative import generate
 
 
@@ -54,6 +55,18 @@ def add_parser(subparsers) -> None:
         metavar="GB",
         help="keep the layers in host memory and stream them, except this many GB (10^9 bytes) on each device",
     )
+    parser.add_argument(
+        "--host-memory",
+        type=float,
+        metavar="GB",
+        help="with --offload: GB of host memory for each rank's layers; those beyond are read from the files each pass",
+    )
+    parser.add_argument(
+        "--offload-cpu",
+        action="store_true",
+        help="with --offload: compute layers on the CPU instead of streaming them, as many as a measurement says",
+    )
+    parser.add_argument("--quantize", choices=KINDS, help="quantise the layers' matrices while they are read")
     parser.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda where there is a GPU")
     parser.add_argument("--dtype", choices=sorted(DTYPES), help="default: the checkpoint's")
     parser.add_argument("--timeout", type=float, default=300.0, help="seconds that bound every wait for another rank")
@@ -77,14 +90,20 @@ def run(args: argparse.Namespace) -> int:
     if args.prompt_file is not None and not args.prompt_file.is_file():
         raise FileNotFoundError(f"--prompt-file {args.prompt_file}: there is no such file")
     prompt = args.prompt if args.prompt is not None else args.prompt_file.read_text()
+    if (args.host_memory is not None or args.offload_cpu) and args.offload is None:
+        raise ValueError("--host-memory and --offload-cpu say what --offload does: give --offload GB, too")
     mesh = init(tp=args.tp, pp=args.pp, timeout=args.timeout, device=args.device)
     dtype = DTYPES[args.dtype] if args.dtype else None
     tokenizer = load_tokenizer(args.model)
     ids = tokenizer.encode(prompt).ids
     if not ids:
         raise ValueError("the prompt is empty: give at least one token")
-    offload = None if args.offload is None else Offload(resident_bytes=int(args.offload * 1e9))
-    model = LlamaForCausalLM.from_pretrained(args.model, mesh=mesh, dtype=dtype, offload=offload)
+    offload, shown = None, sys.stderr.isatty()
+    if args.offload is not None:
+        host = None if args.host_memory is None else int(args.host_memory * 1e9)
+        offload = Offload(resident_bytes=int(args.offload * 1e9), host_bytes=host, cpu=args.offload_cpu)
+    options = {"offload": offload, "quantize": args.quantize, "progress": shown}
+    model = LlamaForCausalLM.from_pretrained(args.model, mesh=mesh, dtype=dtype, **options)
     draft = args.draft
     if draft is not None and draft != "ngram":
         draft = LlamaForCausalLM.from_pretrained(draft, mesh=None, dtype=dtype)
@@ -101,7 +120,7 @@ def run(args: argparse.Namespace) -> int:
         min_p=args.min_p,
         seed=args.seed,
         cuda_graph=args.cuda_graph,
-        progress=sys.stderr.isatty(),
+        progress=shown,
     )
     if dist.get_rank() == 0:
         print(prompt + tokenizer.decode(result.tokens[0]))
@@ -118,7 +137,9 @@ def describe(stats) -> str:
     acceptance = "" if stats.acceptance is None else f", acceptance {stats.acceptance:.0%} in {stats.rounds} rounds"
     share = stats.communication_share
     communication = "" if share is None else f", {share:.0%} of the time in communication"
-    streamed = (
-        f", {stats.streamed_bytes / stats.new_tokens / 1e6:.1f} MB streamed a token" if stats.streamed_bytes else ""
-    )
+    streamed = ""
+    if stats.streamed_bytes:
+        streamed = f", {stats.streamed_bytes / stats.new_tokens / 1e6:.1f} MB streamed a token"
+    if stats.link_utilisation is not None:
+        streamed += f" at {stats.stream_gb_per_second:.1f} GB/s in {stats.link_utilisation:.0%} of the time"
     return f"{stats.new_tokens} tokens, {stats.tokens_per_second:.1f} tokens/s{acceptance}{communication}{streamed}"

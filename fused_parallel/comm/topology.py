@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Sequence
 from types import ModuleType
 
@@ -59,6 +60,16 @@ def sm_clock_mhz(index: int) -> int | None:
     """The SM clock of GPU `index` now, in MHz; None without NVML."""
     nvml = _nvml()[0]
     return None if nvml is None else _ask("nvmlDeviceGetClockInfo", _handle(index), nvml.NVML_CLOCK_SM)
+
+
+def cpus_near(index: int) -> set[int] | None:
+    """The CPUs beside GPU `index` that this process may use; None where NVML does not tell."""
+    words = -(-(os.cpu_count() or 1) // 64)
+    mask = _ask("nvmlDeviceGetCpuAffinity", _handle(index), words)
+    if mask is None:
+        return None
+    near = {64 * place + bit for place, word in enumerate(mask) for bit in range(64) if word >> bit & 1}
+    return near & os.sched_getaffinity(0) or None
 
 
 def _active_nvlinks(index: int) -> list[int]:

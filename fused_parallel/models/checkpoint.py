@@ -1,16 +1,75 @@
-"""Reading of Hugging Face safetensors directories, each rank only the slices its modules hold."""
+"""Reading of Hugging Face safetensors directories, each rank only the slices its modules hold.
+
+Files are mapped, and values go from the page cache straight into their place: no copy of the weights is made besides.
+"""
 
 from __future__ import annotations
 
+import functools
 import json
-from collections.abc import Mapping
+import mmap
+import os
+import warnings
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from .._progress import progress_bar
 from ..nn._shards import Piece, Shard, fill, full_shape
+from ..nn.quantize import fill_quantized
+
+_FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_THREADS = 8  # that read at once: disks want several requests, and ranks under torchrun compute with one thread
+
+
+class _File:
+    """A mapped safetensors file; the library checks it, the header gives the places."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        try:
+            with safe_open(file, framework="pt"):
+                pass  # header complete and consistent, file as long as it says
+            with open(file, "rb") as opened:
+                self._map = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
+            size = int.from_bytes(self._map[:8], "little")
+            self.entries = json.loads(self._map[8 : 8 + size])
+        except (SafetensorError, OSError, ValueError) as error:
+            raise ValueError(
+                f"{file} cannot be read as safetensors ({error}); it is truncated or corrupt: copy it again"
+            ) from error
+        self.entries.pop("__metadata__", None)
+        self._data = 8 + size
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*not writable.*")  # it is only read
+            self._bytes = torch.frombuffer(self._map, dtype=torch.uint8)
+
+    def _range(self, key: str) -> tuple[int, int]:
+        begin, end = self.entries[key]["data_offsets"]
+        return self._data + begin, self._data + end
+
+    def tensor(self, key: str) -> torch.Tensor:
+        """The tensor, in the mapped file; ValueError unless it is floating."""
+        name = self.entries[key]["dtype"]
+        dtype = _FLOATS.get(name)
+        if dtype is None:
+            raise ValueError(f"{self.file}: tensor {key!r} has dtype {name}; supported are {', '.join(_FLOATS)}")
+        begin, end = self._range(key)
+        flat = self._bytes[begin:end]
+        if begin % dtype.itemsize:
+            flat = flat.clone()  # a file that some other program wrote; the library aligns
+        return flat.view(dtype).view(self.entries[key]["shape"])
+
+    def forget(self, key: str) -> None:
+        """Take the tensor's pages out of this process (they stay in the page cache)."""
+        begin, end = self._range(key)
+        begin -= begin % mmap.PAGESIZE
+        if end > begin:
+            self._map.madvise(mmap.MADV_DONTNEED, begin, end - begin)
 
 
 class Checkpoint:
@@ -22,7 +81,7 @@ class Checkpoint:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self._opened: dict[str, object] = {}
+        self._opened: dict[str, _File] = {}
         index, single = self.path / "model.safetensors.index.json", self.path / "model.safetensors"
         if index.is_file():
             try:
@@ -33,22 +92,16 @@ class Checkpoint:
             if missing:
                 raise FileNotFoundError(f"{self.path} lacks {', '.join(missing)}, named in {index.name}; copy them too")
         elif single.is_file():
-            self._file_of = dict.fromkeys(self._open(single.name).keys(), single.name)
+            self._file_of = dict.fromkeys(self._open(single.name).entries, single.name)
         else:
             raise FileNotFoundError(
                 f"{self.path} holds neither model.safetensors nor model.safetensors.index.json; expected a Hugging "
                 "Face model directory"
             )
 
-    def _open(self, name: str):
+    def _open(self, name: str) -> _File:
         if name not in self._opened:
-            file = self.path / name
-            try:
-                self._opened[name] = safe_open(file, framework="pt")
-            except (SafetensorError, OSError) as error:
-                raise ValueError(
-                    f"{file} cannot be read as safetensors ({error}); it is truncated or corrupt: copy it again"
-                ) from error
+            self._opened[name] = _File(self.path / name)
         return self._opened[name]
 
     def __contains__(self, key: str) -> bool:
@@ -57,37 +110,64 @@ class Checkpoint:
     def keys(self) -> set[str]:
         return set(self._file_of)
 
-    def _slice(self, key: str):
+    def tensor(self, key: str, shape: list[int]) -> torch.Tensor:
+        """The whole tensor `key`, in its mapped file (not to be written); its shape must be `shape`."""
         if key not in self._file_of:
             raise ValueError(f"{self.path} has no tensor {key!r}; it is not a checkpoint of this model")
-        try:
-            return self._open(self._file_of[key]).get_slice(key)
-        except SafetensorError as error:
-            raise ValueError(f"{self.path / self._file_of[key]}: tensor {key!r} cannot be read ({error})") from error
+        file = self._open(self._file_of[key])
+        if key not in file.entries:
+            raise ValueError(f"{file.file} has no tensor {key!r}, which the index places there; copy the model again")
+        found = file.entries[key]["shape"]
+        if list(found) != list(shape):
+            raise ValueError(f"{self.path}: tensor {key!r} has shape {found}, but config.json implies {list(shape)}")
+        return file.tensor(key)
 
     def read(self, key: str, shape: list[int], dim: int, start: int, stop: int) -> torch.Tensor:
-        """Indices [start, stop) along dim 0 or 1 of `key`, whose whole shape must be `shape`."""
-        tensor = self._slice(key)
-        if list(tensor.get_shape()) != list(shape):
-            raise ValueError(
-                f"{self.path}: tensor {key!r} has shape {tensor.get_shape()}, but config.json implies {list(shape)}"
-            )
-        return tensor[start:stop] if dim == 0 else tensor[:, start:stop]
+        """Indices [start, stop) along dim 0 or 1 of `key`, whose whole shape must be `shape`: a view of the file."""
+        return self.tensor(key, shape).narrow(dim, start, stop - start)
+
+    def forget(self, key: str) -> None:
+        """`key` has been read: its pages need not count as this process's memory any longer."""
+        self._open(self._file_of[key]).forget(key)
 
 
 @torch.no_grad()
-def load_weights(model: nn.Module, checkpoint: Checkpoint, *, renamed: Mapping[str, str] | None = None) -> set[str]:
+def load_weights(
+    model: nn.Module,
+    checkpoint: Checkpoint,
+    *,
+    renamed: Mapping[str, str] | None = None,
+    from_files: Callable[[nn.Parameter, Callable[[torch.Tensor], None]], bool] | None = None,
+    device: torch.device | None = None,
+    progress: bool = False,
+) -> set[str]:
     """Fill every parameter of `model`, reading only what this rank holds; the names of the tensors that were read.
 
-    `renamed`: name -> name of the tensor to read in its place (tied weights).
+    Args:
+        renamed: name -> name of the tensor to read in its place (tied weights).
+        from_files: from_files(parameter, fill) tells whether a parameter stays in its file: it is checked, but not
+            read; `fill(tensor)` reads it whenever it is wanted.
+        device: where weights are quantised (default: the CPU).
+        progress: show a bar.
+
+    Several threads read at once. Raises ValueError, before anything is read, where the checkpoint does not match.
     """
     used: set[str] = set()
-    renamed = renamed or {}
+    renamed, device = renamed or {}, device or torch.device("cpu")
+    fillers: list[tuple[int, Callable[[], None]]] = []  # bytes to fill, and what fills them
     for module_name, module in model.named_modules():
         prefix = f"{module_name}." if module_name else ""
         parent = prefix[: prefix.rstrip(".").rfind(".") + 1]
-        for name, parameter in module.named_parameters(recurse=False):
+        quantized = getattr(module, "quantized", None)
+        parameters = dict(module.named_parameters(recurse=False))
+        if quantized is not None:
+            values, scales = parameters.pop("values"), parameters.pop("scales")
+            # Stands for the weight that the checkpoint holds.
+            parameters["weight"] = torch.empty(module.weight_shape, dtype=scales.dtype, device="meta")
+        for name, parameter in parameters.items():
             shard: Shard | None = getattr(module, "shards", {}).get(name)
+            if quantized is not None and name == "weight":
+                shard = module.weight_shard
             if shard is None:
                 whole = list(parameter.shape)
                 shard = Shard(0, whole[0], (Piece(name, 0, whole[0], 0, whole[0]),))
@@ -95,10 +175,38 @@ def load_weights(model: nn.Module, checkpoint: Checkpoint, *, renamed: Mapping[s
 
             keys = {s: parent + s[3:] if s.startswith("../") else prefix + s for s in shapes}
             keys = {source: renamed.get(key, key) for source, key in keys.items()}
+            for source, key in keys.items():
+                checkpoint.tensor(key, shapes[source])
             used |= set(keys.values())
 
             def read(source, dim, start, stop, shapes=shapes, keys=keys):
                 return checkpoint.read(keys[source], shapes[source], dim, start, stop)
 
-            fill(parameter, shard, read)
+            def fill_from_file(to, shard=shard, read=read, keys=keys):
+                fill(to, shard, read)
+                for key in keys.values():
+                    checkpoint.forget(key)
+
+            def quantize_from_file(module=module, shard=shard, read=read, keys=keys):
+                fill_quantized(
+                    module.values.data, module.scales.data, module.quantized, module.weight_shape, shard, read, device
+                )
+                for key in keys.values():
+                    checkpoint.forget(key)
+
+            if quantized is not None and name == "weight":
+                fillers.append((values.nbytes + scales.nbytes, quantize_from_file))
+            elif from_files is None or not from_files(parameter, fill_from_file):
+                fillers.append((parameter.nbytes, functools.partial(fill_from_file, parameter.data)))
+
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    threads = ThreadPoolExecutor(max(1, min(_THREADS, len(os.sched_getaffinity(0)) // ranks)))
+    try:
+        with progress_bar(progress, "loading", sum(size for size, _ in fillers), "GB") as advance:
+            reading = {threads.submit(read_one): size for size, read_one in fillers}
+            for future in as_completed(reading):
+                future.result()
+                advance(reading[future])
+    finally:
+        threads.shutdown(wait=True, cancel_futures=True)
     return used

@@ -23,6 +23,7 @@ from ..nn import (
     RotaryEmbedding,
     StreamedLayers,
     VocabParallelEmbedding,
+    quantize_,
 )
 from ..nn.attention import lens_after
 from ..offload import Offload
@@ -73,18 +74,33 @@ class LlamaModel(nn.Module):
         device,
         dtype,
         offload: Offload | None = None,
+        quantize: str | None = None,
+        progress: bool = False,
     ) -> None:
         super().__init__()
         kwargs = {"group": group, "device": device, "dtype": dtype}
-        of_layers = kwargs | {"device": "meta"} if offload is not None else kwargs
+        later = offload is not None or quantize is not None  # memory of the layers is made afterwards
+        of_layers = kwargs | {"device": "meta"} if later else kwargs
         self.embed_tokens = VocabParallelEmbedding(config.vocab_size, config.hidden_size, **kwargs) if first else None
         # A ModuleDict keyed by the global index keeps transformers' names on every stage.
         stack = {str(i): LlamaDecoderLayer(config, i - layers.start, **of_layers) for i in layers}
+        if quantize is not None:
+            for layer in stack.values():
+                quantize_(layer, quantize)
+                if offload is None:
+                    layer.to_empty(device=device)
         if offload is None:
             self.layers: nn.ModuleDict | StreamedLayers = nn.ModuleDict(stack)
         else:
-            options = {"slots": offload.slots, "resident_bytes": offload.resident_bytes}
-            self.layers = StreamedLayers(stack, device=device, **options)
+            if offload.cpu and group.size() > 1:
+                raise ValueError(f"Offload(cpu=True) is for one tensor-parallel rank, not for {group.size()}")
+            self.layers = StreamedLayers(stack, device=device, progress=progress, **vars(offload))
+            if quantize is not None and self.layers.disk_bytes:
+                self.layers.release()
+                raise ValueError(
+                    f"offload=Offload(host_bytes={offload.host_bytes}) leaves layers in their files, which hold no "
+                    f"quantised weights; give it more or leave quantize={quantize!r} out"
+                )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, device=device, dtype=dtype) if last else None
         self.rotary_emb = RotaryEmbedding(config.head_dim, config.rope_theta, config.rope_scaling, device)
 
@@ -98,7 +114,9 @@ class LlamaModel(nn.Module):
         layers = list(self.layers.values())
         norms = [layer.input_layernorm for layer in layers[1:]] + [self.norm]
         normed = layers[0].input_layernorm(residual)
-        for (_, layer), norm in zip(self.layers.items(), norms, strict=True):
+        streamed = isinstance(self.layers, StreamedLayers)
+        passing = self.layers.items(x.shape[0] * x.shape[1]) if streamed else self.layers.items()
+        for (_, layer), norm in zip(passing, norms, strict=True):
             normed, residual = layer(normed, residual, cos, sin, cache, positions, lens, norm)
         return residual if self.norm is None else normed
 
@@ -111,6 +129,8 @@ class LlamaForCausalLM(nn.Module):
         mesh: of `fp.init`; its "tp" and "pp" dimensions are used. None: every rank holds the whole model (a draft).
         device, dtype: of the parameters; default: the mesh's device and the config's dtype.
         offload: keep the layers in host memory and stream them (`fp.Offload`).
+        quantize: "int8" or "int4": the layers' matrices are quantised (`nn.quantize_`), embedding and head are not.
+        progress: show a bar while host memory is pinned.
 
     Parameters hold this rank's shards and are uninitialised: use `from_pretrained` or `load_state_dict`.
     """
@@ -123,6 +143,8 @@ class LlamaForCausalLM(nn.Module):
         device=None,
         dtype: torch.dtype | None = None,
         offload: Offload | None = None,
+        quantize: str | None = None,
+        progress: bool = False,
     ) -> None:
         super().__init__()
         self.config, self.mesh = config, mesh
@@ -133,7 +155,8 @@ class LlamaForCausalLM(nn.Module):
         device = torch.device(device) if device is not None else default_device(mesh)
         kwargs = {"group": self.tp_group, "device": device, "dtype": dtype or DTYPES[config.dtype]}
         self._device = device
-        self.model = LlamaModel(config, self.layer_range, first, last, offload=offload, **kwargs)
+        options = {"offload": offload, "quantize": quantize, "progress": progress}
+        self.model = LlamaModel(config, self.layer_range, first, last, **options, **kwargs)
         self.lm_head = ParallelLMHead(config.hidden_size, config.vocab_size, **kwargs) if last else None
         if last and first and config.tie_word_embeddings:
             self.lm_head.tie(self.model.embed_tokens)
@@ -152,6 +175,8 @@ class LlamaForCausalLM(nn.Module):
         dtype: torch.dtype | None = None,
         device=None,
         offload: Offload | None = None,
+        quantize: str | None = None,
+        progress: bool = False,
     ) -> LlamaForCausalLM:
         """Load a Hugging Face directory (config.json and safetensors); each rank reads only what it holds.
 
@@ -161,22 +186,38 @@ class LlamaForCausalLM(nn.Module):
             dtype: of parameters and activations; default: the checkpoint's.
             device: default: the mesh's.
             offload: keep the layers in host memory (read straight into it) and stream them; None: on the device.
+            quantize: "int8" or "int4": quantise the layers' matrices while they are read, on the model's device, each
+                rank its part; embedding and head keep their dtype. Offloaded, they travel quantised.
+            progress: show bars on stderr (rank 0 only) while memory is pinned and files are read.
 
-        Raises FileNotFoundError or ValueError naming the file that is missing, corrupt or of another model.
+        Raises FileNotFoundError or ValueError naming the file that is missing, corrupt or of another model, and
+        RuntimeError where host memory does not suffice. Then, and when interrupted, pinned memory is given back.
         """
         config = LlamaConfig.from_pretrained(path)
         checkpoint = Checkpoint(path)
-        model = cls(config, mesh=mesh, device=device, dtype=dtype, offload=offload)
-        tied = {"lm_head.weight": "model.embed_tokens.weight"} if config.tie_word_embeddings else {}
-        used = load_weights(model, checkpoint, renamed=tied)
-        unknown = sorted(k for k in checkpoint.keys() - used if not model._is_elsewhere(k) and k not in tied)
+        model = cls(
+            config, mesh=mesh, device=device, dtype=dtype, offload=offload, quantize=quantize, progress=progress
+        )
+        try:
+            model._load(checkpoint, progress)
+        except BaseException:
+            if model.offloaded:
+                model.model.layers.release()
+            raise
+        return model
+
+    def _load(self, checkpoint: Checkpoint, progress: bool) -> None:
+        tied = {"lm_head.weight": "model.embed_tokens.weight"} if self.config.tie_word_embeddings else {}
+        from_files = self.model.layers.from_files if self.offloaded else None
+        options = {"from_files": from_files, "device": self._device, "progress": progress}
+        used = load_weights(self, checkpoint, renamed=tied, **options)
+        unknown = sorted(k for k in checkpoint.keys() - used if not self._is_elsewhere(k) and k not in tied)
         if unknown:
             raise ValueError(
-                f"{path}: the checkpoint holds tensors for which config.json has no place, such as {unknown[0]!r} "
-                f"({len(unknown)} in all); config.json and weights do not belong together (num_hidden_layers, "
-                "attention_bias, mlp_bias?)"
+                f"{checkpoint.path}: the checkpoint holds tensors for which config.json has no place, such as "
+                f"{unknown[0]!r} ({len(unknown)} in all); config.json and weights do not belong together "
+                "(num_hidden_layers, attention_bias, mlp_bias?)"
             )
-        return model
 
     def _is_elsewhere(self, key: str) -> bool:
         """Whether a tensor of the whole model's checkpoint belongs to another stage, or is computed."""
@@ -204,7 +245,7 @@ class LlamaForCausalLM(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """Of the parameters and activations."""
-        return next(self.model.layers.parameters()).dtype
+        return next(iter(self.model.layers.values())).input_layernorm.weight.dtype
 
     @property
     def offloaded(self) -> bool:
@@ -214,7 +255,17 @@ class LlamaForCausalLM(nn.Module):
     @property
     def streamed_bytes(self) -> int:
         """Bytes that offloaded layers have copied to the device since the model was made; 0 where all are there."""
-        return self.model.layers.passes * self.model.layers.host_bytes if self.offloaded else 0
+        return self.model.layers.streamed_bytes if self.offloaded else 0
+
+    @property
+    def stream_seconds(self) -> float:
+        """For how long the copies of offloaded layers have run, captured ones left out."""
+        return self.model.layers.copy_seconds if self.offloaded else 0.0
+
+    def prefetch(self) -> None:
+        """Start what can be started of the next forward pass before its input is there: copies of offloaded layers."""
+        if self.offloaded:
+            self.model.layers.prefetch()
 
     def make_cache(self, batch: int, capacity: int) -> KVCache:
         """An empty KV cache for this rank's layers and heads."""

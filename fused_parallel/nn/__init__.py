@@ -7,6 +7,7 @@ from .kv_cache import KVCache
 from .linear import ColumnParallelLinear, RowParallelLinear
 from .mlp import ParallelMLP
 from .pipeline_stage import PipelineStage
+from .quantize import quantize_
 from .rms_norm import RMSNorm
 from .rotary import RotaryEmbedding
 from .speculative_verifier import SpeculativeVerifier
@@ -27,4 +28,5 @@ __all__ = [
     "SpeculativeVerifier",
     "StreamedLayers",
     "VocabParallelEmbedding",
+    "quantize_",
 ]

@@ -89,6 +89,8 @@ class ShardedModule(nn.Module):
         self.group = resolve_group(group)
         self.tp_rank, self.tp_size = self.group.rank(), self.group.size()
         self.shards: dict[str, Shard] = {}
+        self.quantized: str | None = None  # by nn.quantize_
+        self.on_cpu = False  # whether a weight in host memory may be multiplied there (nn.StreamedLayers)
         agree(self.group)
 
     def add_parameter(self, name: str, shape: tuple[int, ...], shard: Shard | None, device=None, dtype=None) -> None:

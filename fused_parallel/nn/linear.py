@@ -75,7 +75,11 @@ class ColumnParallelLinear(ShardedModule):
         if self.sequence_parallel:
             out = ops.all_gather_matmul(x, self.weight, group=self.group)
             return out if self.bias is None else out.add_(self.bias)
-        out = ops.linear(x, self.weight, self.bias)
+        if is_apart(self, x):
+            out = local_product(self, x)
+            out = out if self.bias is None else out.add_(self.bias)
+        else:
+            out = ops.linear(x, self.weight, self.bias)
         return gather_last(out, self.out_features, self.group) if self.gather_output else out
 
 
@@ -143,7 +147,7 @@ class RowParallelLinear(ShardedModule):
         residual + out; with `norm` (an RMSNorm), too: (norm(sum), sum) for sum = residual + out, in one operation. With
         `sequence_parallel` x [M, local in], and out and residual are [M / tp, out_features]: this rank's rows."""
         if not self.input_is_parallel:
-            x = take_part(x, self.shards["weight"])
+            x = take_part(x, self.weight_shard if self.quantized else self.shards["weight"])
         if norm is not None and residual is None:
             raise ValueError("RowParallelLinear: norm needs a residual to add to")
         if self.sequence_parallel:
@@ -152,6 +156,8 @@ class RowParallelLinear(ShardedModule):
             if norm is not None:
                 return ops.add_rms_norm(out, residual, norm.weight, norm.variance_epsilon)
             return out if residual is None else residual + out
+        if is_apart(self, x):
+            return self._apart(x, residual, norm)
         if norm is None:
             out = ops.matmul_all_reduce(x, self.weight, self.bias, group=self.group)
             return out if residual is None else residual + out
@@ -164,6 +170,34 @@ class RowParallelLinear(ShardedModule):
             self.bias,
             group=self.group,
         )
+
+    def _apart(self, x: torch.Tensor, residual: torch.Tensor | None, norm: RMSNorm | None):
+        """forward as two operations: the product, then what sums it."""
+        out = local_product(self, x)
+        if norm is not None and self.bias is None:
+            eps = norm.variance_epsilon
+            return ops.all_reduce_add_rms_norm(out, residual, norm.weight, eps, group=self.group)
+        out = ops.all_reduce(out, group=self.group)
+        out = out if self.bias is None else out + self.bias
+        if norm is not None:
+            return ops.add_rms_norm(out, residual, norm.weight, norm.variance_epsilon)
+        return out if residual is None else residual + out
+
+
+def is_apart(layer: ShardedModule, x: torch.Tensor) -> bool:
+    """Whether the product is an operation of its own: of a quantised weight, or of one that is left in host memory."""
+    return layer.quantized is not None or (layer.on_cpu and layer.weight.device != x.device)
+
+
+def local_product(layer: ShardedModule, x: torch.Tensor) -> torch.Tensor:
+    """x [..., K] times this rank's weight, without bias or communication. With `layer.on_cpu` it is computed where the
+    weight is: a GPU's x goes to the CPU and back for a weight in host memory, and the host waits."""
+    here = x
+    if layer.on_cpu:
+        here = x.to(layer.scales.device if layer.quantized is not None else layer.weight.device)
+    if layer.quantized is not None:
+        return ops.quantized_matmul(here, layer.values, layer.scales).to(x.device)
+    return F.linear(here, layer.weight).to(x.device)
 
 
 def take_part(x: torch.Tensor, shard: Shard) -> torch.Tensor:

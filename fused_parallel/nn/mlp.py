@@ -7,7 +7,7 @@ from torch import nn
 
 from .. import ops
 from ._shards import merge_siblings
-from .linear import ColumnParallelLinear, RowParallelLinear
+from .linear import ColumnParallelLinear, RowParallelLinear, is_apart
 from .rms_norm import RMSNorm
 
 
@@ -48,7 +48,8 @@ class ParallelMLP(nn.Module):
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None, norm: RMSNorm | None = None):
         merged = self.gate_up_proj
-        if type(merged) is ColumnParallelLinear and merged.bias is None and not merged.sequence_parallel:
+        plain = type(merged) is ColumnParallelLinear and merged.bias is None and not merged.sequence_parallel
+        if plain and not is_apart(merged, x):
             gated = ops.linear_silu_mul(x, merged.weight)
         else:  # or something put in its place
             gated = ops.silu_mul(merged(x))

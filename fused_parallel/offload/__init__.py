@@ -11,6 +11,10 @@ class Offload:
 
     resident_bytes: bytes of this rank's layers that stay on the device (spread evenly over the stack), besides
         embedding, head, norms and the KV cache.
+    host_bytes: bytes of host memory for this rank's layers; those beyond stay in the safetensors files and are read in
+        every pass. None: what the layers need, and an error where there is less.
+    cpu: compute layers on the CPU from host memory instead of copying them, as many as a measurement says, in passes of
+        up to 64 tokens; no tensor parallelism. Products then round as the CPU's do, not as the GPU's.
     slots: device blocks that layers are copied to in turn, each of the largest layer's size.
 
     Raises ValueError for negative sizes and less than one slot.
@@ -18,9 +22,13 @@ class Offload:
 
     resident_bytes: int = 0
     slots: int = 2
+    host_bytes: int | None = None
+    cpu: bool = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.resident_bytes, int) or self.resident_bytes < 0:
             raise ValueError(f"Offload: resident_bytes must be an integer of at least 0, got {self.resident_bytes!r}")
+        if self.host_bytes is not None and (not isinstance(self.host_bytes, int) or self.host_bytes < 0):
+            raise ValueError(f"Offload: host_bytes must be an integer of at least 0 or None, got {self.host_bytes!r}")
         if not isinstance(self.slots, int) or self.slots < 1:
             raise ValueError(f"Offload: slots must be an integer of at least 1, got {self.slots!r}")

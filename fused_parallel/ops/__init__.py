@@ -7,6 +7,7 @@ from .all_reduce_add_rms_norm import all_reduce_add_rms_norm
 from .linear import linear, linear_silu_mul
 from .matmul_all_reduce import matmul_all_reduce, matmul_all_reduce_add_rms_norm
 from .matmul_reduce_scatter import all_gather_matmul, matmul_reduce_scatter
+from .quantized_matmul import quantized_matmul
 from .rotary_cache_write import rotary_cache_write
 from .sample import sample
 from .silu_mul import silu_mul
@@ -26,6 +27,7 @@ __all__ = [
     "matmul_all_reduce",
     "matmul_all_reduce_add_rms_norm",
     "matmul_reduce_scatter",
+    "quantized_matmul",
     "reduce_scatter",
     "rms_norm",
     "rotary_cache_write",

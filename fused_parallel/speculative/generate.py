@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import operator
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 
+from .._progress import progress_bar
 from ..comm import collectives
 from ..comm.workspace import check
 from ..models.llama import LlamaForCausalLM
@@ -34,7 +33,8 @@ class GenerationStats:
     accepted: int
     communication_seconds: float | None
     rounds_by_length: dict[int, int]  # how many rounds drafted 0, 1, ... tokens
-    streamed_bytes: int  # of offloaded weights, copied to the device by rounds that were not captured
+    streamed_bytes: int  # of offloaded weights, copied to the device by passes that were not captured
+    stream_seconds: float  # for how long those copies ran
 
     @property
     def tokens_per_second(self) -> float:
@@ -45,6 +45,17 @@ class GenerationStats:
     def acceptance(self) -> float | None:
         """Accepted over drafted tokens; None when nothing was drafted."""
         return self.accepted / self.drafted if self.drafted else None
+
+    @property
+    def link_utilisation(self) -> float | None:
+        """Share of prefill and decode time in which weights were copied to the device; None where none were."""
+        total = self.prefill_seconds + self.decode_seconds
+        return self.stream_seconds / total if self.stream_seconds and total > 0 else None
+
+    @property
+    def stream_gb_per_second(self) -> float | None:
+        """Rate of those copies while they ran, in 10^9 bytes a second; None where there were none."""
+        return self.streamed_bytes / self.stream_seconds * 1e-9 if self.stream_seconds else None
 
     @property
     def communication_share(self) -> float | None:
@@ -226,7 +237,7 @@ def generate(
     done = [False] * batch
     rounds_by_length: dict[int, int] = {}
     drafted = accepted = 0
-    streamed = model.streamed_bytes
+    streamed, copying = model.streamed_bytes, model.stream_seconds
     seen = (0, 0, 0, 0)  # of the round before: length, drafted, accepted, rejected
 
     def take(rows: list[list[int]]) -> None:
@@ -238,7 +249,10 @@ def generate(
                 new[i].append(token)
                 done[i] = token in ends or len(new[i]) == max_new_tokens
 
-    with collectives.CommunicationTimer() as timer, _progress(progress, batch * max_new_tokens) as advance:
+    with (
+        collectives.CommunicationTimer() as timer,
+        progress_bar(progress, "generating", batch * max_new_tokens, "tokens") as advance,
+    ):
         begin = time.perf_counter()
         first = round_.prefill(ids, lens)
         take(first.unsqueeze(1).tolist())
@@ -282,20 +296,6 @@ def generate(
         communication_seconds=None if cuda_graph else timer.seconds(),
         rounds_by_length=dict(sorted(rounds_by_length.items())),
         streamed_bytes=model.streamed_bytes - streamed,
+        stream_seconds=model.stream_seconds - copying,
     )
     return Generation(new, stats)
-
-
-@contextlib.contextmanager
-def _progress(show: bool, total: int):
-    """A progress bar in tokens on rank 0; yields the function that advances it."""
-    if not show or (dist.is_initialized() and dist.get_rank() != 0):
-        yield lambda count: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = TextColumn("generating"), BarColumn(), MofNCompleteColumn(), TextColumn("tokens"), TimeRemainingColumn()
-    with Progress(*columns, transient=True, console=Console(stderr=True)) as bar:
-        task = bar.add_task("generate", total=total)
-        yield lambda count: bar.advance(task, count)

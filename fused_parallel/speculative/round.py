@@ -98,6 +98,7 @@ class Round:
         at = self.cache.lens.long().unsqueeze(1)  # of the token that the model has not seen yet
         drafts = self.drafts[:, :k]
         if k:
+            self.model.prefetch()  # beside the drafting
             if self.drafter is not None:
                 proposed, draft_logits, counts = self.drafter.propose(
                     self.history,

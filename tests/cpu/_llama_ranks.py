@@ -7,6 +7,8 @@ import torch
 import fused_parallel as fp
 from fused_parallel.nn.linear import gather_last
 
+OFFLOAD_PROMPTS = [[5, 17, 200, 3], [9], [44, 45, 46, 47, 48, 49, 50, 51, 52]]
+OFFLOAD_NEW = 16
 LLAMA3_ROPE = {
     "rope_type": "llama3",
     "factor": 8.0,
@@ -112,3 +114,14 @@ def generated(mesh, path, draft_path, prompts, max_new_tokens, **options):
         draft = fp.LlamaForCausalLM.from_pretrained(draft_path, mesh=None, dtype=torch.float32)
     result = fp.generate(model, prompts, max_new_tokens, draft=draft, **options)
     return result.tokens, vars(result.stats) | {"acceptance": result.stats.acceptance}
+
+
+def offloaded(mesh, path, draft_path, offload, **options):
+    """(tokens, stats, bytes in host memory, whether the model is offloaded) of a generation."""
+    model = fp.LlamaForCausalLM.from_pretrained(path, mesh=mesh, dtype=torch.float32, offload=offload)
+    draft = draft_path
+    if draft_path not in (None, "ngram"):
+        draft = fp.LlamaForCausalLM.from_pretrained(draft_path, mesh=None, dtype=torch.float32)
+    result = fp.generate(model, OFFLOAD_PROMPTS, OFFLOAD_NEW, draft=draft, **options)
+    host = model.model.layers.host_bytes if model.offloaded else 0
+    return result.tokens, vars(result.stats), host, model.offloaded

@@ -53,6 +53,8 @@ def test_generate_alone_and_on_two_ranks():
         (("--prompt", "x", "--max-new-tokens", "0"), "max_new_tokens must be an integer of at least 1"),
         (("--prompt-file", "/nowhere.txt"), "/nowhere.txt"),
         (("--prompt", "x", "--device", "cuda"), "has no GPU"),
+        (("--prompt", "x", "--host-memory", "1"), "give --offload GB, too"),
+        (("--prompt", "x", "--offload", "0", "--host-memory", "-1"), "host_bytes must be an integer of at least 0"),
     ],
 )
 def test_generate_errors(options, message, capsys):
@@ -64,6 +66,14 @@ def test_generate_errors(options, message, capsys):
     assert code == 1
     text = capsys.readouterr().err
     assert message in text and "Traceback" not in text
+
+
+def test_generate_offloaded_and_quantised(capsys):
+    options = ["--device", "cpu", "--prompt", "import os", "--max-new-tokens", "12", "--offload", "0"]
+    for more in (["--quantize", "int8"], ["--quantize", "int4"], ["--host-memory", "0.01"]):
+        assert main(["generate", "--model", str(TARGET), *options, *more]) == 0
+        told = capsys.readouterr()
+        assert told.out.startswith("import os") and "MB streamed a token at" in told.err
 
 
 def test_checkpoint_without_tokenizer(tmp_path, capsys):

@@ -64,6 +64,10 @@ def test_offload():
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stdout + done.stderr
     rows = [[cell.strip() for cell in line.split("│")[1:]] for line in done.stdout.splitlines() if line.startswith("│")]
-    assert len(rows) == 5 and all(row[4] == "yes" for row in rows)
-    streamed = [float(row[2]) for row in rows]
-    assert streamed[0] == 0 < streamed[3] < streamed[2] < streamed[1]
+    rows = {row[0]: row[1:] for row in rows}
+    assert len(rows) == 10 and [row[7] for name, row in rows.items() if "int" not in name] == ["yes"] * 7
+    streamed = {name: float(row[5]) for name, row in rows.items()}
+    assert streamed["on the device"] == 0 < streamed["offloaded, half resident"] < streamed["offloaded"]
+    assert 0 < streamed["offloaded + draft, k = 4"] < streamed["offloaded"] / 2
+    assert 0 < streamed["offloaded, int4"] < streamed["offloaded, int8"] < streamed["offloaded"] / 3
+    assert float(rows["offloaded + draft, k = 4"][2]) > 0  # predicted

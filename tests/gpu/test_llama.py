@@ -6,6 +6,8 @@ import torch
 from torch import nn
 
 import fused_parallel as fp
+from fused_parallel.offload import host_memory
+from fused_parallel.offload.host_memory import HostBlocks
 from fused_parallel.testing.spawn import run_ranks
 from fused_parallel.testing.tolerances import assert_close
 
@@ -122,9 +124,209 @@ def test_streamed_layers(seed):
             expected = layer(expected)
         for slots in (1, 2, 3):
             streamed = fp.nn.StreamedLayers(layers, device="cuda", slots=slots)
+            # Norms and biases live on the device, matrices in pinned host memory.
             assert all(p.is_pinned() if p.dim() > 1 else p.is_cuda for p in streamed.parameters())
             for _ in range(20):
                 y = x.cuda()
                 for _, layer in streamed:
                     y = layer(y)
                 assert torch.allclose(y.cpu(), expected, atol=1e-4)
+
+
+def pinned(tensor: torch.Tensor) -> bool:
+    """By CUDA itself, not by what torch remembers."""
+    return tensor.is_pinned()
+
+
+def test_blocks_are_pinned_and_given_back():
+    """At their own size, by several threads; released memory is not pinned any longer, and may be pinned again."""
+    device = torch.device("cuda", 0)
+    sizes = [100_000_000 + 4096 * i + 17 for i in range(8)]
+    for _ in range(2):
+        blocks = HostBlocks(sizes, device, "test")
+        assert all(pinned(t) and pinned(t[-17:]) for t in blocks.tensors)
+        for t in blocks.tensors:
+            t[:1000].random_(256)
+        copies = [torch.empty_like(t, device=device).copy_(t, non_blocking=True) for t in blocks.tensors]
+        torch.cuda.synchronize()
+        assert all(torch.equal(a.cpu()[:1000], b[:1000]) for a, b in zip(copies, blocks.tensors, strict=True))
+        blocks.release()
+        assert not any(pinned(t) for t in blocks.tensors)
+
+
+def test_no_room_to_pin_is_told(monkeypatch):
+    """The driver refuses: what was pinned until then is given back."""
+    kept = []
+
+    def register(address, size, real=host_memory._register):
+        if len(kept) >= 3:
+            return "out of memory"
+        kept.append(address)
+        return real(address, size)
+
+    monkeypatch.setattr(host_memory, "_register", register)
+    released = []
+    release = HostBlocks.release
+    monkeypatch.setattr(HostBlocks, "release", lambda self: (released.append(self), release(self)))
+    with pytest.raises(RuntimeError, match=r"mine: .* of host memory are needed, and pinning them failed"):
+        HostBlocks([10_000_000] * 8, torch.device("cuda", 0), "mine")
+    assert len(released[0].tensors) == 8 and not any(pinned(t) for t in released[0].tensors)
+
+
+@pytest.mark.parametrize("slots", [1, 2, 3])
+def test_offloaded_equals_resident(tmp_path, slots):
+    """With layers on the device, in host memory and in files; eager and in CUDA graphs."""
+    ranks.save_random_model(tmp_path / "target", scale=6.0, num_hidden_layers=8)
+    ranks.save_random_model(tmp_path / "draft", scale=6.0, num_hidden_layers=1)
+    args = tmp_path / "target", tmp_path / "draft"
+    (expected, *_) = run_ranks(ranks.offloaded, 1, *args, None, device="cuda")[0]
+    layer = 4 * (96 * (128 + 2 * 64) + 96 * 128 + 3 * 96 * 250)
+    for offload in (
+        fp.Offload(slots=slots),
+        fp.Offload(slots=slots, resident_bytes=3 * layer + 8192),
+        fp.Offload(slots=slots, host_bytes=5 * layer),
+    ):
+        options = [{}, {"num_draft_tokens": "auto"}, {"num_draft_tokens": 6}]
+        if offload.host_bytes is None:
+            options.append({"cuda_graph": True})
+        for more in options:
+            (tokens, stats, host, _) = run_ranks(ranks.offloaded, 1, *args, offload, device="cuda", **more)[0]
+            assert tokens == expected
+            assert host > 0 and stats["streamed_bytes"] > 0
+
+
+def test_streaming_in_a_graph_equals_eager(seed):
+    """Replays with inputs that change, between eager passes; the first copies begin before the pass (`prefetch`)."""
+    layers = {str(i): nn.Linear(1024, 1024, bias=False) for i in range(7)}
+    with torch.no_grad():
+        streamed = fp.nn.StreamedLayers(layers, device="cuda", slots=2)
+        x = torch.randn(4, 1024, device="cuda")
+
+        def run(y):
+            streamed.prefetch()
+            for _, layer in streamed:
+                y = torch.tanh(layer(y))
+            return y
+
+        weights = [layer.weight.double().cuda() for layer in streamed.values()]
+
+        def expected():
+            y = x.double()
+            for weight in weights:
+                y = torch.tanh(y @ weight.T)
+            return y
+
+        side = torch.cuda.Stream()
+        with torch.cuda.stream(side):
+            run(x)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = run(x)
+        torch.cuda.synchronize()
+        for turn in range(12):
+            x.copy_(torch.randn_like(x))
+            out.fill_(float("nan"))
+            graph.replay()
+            if turn % 3 == 0:
+                assert torch.allclose(run(x).double(), expected(), atol=1e-4)
+            assert torch.allclose(out.double(), expected(), atol=1e-4)
+        assert streamed.copy_seconds > 0
+
+
+def test_layers_computed_on_the_cpu(tmp_path):
+    """Half the layers' products on the CPU, whatever it costs: the same tokens, plain and drafted."""
+    ranks.save_random_model(tmp_path / "target", scale=6.0, num_hidden_layers=8)
+    ranks.save_random_model(tmp_path / "draft", scale=6.0, num_hidden_layers=1)
+    for draft in (None, tmp_path / "draft"):
+        args = tmp_path / "target", draft
+        expected = run_ranks(ranks.offloaded, 1, *args, None, device="cuda")[0][0]
+        for more in ({}, {"quantize": "int8"}):
+            reference = expected if not more else run_ranks(half_on_cpu, 1, *args, False, device="cuda", **more)[0][0]
+            tokens, streamed, whole = run_ranks(half_on_cpu, 1, *args, True, device="cuda", **more)[0]
+            assert tokens == reference and 0.3 * whole < streamed < 0.8 * whole
+
+
+def half_on_cpu(mesh, path, draft_path, cpu, quantize=None):
+    """(tokens, bytes streamed, bytes that passes without the CPU would have streamed)."""
+    load = {"dtype": torch.float32}
+    offload = fp.Offload(cpu=cpu)
+    model = fp.LlamaForCausalLM.from_pretrained(path, mesh=mesh, offload=offload, quantize=quantize, **load)
+    draft = draft_path and fp.LlamaForCausalLM.from_pretrained(draft_path, mesh=None, **load)
+    layers = model.model.layers
+    if cpu:
+        assert layers.on_cpu(1) <= set(range(8))  # what is measured here
+        layers._time_copy = layers._time_on_cpu = lambda *_: 1.0
+        layers._on_cpu.clear()
+    result = fp.generate(model, ranks.OFFLOAD_PROMPTS, ranks.OFFLOAD_NEW, draft=draft)
+    return result.tokens, result.stats.streamed_bytes, (result.stats.rounds + 1) * layers.host_bytes
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_quantised_model(tmp_path, kind):
+    """Quantised on the GPU or the CPU, streamed or on the device: the same integers, so the same logits."""
+    ranks.save_random_model(tmp_path)
+    (expected,) = run_ranks(quantized_logits, 1, tmp_path, kind, None, device="cpu")
+    for offload in (None, fp.Offload(), fp.Offload(resident_bytes=60_000)):
+        (got,) = run_ranks(quantized_logits, 1, tmp_path, kind, offload, device="cuda")
+        assert (got - expected).norm() / expected.norm() < 1e-4
+
+
+def quantized_logits(mesh, path, kind, offload):
+    model = fp.LlamaForCausalLM.from_pretrained(path, mesh=mesh, quantize=kind, offload=offload)
+    return model(IDS.to(model.device)).cpu()
+
+
+@pytest.mark.parametrize("slots", [1, 2, 3])
+@pytest.mark.parametrize("resident", [0, 2])
+def test_copies_wait_for_slow_readers(slots, resident, seed):
+    """Each layer reads its weights late, so that a copy that does not wait overwrites them, within a pass and from one
+    to the next."""
+    layers = {str(i): nn.Linear(1024, 1024, bias=False) for i in range(7)}
+    weights = [layer.weight.detach().double().cuda() for layer in layers.values()]
+    bytes_of_one = 4 * 1024 * 1024
+    with torch.no_grad():
+        streamed = fp.nn.StreamedLayers(layers, device="cuda", slots=slots, resident_bytes=resident * bytes_of_one)
+        assert streamed.host_bytes == (7 - resident) * bytes_of_one
+        outputs, inputs = [], []
+        for _ in range(6):  # enqueued without a wait of the host in between
+            y = torch.randn(4, 1024, device="cuda")
+            inputs.append(y)
+            for _, layer in streamed:
+                torch.cuda._sleep(1_000_000)  # about half a millisecond; a copy takes a fraction of it
+                y = torch.tanh(layer(y))
+            outputs.append(y)
+        for x, y in zip(inputs, outputs, strict=True):
+            expected = x.double()
+            for weight in weights:
+                expected = torch.tanh(expected @ weight.T)
+            assert torch.allclose(y.double(), expected, atol=1e-4)
+
+
+def interrupted_load(mesh, path):
+    """Whether blocks were pinned when a load was interrupted, and whether any is afterwards."""
+    from fused_parallel.models.checkpoint import Checkpoint
+
+    made, seen = [], []
+    init, read = HostBlocks.__init__, Checkpoint.read
+
+    def keep(self, *args, **kwargs):
+        init(self, *args, **kwargs)
+        made.append(self)
+
+    def interrupt(self, *args):
+        seen.extend(pinned(t) for t in made[0].tensors)
+        raise KeyboardInterrupt
+
+    HostBlocks.__init__, Checkpoint.read = keep, interrupt
+    try:
+        fp.LlamaForCausalLM.from_pretrained(path, mesh=mesh, offload=fp.Offload())
+    except KeyboardInterrupt:
+        return all(seen) and len(seen) > 0, any(pinned(t) for t in made[0].tensors)
+    finally:
+        HostBlocks.__init__, Checkpoint.read = init, read
+
+
+def test_interrupted_load_leaves_nothing_pinned(tmp_path):
+    ranks.save_random_model(tmp_path)
+    assert run_ranks(interrupted_load, 1, tmp_path, device="cuda") == [(True, False)]

@@ -1,0 +1,134 @@
+"""Matmuls with int8 and int4 weights on one GPU: ours against torch's own, and against bf16 weights.
+
+    python benchmarks/bench_quantized_matmul.py [--rows 1 8] [--kind int4]
+
+Rows: `fused` (fp.quantized_matmul: a kernel up to 32 rows, beyond as the next), `dequantize` (the reference: to a bf16
+matrix, then cuBLAS), `cublas` (bf16 weights: two or four times the bytes, what quantising is to beat),
+`torch_int8pack` and `torch_int4pack` (torch._weight_int8pack_mm, aten::_weight_int4pack_mm). All are checked against
+float64. `bytes`: values, scales, input and output once; `floor_us`: a launch + those at the rate of reading this GPU's
+memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import textwrap
+
+import torch
+import torch.nn.functional as F
+from _common import relative
+
+import fused_parallel as fp
+from fused_parallel.comm.probe_device import graph_kernel_us, hbm
+from fused_parallel.reference.quantized_matmul import GROUP, dequantize, quantize
+from fused_parallel.reference.quantized_matmul import quantized_matmul as reference
+from fused_parallel.testing.results import append, make_row, show
+from fused_parallel.testing.timer import time_collective
+
+ROWS = [1, 4, 8, 16, 32, 64]
+# (K, N) of a Llama-70B layer on one GPU: q, k, v; gate and up; down.
+SHAPES = [(8192, 10240), (8192, 57344), (28672, 8192)]
+DTYPE = torch.bfloat16
+TOLERANCE = 0.01  # bf16 results, and peers that round weights or products to it
+
+
+def torch_int4pack(k: int, n: int):
+    """(function, what makes its weights of ours)."""
+
+    def convert(values, scales):
+        swapped = values << 4 | values >> 4  # torch has the even column in the high bits
+        packed = torch.ops.aten._convert_weight_to_int4pack(swapped.contiguous(), 8)
+        return packed, torch.stack((scales.T, torch.zeros_like(scales.T)), -1).contiguous()
+
+    return lambda x, packed, both: torch.ops.aten._weight_int4pack_mm(x, packed, GROUP, both), convert
+
+
+def torch_int8pack(k: int, n: int):
+    return torch._weight_int8pack_mm, lambda values, scales: (values, scales.flatten())
+
+
+def implementations(kind: str, k: int, n: int) -> dict:
+    """impl -> (function, what makes its weights of ours)."""
+    peer = (torch_int8pack if kind == "int8" else torch_int4pack)(k, n)
+    return {
+        "fused": (fp.quantized_matmul, lambda values, scales: (values, scales)),
+        "dequantize": (reference, lambda values, scales: (values, scales)),
+        "cublas": (F.linear, lambda values, scales: (dequantize(values, scales, k),)),
+        f"torch_{kind}pack": peer,
+    }
+
+
+def problem(kind: str, m: int, k: int, n: int, seed: int):
+    """(x, (values, scales)), random, the same for a seed."""
+    torch.manual_seed(seed)
+    x = torch.randn(m, k, device="cuda", dtype=DTYPE)
+    parts = [torch.randn(min(4096, n - at), k, device="cuda") * k**-0.5 for at in range(0, n, 4096)]
+    quantized = [quantize(part, kind, DTYPE) for part in parts]
+    return x, tuple(torch.cat(of_all) for of_all in zip(*quantized, strict=True))
+
+
+def measure(kind: str, m: int, k: int, n: int, launch_us: float, bytes_per_us: float) -> list[dict[str, str]]:
+    rows = []
+    x, (values, scales) = problem(kind, m, k, n, 0)
+    # In parts: float64 of a large matrix takes eight times its bytes.
+    parts = zip(values.split(4096), scales.split(4096), strict=True)
+    expected = torch.cat([x.double() @ dequantize(v, s.double(), k).T for v, s in parts], -1)
+    del x, values, scales
+    for impl, (function, convert) in implementations(kind, k, n).items():
+
+        def inputs(i: int, convert=convert):
+            x, quantized = problem(kind, m, k, n, i)
+            return x, *convert(*quantized)
+
+        try:
+            arguments = inputs(0)
+            error = relative(function(*arguments), expected)
+        except (RuntimeError, NotImplementedError, AttributeError) as failure:
+            text = textwrap.shorten(f"{type(failure).__name__}: {failure}", 160)
+            print(f"not measured: {impl} {kind} M={m} K={k} N={n}: {text}", flush=True)
+            continue
+        if not error < TOLERANCE:
+            raise RuntimeError(f"{impl} {kind} is wrong: relative error {error:.1e} at M={m} K={k} N={n}")
+        moved = n * k // (1 if kind == "int8" else 2) + 2 * n * (1 if kind == "int8" else k // GROUP) + 2 * m * (k + n)
+        timing = time_collective(function, inputs=inputs, calls=6, rounds=12)
+        row = make_row(
+            "quantized_matmul",
+            impl,
+            timing,
+            world_size=1,
+            dtype=DTYPE,
+            mode="graph",
+            shape={"M": m, "K": k, "N": n, "kind": kind},
+            bytes=moved,
+            floor_us=launch_us + moved / bytes_per_us,
+        )
+        print(f"{impl} {row['shape']}: {timing.us_p50:.1f} us, floor {row['floor_us']}", flush=True)
+        rows.append(row)
+        append([row])
+    return rows
+
+
+@torch.no_grad()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, nargs="+", default=ROWS, help="rows of x")
+    parser.add_argument("--kind", choices=("int8", "int4"), nargs="+", default=["int8", "int4"])
+    parser.add_argument("--shapes", type=int, nargs="+", default=range(len(SHAPES)), help=f"which of {SHAPES} (K, N)")
+    args = parser.parse_args()
+    if not torch.cuda.is_available():
+        sys.exit("bench_quantized_matmul: needs a CUDA GPU, torch sees none")
+    memory, launch_us = hbm(0, quick=True), graph_kernel_us(0)
+    bytes_per_us = max(memory["copy_gb_per_s"], memory["read_gb_per_s"]) * 1e3
+    print(f"floor_us from {bytes_per_us * 1e-6:.2f} TB/s and {launch_us:.2f} us a launch", flush=True)
+    torch.cuda.empty_cache()
+    rows = []
+    for kind in args.kind:
+        for index in args.shapes:
+            for m in args.rows:
+                rows += measure(kind, m, *SHAPES[index], launch_us, bytes_per_us)
+    show(rows)
+
+
+if __name__ == "__main__":
+    main()
