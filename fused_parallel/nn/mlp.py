@@ -49,8 +49,6 @@ class ParallelMLP(nn.Module):
     def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None, norm: RMSNorm | None = None):
         merged = self.gate_up_proj
         plain = type(merged) is ColumnParallelLinear and merged.bias is None and not merged.sequence_parallel
-        if plain and not is_apart(merged, x):
-            gated = ops.linear_silu_mul(x, merged.weight)
-        else:  # or something put in its place
-            gated = ops.silu_mul(merged(x))
-        return self.down_proj(gated, residual, norm)
+        if not plain or is_apart(merged, x):  # perhaps something put in its place
+            return self.down_proj(ops.silu_mul(merged(x)), residual, norm)
+        return self.down_proj(ops.linear_silu_mul(x, merged.weight), residual, norm)

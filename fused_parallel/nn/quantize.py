@@ -32,9 +32,7 @@ def quantize_(module: nn.Module, kind: str) -> nn.Module:
         if layer.quantized is not None:
             raise ValueError(f"quantize_: a layer is quantised already ({layer.quantized})")
         if layer.sequence_parallel:
-            raise ValueError(
-                "quantize_: sequence-parallel layers keep their weights; there is no quantised form of them"
-            )
+            raise ValueError("quantize_: there is no quantised form of sequence-parallel layers")
         weight = layer.weight
         shape, integers, of_scales = quantized_shapes(kind, *weight.shape)
         values = torch.empty(shape, dtype=integers, device=weight.device)
