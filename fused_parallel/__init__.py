@@ -7,7 +7,7 @@ from . import comm, nn
 from ._version import __version__
 from .comm.groups import finalize, init
 from .comm.workspace import check
-from .errors import NoFusedKernelError, PeerTimeoutError
+from .errors import MessageMismatchError, NoFusedKernelError, PeerTimeoutError
 from .models.config import LlamaConfig
 from .models.llama import LlamaForCausalLM
 from .offload import Offload
@@ -39,6 +39,7 @@ __all__ = [
     "GenerationStats",
     "LlamaConfig",
     "LlamaForCausalLM",
+    "MessageMismatchError",
     "NoFusedKernelError",
     "Offload",
     "PeerTimeoutError",

@@ -93,16 +93,20 @@ def counting() -> bool:
     return _timer.get() is not None
 
 
-@contextlib.contextmanager
 def counted(tensor: torch.Tensor):
     """Count what is done within as communication of `tensor`, if a CommunicationTimer counts now."""
+    return counted_bytes(tensor.numel() * tensor.element_size(), tensor.is_cuda)
+
+
+@contextlib.contextmanager
+def counted_bytes(bytes: int, on_gpu: bool):
+    """As `counted`, of so many bytes; `on_gpu`: it is done on the current stream of the current GPU."""
     timer = _timer.get()
-    on_gpu = tensor.is_cuda
     if timer is None or (on_gpu and torch.cuda.is_current_stream_capturing()):
         yield
         return
     timer.calls += 1
-    timer.bytes += tensor.numel() * tensor.element_size()
+    timer.bytes += bytes
     if on_gpu:
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
@@ -116,7 +120,9 @@ def counted(tensor: torch.Tensor):
 
 
 @contextlib.contextmanager
-def _measured(op: str, tensor: torch.Tensor, pg: dist.ProcessGroup, peer: int | None = None):
+def measured(op: str, tensor: torch.Tensor, pg: dist.ProcessGroup, peer: int | None = None):
+    """Count what is done within, and turn its failure into a PeerTimeoutError that names `peer` (a global rank; None:
+    all others of `pg`)."""
     try:
         with counted(tensor):
             yield
@@ -135,7 +141,7 @@ def all_gather_object(value, pg: dist.ProcessGroup) -> list:
     if pg.size() == 1:
         return [value]
     values: list = [None] * pg.size()
-    with _measured("all_gather_object", torch.empty(0), pg):
+    with measured("all_gather_object", torch.empty(0), pg):
         dist.all_gather_object(values, value, group=pg)
     return values
 
@@ -143,7 +149,7 @@ def all_gather_object(value, pg: dist.ProcessGroup) -> list:
 def all_reduce_(x: torch.Tensor, pg: dist.ProcessGroup) -> torch.Tensor:
     """Sum the contiguous `x` over the group, in place."""
     if pg.size() > 1 and x.numel():
-        with _measured("all_reduce", x, pg):
+        with measured("all_reduce", x, pg):
             dist.all_reduce(x, group=pg)
     return x
 
@@ -155,7 +161,7 @@ def all_gather(x: torch.Tensor, pg: dist.ProcessGroup) -> torch.Tensor:
         return x.clone()
     out = x.new_empty((x.shape[0] * pg.size(), *x.shape[1:]))
     if x.numel():
-        with _measured("all_gather", out, pg):
+        with measured("all_gather", out, pg):
             _all_gather(out, x, group=pg)
     return out
 
@@ -167,7 +173,7 @@ def reduce_scatter(x: torch.Tensor, pg: dist.ProcessGroup) -> torch.Tensor:
         return x.clone()
     out = x.new_empty((x.shape[0] // pg.size(), *x.shape[1:]))
     if x.numel():
-        with _measured("reduce_scatter", x, pg):
+        with measured("reduce_scatter", x, pg):
             _reduce_scatter(out, x, group=pg)
     return out
 
@@ -176,7 +182,7 @@ def broadcast_(x: torch.Tensor, src: int, pg: dist.ProcessGroup) -> torch.Tensor
     """Overwrite the contiguous `x` with that of group rank `src`."""
     if pg.size() > 1 and x.numel():
         source = dist.get_global_rank(pg, src)
-        with _measured("broadcast", x, pg, peer=None if source == dist.get_rank() else source):
+        with measured("broadcast", x, pg, peer=None if source == dist.get_rank() else source):
             dist.broadcast(x, source, group=pg)
     return x
 
@@ -185,7 +191,7 @@ def send(x: torch.Tensor, dst: int, pg: dist.ProcessGroup) -> None:
     """Send the contiguous `x` to group rank `dst`, which calls `recv_` with the same shape and dtype."""
     peer = dist.get_global_rank(pg, dst)
     if x.numel():
-        with _measured("send", x, pg, peer=peer):
+        with measured("send", x, pg, peer=peer):
             dist.send(x, peer, group=pg)
 
 
@@ -193,6 +199,6 @@ def recv_(x: torch.Tensor, src: int, pg: dist.ProcessGroup) -> torch.Tensor:
     """Fill the contiguous `x` with what group rank `src` sends."""
     peer = dist.get_global_rank(pg, src)
     if x.numel():
-        with _measured("recv", x, pg, peer=peer):
+        with measured("recv", x, pg, peer=peer):
             dist.recv(x, peer, group=pg)
     return x

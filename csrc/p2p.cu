@@ -1,0 +1,452 @@
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstring>
+#include <stdexcept>
+
+#include "common/check.h"
+#include "common/device.h"
+#include "common/launch.h"
+#include "common/signal.cuh"
+#include "common/vec.cuh"
+#include "p2p.h"
+
+// The argument for the protocol, access by access, is in docs/pipeline.md; the host-side model in
+// tests/cpu/test_p2p_protocol.py checks it exhaustively.
+//
+// A slot is a channel of its own, one message deep. Its flags lie in the receiver's memory beside the payload, its
+// credit in the sender's: all are written by the other end only. Message n of a slot (from 0) is sent when the credit
+// is n, is there when the flags say n + 1, and is released by a credit of n + 1. n is counted on the device, so that
+// graphs replay.
+
+namespace fp {
+namespace {
+
+constexpr int kThreads = 512;  // of a CTA that pushes
+constexpr int kVecs = 4;       // vectors a thread loads before it stores them
+constexpr int kHeaderVecs = kP2PHeaderBytes / 16;
+
+// A slot's flags: part p of the message is there when word p is (messages so far) * kFlagParts + number of parts.
+constexpr unsigned long long kFlagParts = 64;
+static_assert(kP2PMaxParts < kFlagParts && kP2PMaxParts == 32, "one lane of the receiving warp for each part");
+
+// CTAs of a push add up to this in `sent`, whatever their number; see lamport.cuh.
+constexpr unsigned long long kSentPerMessage = 64;
+
+// In the symmetric buffer of an end, written by the other end only.
+struct Mailbox {
+  unsigned long long flags[kP2PMaxSlots][kP2PMaxParts];
+  unsigned long long credits[kP2PMaxSlots];  // of the messages that this end sends
+  unsigned long long failed;                 // the other end has given up: nothing it says any more can be trusted
+};
+constexpr std::int64_t kMailboxBytes = (sizeof(Mailbox) + 4095) / 4096 * 4096;
+
+// In an end's own device memory.
+struct Control {
+  unsigned long long sent[kP2PMaxSlots];   // kSentPerMessage for every message
+  unsigned long long taken[kP2PMaxSlots];  // messages received
+  unsigned aborted;
+};
+static_assert(sizeof(Control) <= kP2PControlBytes && sizeof(AbortRecord) <= 64, "");
+
+struct Header {
+  unsigned long long hash;
+  unsigned long long bytes;
+  unsigned long long rest[kP2PHeaderBytes / 8 - 2];
+};
+static_assert(sizeof(Header) == kP2PHeaderBytes, "");
+
+struct End {
+  Mailbox* mine;
+  Mailbox* theirs;
+  Control* control;
+  WaitBound bound;
+  int slot, slots;
+  unsigned peer;
+};
+
+// This end fails and says so to the peer, which may hold data that this end goes on to overwrite: see docs/pipeline.md.
+__device__ __forceinline__ void fail(const End& e, unsigned why, unsigned long long message) {
+  record_failure(e.bound, why, e.peer, message);
+  store_release_sys(&e.theirs->failed, 1);
+}
+
+// The slow part of a wait. True when it must end, because this end has failed or fails now.
+__device__ __forceinline__ bool gives_up(const End& e, unsigned long long& start, unsigned why,
+                                         unsigned long long message) {
+  // Acquire: what the peer wrote before is of no use any more; what it writes after it is the danger, and the poll that
+  // comes next must not be moved before this load.
+  if (load_acquire_sys(&e.mine->failed) != 0) {
+    record_failure(e.bound, kP2PPeerFailed, e.peer, message);
+    return true;
+  }
+  if (!wait_is_over(e.bound, start, why, e.peer, message)) return false;
+  store_release_sys(&e.theirs->failed, 1);
+  return true;
+}
+
+// True when the peer has released all `messages` of the slot. By one thread; the acquire orders the CTA's stores, which
+// follow after a barrier, behind the peer's reads.
+__device__ __forceinline__ bool wait_for_credit(const End& e, unsigned long long messages) {
+  if (load_relaxed_gpu(e.bound.aborted) != 0) return false;  // sticky: nothing is sent after a failure
+  unsigned long long start = 0;
+  for (unsigned spin = 1; load_acquire_sys(&e.mine->credits[e.slot]) < messages; ++spin) {
+    if (spin % kSpinsPerCheck == 0 && gives_up(e, start, kP2PNoCredit, messages)) return false;
+  }
+  return true;
+}
+
+__device__ __forceinline__ unsigned long long flag_of(unsigned long long message, unsigned parts) {
+  return (message + 1) * kFlagParts + parts;
+}
+
+struct Piece {
+  const uint4* source;
+  uint4* target;
+  unsigned first;  // vector of the message, counted through all pieces
+  unsigned tail;   // bytes of the last vector; 0: all 16
+};
+
+struct PushParams {
+  End end;
+  uint4* header_target;
+  int pieces;
+  unsigned vectors;
+  Piece piece[kP2PMaxTensors];
+  uint4 header[kHeaderVecs];
+};
+static_assert(sizeof(PushParams) <= 4096, "parameters of a kernel");
+
+__device__ __forceinline__ uint4 load_part(const uint4* p, unsigned bytes) {
+  if (bytes == 0) return load_once_written(reinterpret_cast<const float*>(p)).raw;
+  uint4 v = make_uint4(0, 0, 0, 0);
+  for (unsigned i = 0; i < bytes; ++i) {
+    reinterpret_cast<unsigned char*>(&v)[i] = reinterpret_cast<const unsigned char*>(p)[i];
+  }
+  return v;
+}
+
+// The piece that holds vector v; `index` is where the thread found its last one, and vectors ascend.
+__device__ __forceinline__ void find_piece(const PushParams& p, unsigned v, int& index) {
+  while (index + 1 < p.pieces && p.piece[index + 1].first <= v) ++index;
+}
+
+// Every CTA waits for the credit itself, pushes its part and sets its own flag: no CTA waits for another, and the
+// flight of the flags is the only time that the parts' number costs.
+__global__ void __launch_bounds__(kThreads) p2p_push(const __grid_constant__ PushParams p) {
+  __shared__ unsigned long long number;
+  dependency_wait();
+  dependency_trigger();  // not before: a chain of waiting kernels would become resident
+  const End& e = p.end;
+  const unsigned threads = gridDim.x * kThreads;
+  unsigned v = blockIdx.x * kThreads + threadIdx.x;
+  uint4 values[kVecs];
+  // The first loads are on their way while one thread asks for the message's number and the credit.
+  int ahead = 0;
+#pragma unroll
+  for (int u = 0; u < kVecs; ++u) {
+    const unsigned w = v + u * threads;
+    if (w < p.vectors) {
+      find_piece(p, w, ahead);
+      const Piece& piece = p.piece[ahead];
+      const bool last = w + 1 == (ahead + 1 < p.pieces ? p.piece[ahead + 1].first : p.vectors);
+      values[u] = load_part(piece.source + (w - piece.first), last ? piece.tail : 0);
+    }
+  }
+  if (threadIdx.x == 0) {
+    // Relaxed: it only counts. Messages of a slot are in stream order, so all CTAs of this one find the same quotient.
+    const unsigned long long mine = blockIdx.x == 0 ? kSentPerMessage - (gridDim.x - 1) : 1;
+    const unsigned long long message = atomicAdd(&e.control->sent[e.slot], mine) / kSentPerMessage;
+    number = wait_for_credit(e, message) ? message : ~0ull;
+  }
+  __syncthreads();  // the stores below come after the credit, for all threads
+  const unsigned long long message = number;
+  if (message == ~0ull) return;
+  // Plain stores to the peer's memory: the flag, released after them, is what makes them visible.
+  if (blockIdx.x == 0 && threadIdx.x < kHeaderVecs) p.header_target[threadIdx.x] = p.header[threadIdx.x];
+  int at = 0;
+  for (;;) {
+#pragma unroll
+    for (int u = 0; u < kVecs; ++u) {
+      const unsigned w = v + u * threads;
+      if (w < p.vectors) {
+        find_piece(p, w, at);
+        p.piece[at].target[w - p.piece[at].first] = values[u];
+      }
+    }
+    v += kVecs * threads;
+    if (v >= p.vectors) break;
+#pragma unroll
+    for (int u = 0; u < kVecs; ++u) {
+      const unsigned w = v + u * threads;
+      if (w < p.vectors) {
+        find_piece(p, w, ahead);
+        const Piece& piece = p.piece[ahead];
+        const bool last = w + 1 == (ahead + 1 < p.pieces ? p.piece[ahead + 1].first : p.vectors);
+        values[u] = load_part(piece.source + (w - piece.first), last ? piece.tail : 0);
+      }
+    }
+  }
+  // The barrier puts the CTA's stores before thread 0's release, which is cumulative.
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    store_release_sys(&e.theirs->flags[e.slot][blockIdx.x], flag_of(message, gridDim.x));
+  }
+}
+
+struct OpenParams {
+  End end;
+  uint4* header_target;
+  uint4 header[kHeaderVecs];
+};
+
+// Takes the message's number, waits for the credit, writes the header. What follows in the stream fills the slot; it
+// does so even if this fails, and then the peer has been told (fail, gives_up) before.
+__global__ void __launch_bounds__(kHeaderVecs) p2p_open(const __grid_constant__ OpenParams p) {
+  __shared__ bool granted;
+  dependency_wait();
+  dependency_trigger();
+  if (threadIdx.x == 0) {
+    // Kernels of a slot's messages follow each other in stream order: no other thread is at this word.
+    const unsigned long long before = load_relaxed_gpu(&p.end.control->sent[p.end.slot]);
+    p.end.control->sent[p.end.slot] = before + kSentPerMessage;
+    granted = wait_for_credit(p.end, before / kSentPerMessage);
+    // A failure of an earlier message told the peer, too; but by a kernel that may not have had a slot to overwrite.
+    if (!granted) store_release_sys(&p.end.theirs->failed, 1);
+  }
+  __syncthreads();
+  if (granted) p.header_target[threadIdx.x] = p.header[threadIdx.x];
+}
+
+// The release covers what came before it in the stream: kernels and copies that ended, whose writes the end of each
+// made visible to this kernel, as to the waits of other GPUs' streams for an event at this place.
+__global__ void p2p_announce(const __grid_constant__ End e) {
+  if (load_relaxed_gpu(e.bound.aborted) != 0) return;
+  const unsigned long long messages = load_relaxed_gpu(&e.control->sent[e.slot]) / kSentPerMessage;
+  store_release_sys(&e.theirs->flags[e.slot][0], flag_of(messages - 1, 1));
+}
+
+struct ReceiveParams {
+  End end;
+  const Header* header;
+  unsigned long long hash, bytes;
+  unsigned long long* to_host;         // pinned; or null
+  unsigned long long* mismatch_header;  // pinned
+};
+
+__device__ __forceinline__ void copy_header(const Header* header, unsigned long long* to, int lane) {
+  const auto* from = reinterpret_cast<const volatile unsigned long long*>(header);
+  volatile unsigned long long* host = to;
+  for (int i = lane; i < static_cast<int>(kP2PHeaderBytes / 8); i += 32) host[i] = from[i];
+}
+
+// One warp: lane p polls the flag of part p.
+__global__ void __launch_bounds__(32) p2p_receive(const __grid_constant__ ReceiveParams p) {
+  dependency_wait();
+  dependency_trigger();
+  const End& e = p.end;
+  const int lane = threadIdx.x;
+  // Written by the receive before, which this one follows; a release only reads it. Relaxed: past the L1, where an
+  // earlier kernel of this multiprocessor may have left the line.
+  const unsigned long long message = load_relaxed_gpu(&e.control->taken[e.slot]);
+  bool failed = load_relaxed_gpu(e.bound.aborted) != 0;
+  unsigned long long start = 0;
+  for (unsigned spin = 1; !failed; ++spin) {
+    // Acquire, in every lane that a part belongs to: its part of the payload is visible behind it.
+    const unsigned long long flag = load_acquire_sys(&e.mine->flags[e.slot][lane]);
+    const unsigned long long first = __shfl_sync(~0u, flag, 0);
+    const unsigned parts = first / kFlagParts == message + 1 ? first % kFlagParts : 0;
+    const bool here = static_cast<unsigned>(lane) >= parts || flag == first;
+    if (parts != 0 && __all_sync(~0u, here)) break;
+    if (spin % kSpinsPerCheck == 0) {
+      unsigned why = kP2PNoMessage;
+      if (lane == 0) {
+        // For a better error only: a message that waits in another slot says that the ends count differently.
+        for (int s = 0; s < e.slots; ++s) {
+          const unsigned long long other = load_relaxed_gpu(&e.mine->flags[s][0]);
+          if (s != e.slot && other / kFlagParts > load_relaxed_gpu(&e.control->taken[s])) why = kP2POutOfStep;
+        }
+        failed = gives_up(e, start, why, message);
+      }
+      failed = __shfl_sync(~0u, failed, 0);
+    }
+  }
+  if (failed) return;
+  __syncwarp();  // lane 0 has acquired what CTA 0 released: the header, for all lanes
+  if (p.hash != 0 && (p.header->hash != p.hash || p.header->bytes != p.bytes)) {
+    copy_header(p.header, p.mismatch_header, lane);
+    __threadfence_system();  // before the status that announces it
+    __syncwarp();
+    if (lane == 0) fail(e, kP2PMismatch, message);
+    return;
+  }
+  // The host reads it when it has waited for the stream.
+  if (p.to_host != nullptr) copy_header(p.header, p.to_host, lane);
+  if (lane == 0) e.control->taken[e.slot] = message + 1;
+}
+
+// All reads of the slot are over: they were kernels before this one in the stream. The release keeps them before the
+// credit. If the peer had failed by then, some may have read what it put over the message.
+__global__ void p2p_release(const __grid_constant__ End e) {
+  dependency_wait();
+  dependency_trigger();
+  const unsigned long long messages = load_relaxed_gpu(&e.control->taken[e.slot]);
+  const unsigned long long failed = load_acquire_sys(&e.mine->failed);
+  if (load_relaxed_gpu(e.bound.aborted) != 0) return;
+  if (failed != 0) {
+    record_failure(e.bound, kP2PPeerFailed, e.peer, messages - 1);
+    return;
+  }
+  store_release_sys(&e.theirs->credits[e.slot], messages);
+}
+
+End end_of(const P2PEnd& end, int slot) {
+  if (slot < 0 || slot >= end.slots) throw std::runtime_error("p2p: slot " + std::to_string(slot));
+  End e = {};
+  e.mine = reinterpret_cast<Mailbox*>(end.mine);
+  e.theirs = reinterpret_cast<Mailbox*>(end.theirs);
+  e.control = reinterpret_cast<Control*>(end.control);
+  e.bound = {&e.control->aborted, reinterpret_cast<AbortRecord*>(end.record), end.timeout_ns};
+  e.slot = slot;
+  e.slots = end.slots;
+  e.peer = static_cast<unsigned>(end.peer);
+  return e;
+}
+
+uint4* payload_of(std::uintptr_t buffer, const P2PEnd& end, int slot) {
+  return reinterpret_cast<uint4*>(buffer + p2p_payload_offset(end.slot_bytes, slot));
+}
+
+void copy_header_to(uint4 (&to)[kHeaderVecs], const std::string& header) {
+  if (header.size() > kP2PHeaderBytes) throw std::runtime_error("p2p: header of " + std::to_string(header.size()));
+  std::memcpy(to, header.data(), header.size());
+}
+
+void check_piece(const P2PEnd& end, const P2PPiece& piece) {
+  if (piece.bytes < 0 || piece.offset < 0 || piece.offset % kP2PAlignment != 0 ||
+      piece.offset + piece.bytes > end.slot_bytes || piece.source % 16 != 0) {
+    throw std::runtime_error("p2p: a piece of " + std::to_string(piece.bytes) + " bytes at " +
+                             std::to_string(piece.offset) + " of a slot of " + std::to_string(end.slot_bytes));
+  }
+}
+
+template <typename Params>
+void launch_plain(void (*kernel)(Params), const Params& params, int threads, cudaStream_t stream) {
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(1);
+  config.blockDim = dim3(threads);
+  config.stream = stream;
+  FP_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, params));
+}
+
+}  // namespace
+
+std::int64_t p2p_payload_offset(std::int64_t slot_bytes, int slot) {
+  return kMailboxBytes + slot * (kP2PHeaderBytes + slot_bytes) + kP2PHeaderBytes;
+}
+
+std::int64_t p2p_buffer_bytes(int slots, std::int64_t slot_bytes) {
+  return kMailboxBytes + slots * (kP2PHeaderBytes + slot_bytes);
+}
+
+P2PEnd::P2PEnd(int rank_, int peer_, std::uintptr_t mine_, std::uintptr_t theirs_, int slots_, std::int64_t slot_bytes_,
+               std::uintptr_t control_, std::uintptr_t record_, double timeout_seconds, int device_)
+    : rank(rank_),
+      peer(peer_),
+      slots(slots_),
+      device(device_),
+      hopper(runs_hopper_code(device_)),
+      mine(mine_),
+      theirs(theirs_),
+      control(control_),
+      record(record_),
+      slot_bytes(slot_bytes_),
+      timeout_ns(static_cast<unsigned long long>(timeout_seconds * 1e9)) {
+  if (slots < 1 || slots > kP2PMaxSlots || slot_bytes < kP2PAlignment || slot_bytes % kP2PAlignment != 0 ||
+      slot_bytes / 16 > 0x7fffffff || timeout_seconds <= 0) {
+    throw std::runtime_error("P2PEnd: slots=" + std::to_string(slots) + ", slot_bytes=" + std::to_string(slot_bytes));
+  }
+}
+
+int P2PEnd::failure() const {
+  const volatile AbortRecord* r = reinterpret_cast<const AbortRecord*>(record);
+  if (r->status == 0) return 0;
+  // Pairs with the kernel's fence: the fields, and the header of a mismatch, were written before the status.
+  std::atomic_thread_fence(std::memory_order_acquire);
+  return static_cast<int>(r->operation);
+}
+
+std::uint64_t P2PEnd::failed_message() const {
+  return reinterpret_cast<const volatile AbortRecord*>(record)->epoch;
+}
+
+void P2PEnd::push(int slot, const std::string& header, const std::vector<P2PPiece>& pieces, int ctas, void* stream) {
+  const DeviceGuard guard(device);
+  PushParams p = {};
+  p.end = end_of(*this, slot);
+  uint4* const payload = payload_of(theirs, *this, slot);
+  p.header_target = payload - kHeaderVecs;
+  copy_header_to(p.header, header);
+  if (pieces.size() > kP2PMaxTensors || ctas < 0 || ctas > kP2PMaxParts) {
+    throw std::runtime_error("p2p: " + std::to_string(pieces.size()) + " pieces, " + std::to_string(ctas) + " CTAs");
+  }
+  for (const P2PPiece& piece : pieces) {
+    check_piece(*this, piece);
+    if (piece.bytes == 0) continue;
+    p.piece[p.pieces++] = {reinterpret_cast<const uint4*>(piece.source), payload + piece.offset / 16, p.vectors,
+                           static_cast<unsigned>(piece.bytes % 16)};
+    p.vectors += static_cast<unsigned>((piece.bytes + 15) / 16);
+  }
+  if (ctas == 0) ctas = kP2PMaxParts;
+  const int wanted = std::max(1, static_cast<int>(std::min<std::int64_t>(ctas, (p.vectors + kThreads - 1) / kThreads)));
+  sends_.follow(stream, "sends of one channel");
+  launch_dependent(p2p_push, p, wanted, kThreads, 1, hopper, static_cast<cudaStream_t>(stream));
+}
+
+void P2PEnd::open(int slot, const std::string& header, void* stream) {
+  const DeviceGuard guard(device);
+  OpenParams p = {};
+  p.end = end_of(*this, slot);
+  p.header_target = payload_of(theirs, *this, slot) - kHeaderVecs;
+  copy_header_to(p.header, header);
+  sends_.follow(stream, "sends of one channel");
+  launch_dependent(p2p_open, p, 1, kHeaderVecs, 1, hopper, static_cast<cudaStream_t>(stream));
+}
+
+void P2PEnd::copy(int slot, const std::vector<P2PPiece>& pieces, void* stream) {
+  const DeviceGuard guard(device);
+  auto* const payload = reinterpret_cast<unsigned char*>(payload_of(theirs, *this, slot));
+  for (const P2PPiece& piece : pieces) {
+    check_piece(*this, piece);
+    if (piece.bytes == 0) continue;
+    FP_CUDA_CHECK(cudaMemcpyAsync(payload + piece.offset, reinterpret_cast<const void*>(piece.source), piece.bytes,
+                                  cudaMemcpyDefault, static_cast<cudaStream_t>(stream)));
+  }
+}
+
+void P2PEnd::announce(int slot, void* stream) {
+  const DeviceGuard guard(device);
+  // Launched the usual way: it may follow a copy, which a dependent launch does not wait for.
+  launch_plain(p2p_announce, end_of(*this, slot), 1, static_cast<cudaStream_t>(stream));
+}
+
+void P2PEnd::receive(int slot, std::uint64_t hash, std::int64_t bytes, std::uintptr_t to_host, void* stream) {
+  const DeviceGuard guard(device);
+  ReceiveParams p = {};
+  p.end = end_of(*this, slot);
+  p.header = reinterpret_cast<const Header*>(payload_of(mine, *this, slot) - kHeaderVecs);
+  p.hash = hash;
+  p.bytes = static_cast<unsigned long long>(bytes);
+  p.to_host = reinterpret_cast<unsigned long long*>(to_host);
+  p.mismatch_header = reinterpret_cast<unsigned long long*>(record + 64);
+  receives_.follow(stream, "receives of one channel");
+  launch_dependent(p2p_receive, p, 1, 32, 1, hopper, static_cast<cudaStream_t>(stream));
+}
+
+void P2PEnd::release(int slot, void* stream) {
+  const DeviceGuard guard(device);
+  launch_dependent(p2p_release, end_of(*this, slot), 1, 1, 1, hopper, static_cast<cudaStream_t>(stream));
+}
+
+}  // namespace fp
