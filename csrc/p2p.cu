@@ -212,8 +212,12 @@ __global__ void __launch_bounds__(kHeaderVecs) p2p_open(const __grid_constant__ 
     const unsigned long long before = load_relaxed_gpu(&p.end.control->sent[p.end.slot]);
     p.end.control->sent[p.end.slot] = before + kSentPerMessage;
     granted = wait_for_credit(p.end, before / kSentPerMessage);
-    // A failure of an earlier message told the peer, too; but by a kernel that may not have had a slot to overwrite.
-    if (!granted) store_release_sys(&p.end.theirs->failed, 1);
+    if (!granted) {
+      // Said again (the end may have failed in another kernel), and there before this kernel ends: what comes next in
+      // the stream may overwrite a message that the peer reads, which it must be able to tell afterwards.
+      store_release_sys(&p.end.theirs->failed, 1);
+      __threadfence_system();
+    }
   }
   __syncthreads();
   if (granted) p.header_target[threadIdx.x] = p.header[threadIdx.x];
