@@ -182,33 +182,43 @@ class P2PChannel:
             raise ValueError(f"P2PChannel: transport must be one of {', '.join(_TRANSPORTS)}, got {transport!r}")
         if timeout is None:
             timeout = groups.timeout_of(pg)
-        self.group, self.peer, self.slots = pg, peer, slots
-        self.slot_bytes = slot_bytes + -slot_bytes % ALIGNMENT
-        self.device = self._device_of(pg, device)
-        self._sent = self._received = 0
-        self._held: set[int] = set()
+        self.group, self.peer = pg, peer
+        slot_bytes += -slot_bytes % ALIGNMENT
+        device = self._device_of(pg, device)
         pair = Pair(pg, peer, timeout)
-        mine = (slots, self.slot_bytes, transport, self.device.type)
+        mine = (slots, slot_bytes, transport, device.type)
         ends = pair.exchange("arguments", mine)
         if ends[0] != ends[1]:
             raise ValueError(
                 f"P2PChannel: (slots, slot_bytes, transport, device) must be alike on both ends, got {ends[0]} on rank "
                 f"{min(pair.rank, pair.peer)} and {ends[1]} on rank {max(pair.rank, pair.peer)}"
             )
-        reason = (
-            "transport='distributed' is asked for" if transport == "distributed" else _why_no_ring(pair, self.device)
-        )
+        reason = "transport='distributed' is asked for" if transport == "distributed" else _why_no_ring(pair, device)
         if reason is not None and transport == "memory":
             raise RuntimeError(f"P2PChannel: transport='memory' is asked for, but {reason}")
         if reason is None:
-            self._transport = make_ring(pair, slots, self.slot_bytes, timeout, PUSH_BYTES)
+            self._begin(make_ring(pair, slots, slot_bytes, timeout, PUSH_BYTES), slots)
         else:
-            if transport == "auto" and self.device.type == "cuda":
+            if transport == "auto" and device.type == "cuda":
                 warnings.warn(f"P2PChannel: messages go over torch.distributed (NCCL), because {reason}", stacklevel=2)
-            self._transport = DistributedTransport(pair, self.device, slots, self.slot_bytes, timeout)
+            self._begin(DistributedTransport(pair, device, slots, slot_bytes, timeout), slots)
             groups.note_connections()
+
+    def _begin(self, transport, slots: int) -> None:
+        self._transport, self.slots, self.slot_bytes = transport, slots, transport.slot_bytes
+        self.device = transport.device
+        self._sent = self._received = 0  # messages, captured ones once: what chooses the slot
+        self._held: set[int] = set()
         watch(self)
         _open[self] = None
+
+    @classmethod
+    def _over(cls, transport, slots: int) -> P2PChannel:
+        """A channel over a transport that is there already: virtual ranks of one GPU."""
+        channel = cls.__new__(cls)
+        channel.group, channel.peer = None, transport.peer
+        channel._begin(transport, slots)
+        return channel
 
     @staticmethod
     def _device_of(pg: dist.ProcessGroup, device) -> torch.device:

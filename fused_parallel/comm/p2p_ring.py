@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import torch.distributed as dist
 
 from .. import _ext
 from ..errors import MessageMismatchError, PeerTimeoutError
@@ -34,7 +33,8 @@ class RingTransport:
         self, mine, theirs, rank: int, peer: int, slots: int, slot_bytes: int, timeout: float, push_bytes: int
     ) -> None:
         extension, device = _ext.extension(), mine.device
-        self.device, self.index, self.peer, self.push_bytes = device, device.index, peer, push_bytes
+        self.device, self.index, self.push_bytes = device, device.index, push_bytes
+        self.rank, self.peer = rank, peer
         self.slot_bytes = slot_bytes
         control = torch.zeros(extension.p2p_control_bytes, dtype=torch.uint8, device=device)
         self._record = torch.zeros(extension.p2p_record_bytes, dtype=torch.uint8, pin_memory=True)
@@ -131,13 +131,12 @@ class RingTransport:
         if code == 0:
             return
         why, message = self._failures[code], self.native.failed_message()
-        here = dist.get_rank() if dist.is_initialized() else self.native.rank
         if why == "mismatch":
             sent = layout_of_header(bytes(self._record[64:].numpy()))
             expected = [layout for layout in self._expected.values() if layout.hash != sent.hash]
             wanted = " or ".join(dict.fromkeys(map(str, expected)))
             raise MessageMismatchError(
-                f"p2p: rank {here} expects {wanted}, rank {self.peer} sent {sent}. The channel cannot be used any more"
+                f"p2p: rank {self.rank} expects {wanted}, rank {self.peer} sent {sent}. The channel cannot be used any more"
             )
         text = {
             "no_credit": f"waited in vain for rank {self.peer} to release a slot",
@@ -147,7 +146,7 @@ class RingTransport:
             "ends count differently (a step captured in a CUDA graph on one end only, or replayed more often)",
         }[why]
         raise PeerTimeoutError(
-            f"p2p: rank {here} {text} (message {message} of its slot): that rank died, stopped, or runs another "
+            f"p2p: rank {self.rank} {text} (message {message} of its slot): that rank died, stopped, or runs another "
             "sequence of operations. The channel cannot be used any more: end this job on all ranks, start it again"
         )
 

