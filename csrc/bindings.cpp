@@ -143,12 +143,14 @@ void bind_p2p(py::module_& m) {
           },
           py::arg("slot"), py::arg("header"), py::arg("pieces"), py::arg("ctas"), py::arg("stream"))
       .def(
-          "open", [](P2PEnd& e, int slot, const py::bytes& header,
-                     Address stream) { e.open(slot, header, pointer(stream)); },
+          "open",
+          [](P2PEnd& e, int slot, const py::bytes& header, Address stream) { e.open(slot, header, pointer(stream)); },
           py::arg("slot"), py::arg("header"), py::arg("stream"))
       .def(
-          "copy", [listed](P2PEnd& e, int slot, const Pieces& pieces,
-                           Address stream) { e.copy(slot, listed(pieces), pointer(stream)); },
+          "copy",
+          [listed](P2PEnd& e, int slot, const Pieces& pieces, Address stream) {
+            e.copy(slot, listed(pieces), pointer(stream));
+          },
           py::arg("slot"), py::arg("pieces"), py::arg("stream"))
       .def(
           "announce", [](P2PEnd& e, int slot, Address stream) { e.announce(slot, pointer(stream)); }, py::arg("slot"),

@@ -235,7 +235,7 @@ struct ReceiveParams {
   End end;
   const Header* header;
   unsigned long long hash, bytes;
-  unsigned long long* to_host;         // pinned; or null
+  unsigned long long* to_host;          // pinned; or null
   unsigned long long* mismatch_header;  // pinned
 };
 

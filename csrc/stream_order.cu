@@ -1,11 +1,10 @@
-#include "common/stream_order.h"
-
 #include <cuda_runtime.h>
 
 #include <stdexcept>
 #include <string>
 
 #include "common/check.h"
+#include "common/stream_order.h"
 
 namespace fp {
 

@@ -18,7 +18,7 @@ from .messages import ALIGNMENT, layout_of, layout_of_spec
 from .p2p_distributed import DistributedTransport
 from .p2p_ring import PUSH_BYTES, make_ring
 from .topology import host_identity
-from .workspace import watch
+from .workspace import unwatch, watch
 
 MAX_SLOTS = 64
 _TRANSPORTS = ("auto", "memory", "distributed")
@@ -121,7 +121,9 @@ class _Opened:
 
     def __enter__(self):
         self._slot = self._channel._next_send()
-        return self._layout.packed(self._channel._transport.open(self._slot, self._layout))
+        tensors = self._channel._transport.open(self._slot, self._layout)
+        self._channel._sent += 1
+        return self._layout.packed(tensors)
 
     def __exit__(self, kind, error, trace) -> None:
         # After an error too: the peer waits for this slot, and both ends count it.
@@ -240,9 +242,7 @@ class P2PChannel:
     def _next_send(self) -> int:
         self._transport.check()
         self._transport.capture_id()  # refuses a capture where none is possible
-        slot = self._sent % self.slots
-        self._sent += 1
-        return slot
+        return self._sent % self.slots
 
     def _fitting(self, layout):
         if layout.bytes > self.slot_bytes:
@@ -265,8 +265,9 @@ class P2PChannel:
             if part.requires_grad and torch.is_grad_enabled():
                 raise ValueError("P2PChannel: inference only, a tensor requires grad; use torch.no_grad() or .detach()")
         self._fitting(layout)
-        slot = self._next_send()
-        return SentMessage(self._transport, self._transport.send(slot, layout, parts))
+        ticket = self._transport.send(self._next_send(), layout, parts)
+        self._sent += 1  # not before: a message that was refused is not counted
+        return SentMessage(self._transport, ticket)
 
     def open(self, spec) -> _Opened:
         """A context manager that gives the message's tensors for the caller's kernels to write, the last layer's
@@ -291,9 +292,9 @@ class P2PChannel:
                 f"P2PChannel: the message before it in slot {slot} of {self.slots} has not been released, so the next "
                 "one cannot come; release messages in the order they came, or make the channel with more slots"
             )
+        layout, tensors = self._transport.receive(slot, layout)
         self._received += 1
         self._held.add(slot)
-        layout, tensors = self._transport.receive(slot, layout)
         return ReceivedMessage(self, slot, layout.packed(tensors), capture)
 
     def check(self) -> None:
@@ -303,6 +304,7 @@ class P2PChannel:
     def close(self) -> None:
         """Wait until all messages have left; fp.finalize() does it for every channel."""
         _open.pop(self, None)
+        unwatch(self)
         self._transport.close()
 
 

@@ -186,6 +186,10 @@ class DistributedTransport:
         """Wait until the peer has taken all messages, unless the channel failed."""
         if not self._failed and self._works:
             self.wait(self._works[-1][0])
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+            for backend in (self._out, self._in):
+                backend.shutdown()
 
 
 class _Failing:

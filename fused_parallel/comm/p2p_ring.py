@@ -136,7 +136,8 @@ class RingTransport:
             expected = [layout for layout in self._expected.values() if layout.hash != sent.hash]
             wanted = " or ".join(dict.fromkeys(map(str, expected)))
             raise MessageMismatchError(
-                f"p2p: rank {self.rank} expects {wanted}, rank {self.peer} sent {sent}. The channel cannot be used any more"
+                f"p2p: rank {self.rank} expects {wanted}, rank {self.peer} sent {sent}. The channel "
+                "cannot be used any more"
             )
         text = {
             "no_credit": f"waited in vain for rank {self.peer} to release a slot",

@@ -122,6 +122,11 @@ def watch(channel) -> None:
     _watched.add(channel)
 
 
+def unwatch(channel) -> None:
+    """Let `check` forget it."""
+    _watched.discard(channel)
+
+
 def why_no_workspace(pg: dist.ProcessGroup) -> str | None:
     """Why the ranks of `pg` cannot exchange through each other's memory; None if they can. The same on every rank;
     collective on its first call for a group."""
