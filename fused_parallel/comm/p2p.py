@@ -239,6 +239,11 @@ class P2PChannel:
         """ "memory" or "distributed", the same on both ends."""
         return self._transport.name
 
+    @property
+    def is_open(self) -> bool:
+        """False after `close` and after fp.finalize()."""
+        return self in _open
+
     def _next_send(self) -> int:
         self._transport.check()
         self._transport.capture_id()  # refuses a capture where none is possible

@@ -14,7 +14,7 @@ from ..comm import collectives
 from ..nn import ColumnParallelLinear, HeadLayout, RowParallelLinear
 from ..nn.embedding import shard_embedding_
 from ..nn.linear import shard_linear_
-from ..pipeline import split_layers
+from ..pipeline import StageLinks, links_of, split_layers
 from .parallel_style import FusedColwiseParallel, FusedRowwiseParallel
 
 # Families with the Llama layout: model.layers[i].self_attn.{q,k,v,o}_proj and .mlp.{gate,up,down}_proj.
@@ -125,26 +125,29 @@ class _ReceiveHidden(nn.Module):
     """Stands for the embedding on later stages: gives the previous stage's hidden states, in the dtype of this stage's
     `layers` at that time."""
 
-    def __init__(self, hidden_size: int, layers: nn.ModuleList, pp) -> None:
+    def __init__(self, hidden_size: int, layers: nn.ModuleList, links: StageLinks) -> None:
         super().__init__()
-        self.hidden_size, self.pp = hidden_size, pp
+        self.hidden_size, self.links = hidden_size, links
         self._layers = [layers]  # in a list: not a sub-module of this one, too
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
         dtype = next(self._layers[0].parameters()).dtype
-        hidden = torch.empty(*input_ids.shape, self.hidden_size, dtype=dtype, device=input_ids.device)
-        return collectives.recv_(hidden, self.pp.rank() - 1, self.pp)
+        received = self.links.receive((*input_ids.shape, self.hidden_size), dtype)
+        # A copy: the model may keep what its embedding gives, and nothing tells when it is done with it.
+        hidden = received.tensor.clone()
+        received.release()
+        return hidden
 
 
 class _SendHidden(nn.Module):
     """Stands for the final norm on earlier stages: hands the hidden states to the next stage."""
 
-    def __init__(self, pp) -> None:
+    def __init__(self, links: StageLinks) -> None:
         super().__init__()
-        self.pp = pp
+        self.links = links
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        collectives.send(hidden_states.contiguous(), self.pp.rank() + 1, self.pp)
+        self.links.send(hidden_states)
         return hidden_states
 
 
@@ -188,14 +191,15 @@ def _cut_stages(model: nn.Module, mesh: DeviceMesh) -> None:
         raise ValueError(f"fp.parallelize: pp needs layers of one kind of attention, this model mixes {sorted(kinds)}")
     stage, last = pp.rank(), pp.size() - 1
     mine = split_layers(len(base.layers), pp.size())[stage]
+    links = links_of(pp, mesh.get_group("tp"))
     base.layers = nn.ModuleList(base.layers[i] for i in mine)
     for index, layer in enumerate(base.layers):
         layer.self_attn.layer_idx = index  # transformers' cache counts from the first layer it sees
     base.register_forward_pre_hook(_refuse_embeddings, with_kwargs=True)
     if stage > 0:
-        base.embed_tokens = _ReceiveHidden(config.hidden_size, base.layers, pp)
+        base.embed_tokens = _ReceiveHidden(config.hidden_size, base.layers, links)
     if stage < last:
-        base.norm = _SendHidden(pp)
+        base.norm = _SendHidden(links)
         model.lm_head = _ReceiveLogits(config.vocab_size, pp)
     else:
         model.lm_head = _SendLogits(model.lm_head, pp)

@@ -138,7 +138,7 @@ class LlamaForCausalLM(nn.Module):
         if last and first and config.tie_word_embeddings:
             self.lm_head.tie(self.model.embed_tokens)
         # Not a sub-module: it would name every parameter a second time.
-        object.__setattr__(self, "stage", PipelineStage(self.model, group=pp_group))
+        object.__setattr__(self, "stage", PipelineStage(self.model, group=pp_group, tp_group=self.tp_group))
         self.register_load_state_dict_pre_hook(LlamaForCausalLM._drop_other_stages)
         self.requires_grad_(False)
         self.eval()
@@ -255,7 +255,6 @@ class LlamaForCausalLM(nn.Module):
             input_ids,
             (batch, new, self.config.hidden_size),
             self.dtype,
-            self.device,
             cache=cache,
             positions=positions,
         )

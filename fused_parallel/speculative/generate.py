@@ -167,8 +167,9 @@ def generate(
         temperature, top_k, top_p, min_p, seed: one value, or one per prompt; temperature 0 is greedy. With one seed,
             prompt i uses seed + i.
         eos_token_id: token(s) that end a sequence; default: the model's configuration.
-        cuda_graph: capture a whole round (draft, model, verification) once and replay it: GPUs only, and no pipeline
-            stages. The tokens are the same; stats then do not know the time spent in communication.
+        cuda_graph: capture a whole round (draft, model, verification) once and replay it, each pipeline stage its own
+            part: GPUs only, stages on one host. The tokens are the same; stats then do not know the time spent in
+            communication.
         progress: show a progress bar on stderr (rank 0 only).
 
     Returns:
@@ -178,10 +179,10 @@ def generate(
     bad input and PeerTimeoutError when a rank is lost.
     """
     prompts = _check(model, prompts, max_new_tokens, draft, num_draft_tokens, method)
-    if cuda_graph and (model.device.type != "cuda" or model.pp_group.size() > 1):
+    if cuda_graph and (model.device.type != "cuda" or not model.stage.capturable):
         raise ValueError(
-            f"generate: cuda_graph=True needs a model on GPUs without pipeline stages; this one is on {model.device} "
-            f"with {model.pp_group.size()} stage(s)"
+            "generate: cuda_graph=True needs a model on GPUs, and between pipeline stages GPUs that reach each other's "
+            f"memory; this one is on {model.device} with {model.pp_group.size()} stage(s)"
         )
     adaptive = None
     if draft is not None and num_draft_tokens == "auto":

@@ -133,7 +133,7 @@ class Round:
         hang."""
         if self.is_last:
             collectives.broadcast_(x, 0, self.tp)
-        return collectives.broadcast_(x, self.pp.size() - 1, self.pp)
+        return self.model.stage.share(x)
 
     def _verify(self, input_ids, drafts, draft_logits, logits_at=None, counts=None) -> torch.Tensor:
         """Run the model on `input_ids` and judge `drafts` [B, k], of which the first `counts` of each sequence count:

@@ -162,7 +162,7 @@ def test_bad_input(pair, tmp_path):
         (([[1]], 3), {"draft": other}, "the draft has vocabulary 100, the model 263"),
         (([[1]], 3), {"temperature": [1.0, 2.0]}, "temperature must be one number or one per prompt"),
         (([[1]], 3), {"method": "typical"}, "method must be one of"),
-        (([[1]], 3), {"cuda_graph": True}, "cuda_graph=True needs a model on GPUs without pipeline stages"),
+        (([[1]], 3), {"cuda_graph": True}, "cuda_graph=True needs a model on GPUs, and between pipeline stages"),
     ):
         with pytest.raises((TypeError, ValueError), match=message):
             fp.generate(model, *args, **options)

@@ -243,7 +243,7 @@ def test_another_message_than_expected_is_told_on_both_ends():
         torch.cuda.synchronize()
         with pytest.raises(fp.MessageMismatchError) as told:
             channel.ends[1].check()
-        one, other = ("{'a': int64 [1], 'b': float32 %s}" % shape for shape in ([3, 2], [2, 3]))
+        one, other = (f"{{'a': int64 [1], 'b': float32 {shape}}}" for shape in ([3, 2], [2, 3]))
         assert f"rank 1 expects {one}, rank 0 sent {other}" in str(told.value)
         with pytest.raises(fp.PeerTimeoutError, match="rank 0 was told by rank 1 that the channel failed there"):
             channel.ends[0].check()

@@ -1,0 +1,105 @@
+"""fp.nn.PipelineStage and the links between stages: hidden states whole, sliced and in pieces, tokens on their way
+back."""
+
+import _llama_ranks as ranks
+import pytest
+import torch
+from torch import nn
+
+import fused_parallel as fp
+from fused_parallel.pipeline.stage_links import StageLinks
+from fused_parallel.testing.spawn import run_ranks
+
+
+def stages(mesh, shape, dtype, calls):
+    """Each stage adds its number times its rank's input; the first returns what comes back from the last."""
+    stage = fp.nn.PipelineStage(Affine(mesh.get_local_rank("pp")), group=mesh["pp"], tp_group=mesh["tp"])
+    assert not stage.capturable  # over Gloo
+    results = []
+    for call in range(calls):
+        x = torch.arange(torch.Size(shape).numel()).reshape(shape).to(dtype) + call
+        out = stage(x if stage.is_first else None, shape, dtype, scale=2)
+        assert (out is None) == (not stage.is_last)
+        back = torch.full((5,), -1) if out is None else out.flatten()[:5].long()
+        results.append(stage.share(back))
+    return results
+
+
+class Affine(nn.Module):
+    def __init__(self, number):
+        super().__init__()
+        self.number = number
+
+    def forward(self, x, scale):
+        return x * scale + self.number
+
+
+@pytest.mark.parametrize("pp", [2, 3])
+def test_stages_in_order_and_tokens_back(pp):
+    for results in run_ranks(stages, pp, (3, 5), torch.float32, 6, pp=pp):
+        for call, back in enumerate(results):
+            x = torch.arange(5) + call
+            for number in range(pp):
+                x = 2 * x + number
+            assert torch.equal(back, x)
+
+
+def passed(mesh, shape, slot_bytes, slice_bytes, seed):
+    """What the last stage receives, and the payload of each message that this rank sent."""
+    links = StageLinks(mesh.get_group("pp"), mesh.get_group("tp"), slots=2, slot_bytes=slot_bytes)
+    links.slice_bytes = dict.fromkeys(links.slice_bytes, slice_bytes)
+    sizes = []
+    for channel in links.channels.values():
+        send = channel._transport.send
+        channel._transport.send = lambda slot, layout, x, send=send: (
+            sizes.append(layout.bytes),
+            send(slot, layout, x),
+        )[1]
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    if links.stage == 0:
+        for _ in range(3):
+            links.send(x.transpose(0, -1).contiguous().transpose(0, -1))  # not contiguous
+        for channel in links.channels.values():
+            channel.close()
+        return None, sizes
+    got = []
+    for _ in range(3):
+        received = links.receive(shape, x.dtype)
+        got.append(received.tensor.clone())
+        received.release()
+    return got, sizes
+
+
+@pytest.mark.parametrize(
+    "shape, slot_bytes, slice_bytes, expected",
+    [
+        ((2, 3, 64), 1 << 16, 1 << 30, [1536]),  # small: whole from every rank
+        ((2, 3, 64), 1 << 16, 0, [768]),  # large: half from each
+        ((1, 3, 5), 1 << 16, 0, [60]),  # does not divide: whole
+        ((7, 3, 64), 1 << 10, 1 << 30, [1024] * 5 + [256]),  # larger than a slot: in pieces
+        ((7, 3, 64), 1 << 10, 0, [1024, 1024, 640]),
+    ],
+)
+def test_slices_and_pieces(shape, slot_bytes, slice_bytes, expected, seed):
+    results = run_ranks(passed, 4, shape, slot_bytes, slice_bytes, seed, tp=2, pp=2)
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    for got, sizes in results[:2]:
+        assert got is None and sizes == expected * 3
+    for got, _ in results[2:]:
+        assert all(torch.equal(g, x) for g in got)
+
+
+def sliced_logits(mesh, path, ids):
+    model = fp.LlamaForCausalLM.from_pretrained(path, mesh=mesh, dtype=torch.float32)
+    model.stage.links.slice_bytes = dict.fromkeys(model.stage.links.slice_bytes, 0)
+    out = model(ids)
+    model.stage.links.slice_bytes = dict.fromkeys(model.stage.links.slice_bytes, 1 << 30)
+    whole = model(ids)
+    return None if out is None else (out, whole)
+
+
+def test_a_model_gives_the_same_logits_by_slices(tmp_path):
+    ranks.save_random_model(tmp_path)
+    ids = torch.randint(0, 263, (2, 40), generator=torch.Generator().manual_seed(5))
+    for out, whole in run_ranks(sliced_logits, 4, tmp_path, ids, tp=2, pp=2)[2:]:
+        assert torch.equal(out, whole)
