@@ -1,9 +1,9 @@
-"""One hop of a message between two GPUs: send, flight, wait, release.
+"""One hop of a message between two GPUs: send, flight, wait.
 
     torchrun --nproc-per-node 2 benchmarks/bench_p2p.py [--bytes 16384 131072 ...] [--no-matmul]
 
 Without torchrun it starts one rank a GPU. Calls alternate in direction, each waits for the one before it, so a call is
-one hop. Rows:
+one hop: send, flight and wait; a message is released after the answer has been sent. Rows:
 
     fused                fp.comm.P2PChannel through the peer's memory
     fused_push_only      the same, every size pushed by multiprocessors
@@ -38,31 +38,51 @@ PAIRS = 40
 
 
 class Fused:
-    """Hops over a channel; `push_bytes`: largest pushed message, None for the default."""
+    """Hops over a channel; `push_bytes`: largest pushed message, None for the default.
 
-    def __init__(self, bench: Bench, bytes: int, push_bytes: int | None = None) -> None:
+    As a stage of a pipeline does, it releases a message after it has sent its own: in a captured round of `calls` calls
+    the release is not between a message and the answer to it, but for the last.
+    """
+
+    def __init__(self, bench: Bench, bytes: int, calls: int = 1, push_bytes: int | None = None) -> None:
         self.rank = bench.pg.rank()
         slots = 4 if bytes <= 16 << 20 else 2
         self.channel = fp.comm.P2PChannel(bench.pg, 1 - self.rank, slots=slots, slot_bytes=bytes)
         if push_bytes is not None and self.channel.transport == "memory":
             self.channel._transport.push_bytes = push_bytes
+        self.calls, self.captured, self.held = calls, 0, None
 
     def send(self, x: torch.Tensor) -> None:
         self.channel.send(x)
+        self._after()
 
     def receive(self, x: torch.Tensor, out: torch.Tensor | None = None) -> None:
-        with self.channel.recv(x) as got:
-            if out is not None:
-                out.copy_(got)
+        self.held = self.channel.recv(x)
+        if out is not None:
+            out.copy_(self.held.tensors)
+        self._after(received=True)
+
+    def _after(self, received: bool = False) -> None:
+        capturing = _is_capturing()
+        self.captured += capturing
+        # What was captured is released in the same capture: the last call keeps nothing.
+        keep = received and capturing and self.captured % self.calls != 0
+        if self.held is not None and not keep:
+            self.held.release()
+            self.held = None
 
     def close(self) -> None:
         self.channel.close()
 
 
+def _is_capturing() -> bool:
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
 class Library:
     """Hops by dist.send and dist.recv."""
 
-    def __init__(self, bench: Bench, bytes: int) -> None:
+    def __init__(self, bench: Bench, bytes: int, calls: int = 1) -> None:
         self.rank = bench.pg.rank()
         self.buffer = torch.empty(bytes // bench.dtype.itemsize, dtype=bench.dtype, device=bench.device)
 
@@ -82,7 +102,7 @@ class Symmetric:
     """Hops by a copy to the peer's buffer in torch's symmetric memory, announced by its signals. One message deep: safe
     because directions alternate."""
 
-    def __init__(self, bench: Bench, bytes: int) -> None:
+    def __init__(self, bench: Bench, bytes: int, calls: int = 1) -> None:
         import torch.distributed._symmetric_memory as symmetric_memory
 
         self.rank, count = bench.pg.rank(), bytes // bench.dtype.itemsize
@@ -115,7 +135,8 @@ def _check(hops, x: torch.Tensor, of_rank: Callable[[int], torch.Tensor]) -> flo
 
 
 def _hops(bench: Bench, impl: str, make: Callable, bytes: int) -> None:
-    hops = bench.attempt(f"p2p {impl}", lambda: make(bench, bytes))
+    calls = 20 if bytes <= 16 << 20 else 8
+    hops = bench.attempt(f"p2p {impl}", lambda: make(bench, bytes, calls))
     if hops is None:
         return
     count = itertools.count()
@@ -137,7 +158,7 @@ def _hops(bench: Bench, impl: str, make: Callable, bytes: int) -> None:
         bytes=bytes,
         floor_us=bench.ceilings and bench.ceilings.launch_us + bench.ceilings.transfer_us(bytes),
         check=lambda inputs: _check(hops, *inputs, of_rank),
-        calls=20 if bytes <= 16 << 20 else 8,
+        calls=calls,
     )
     _synchronize(bench)
     fp.check()
@@ -201,7 +222,7 @@ def _beside(bench: Bench, size: int = 8192, calls: int = 10) -> None:
         torch.cuda.synchronize()
         return 1e3 * start.elapsed_time(end) / calls, messages == 0 or end.elapsed_time(idle) >= 0
 
-    for impl, make in (("fused", Fused), ("nccl", Library), ("fused_push", lambda b, n: Fused(b, n, 1 << 40))):
+    for impl, make in (("fused", Fused), ("nccl", Library), ("fused_push", lambda b, n: Fused(b, n, 1, 1 << 40))):
         hops = bench.attempt(f"matmul beside {impl}", lambda make=make: make(bench, BESIDE_BYTES))
         if hops is None:
             continue
@@ -236,8 +257,8 @@ def run(arguments: argparse.Namespace) -> int:
     impls = {"fused": Fused, bench.backend: Library}
     if on_gpu:
         impls |= {
-            "fused_push_only": lambda b, n: Fused(b, n, 1 << 40),
-            "fused_copy_only": lambda b, n: Fused(b, n, -1),
+            "fused_push_only": lambda b, n, calls: Fused(b, n, calls, 1 << 40),
+            "fused_copy_only": lambda b, n, calls: Fused(b, n, calls, -1),
             "torch_symmetric": Symmetric,
         }
     with torch.no_grad():

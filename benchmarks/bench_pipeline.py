@@ -2,9 +2,9 @@
 
     torchrun --nproc-per-node 2 benchmarks/bench_pipeline.py [--model llama-3-70b] [--layers 40] [--batch 1]
 
-Without torchrun it starts one rank a GPU. Random weights, `--context` tokens in the cache. A round is one token of every
-sequence: the first stage receives the tokens of the round before, the last one computes logits, takes the largest and
-sends the tokens back. Each stage's round is one CUDA graph (prefill: eager), replayed without a barrier in between.
+Without torchrun it starts one rank a GPU. Random weights, `--context` tokens in the cache. A round is one token of
+every sequence: the first stage receives the tokens of the round before, the last one computes logits, takes the largest
+and sends the tokens back. Each stage's round is one CUDA graph (prefill: eager), replayed without a barrier in between.
 Rows, microseconds a round:
 
     fused          the stages' channels; a micro-batch's tokens leave as soon as they are there
