@@ -5,6 +5,7 @@ Modules are named as in transformers, so that its state dicts load; q, k, v and 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -111,6 +112,8 @@ class LlamaForCausalLM(nn.Module):
         mesh: of `fp.init`; its "tp" and "pp" dimensions are used. None: every rank holds the whole model (a draft).
         device, dtype: of the parameters; default: the mesh's device and the config's dtype.
         offload: keep the layers in host memory and stream them (`fp.Offload`).
+        split: layers of each pipeline stage; default: such that the stages' weights, the head's among them, take equal
+            time to read.
 
     Parameters hold this rank's shards and are uninitialised: use `from_pretrained` or `load_state_dict`.
     """
@@ -123,12 +126,20 @@ class LlamaForCausalLM(nn.Module):
         device=None,
         dtype: torch.dtype | None = None,
         offload: Offload | None = None,
+        split: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
         self.config, self.mesh = config, mesh
         self.tp_group = local_group() if mesh is None else mesh.get_group("tp")
         self.pp_group = pp_group = local_group() if mesh is None else mesh.get_group("pp")
-        self.layer_range = split_layers(config.num_hidden_layers, pp_group.size())[pp_group.rank()]
+        vocabulary = config.vocab_size * config.hidden_size
+        self.layer_range = split_layers(
+            [layer_parameters(config)] * config.num_hidden_layers,
+            pp_group.size(),
+            head=vocabulary,
+            embedding=vocabulary,
+            split=split,
+        )[pp_group.rank()]
         first, last = pp_group.rank() == 0, pp_group.rank() == pp_group.size() - 1
         device = torch.device(device) if device is not None else default_device(mesh)
         kwargs = {"group": self.tp_group, "device": device, "dtype": dtype or DTYPES[config.dtype]}
@@ -152,6 +163,7 @@ class LlamaForCausalLM(nn.Module):
         dtype: torch.dtype | None = None,
         device=None,
         offload: Offload | None = None,
+        split: Sequence[int] | None = None,
     ) -> LlamaForCausalLM:
         """Load a Hugging Face directory (config.json and safetensors); each rank reads only what it holds.
 
@@ -161,12 +173,13 @@ class LlamaForCausalLM(nn.Module):
             dtype: of parameters and activations; default: the checkpoint's.
             device: default: the mesh's.
             offload: keep the layers in host memory (read straight into it) and stream them; None: on the device.
+            split: layers of each pipeline stage; default: balanced.
 
         Raises FileNotFoundError or ValueError naming the file that is missing, corrupt or of another model.
         """
         config = LlamaConfig.from_pretrained(path)
         checkpoint = Checkpoint(path)
-        model = cls(config, mesh=mesh, device=device, dtype=dtype, offload=offload)
+        model = cls(config, mesh=mesh, device=device, dtype=dtype, offload=offload, split=split)
         tied = {"lm_head.weight": "model.embed_tokens.weight"} if config.tie_word_embeddings else {}
         used = load_weights(model, checkpoint, renamed=tied)
         unknown = sorted(k for k in checkpoint.keys() - used if not model._is_elsewhere(k) and k not in tied)
@@ -263,6 +276,12 @@ class LlamaForCausalLM(nn.Module):
         if logits_at is not None:
             hidden = hidden[torch.arange(batch, device=hidden.device), logits_at].unsqueeze(1)
         return self.lm_head(hidden)
+
+
+def layer_parameters(config: LlamaConfig) -> int:
+    """Weights of one whole layer, norms and biases left out."""
+    heads = (2 * config.num_attention_heads + 2 * config.num_key_value_heads) * config.head_dim
+    return config.hidden_size * (heads + 3 * config.intermediate_size)
 
 
 def default_device(mesh: DeviceMesh | None) -> torch.device:

@@ -1,12 +1,16 @@
 """fp.nn.PipelineStage and the links between stages: hidden states whole, sliced and in pieces, tokens on their way
 back."""
 
+import itertools
+import random
+
 import _llama_ranks as ranks
 import pytest
 import torch
 from torch import nn
 
 import fused_parallel as fp
+from fused_parallel.pipeline import split_layers
 from fused_parallel.pipeline.stage_links import StageLinks
 from fused_parallel.testing.spawn import run_ranks
 
@@ -103,3 +107,60 @@ def test_a_model_gives_the_same_logits_by_slices(tmp_path):
     ids = torch.randint(0, 263, (2, 40), generator=torch.Generator().manual_seed(5))
     for out, whole in run_ranks(sliced_logits, 4, tmp_path, ids, tp=2, pp=2)[2:]:
         assert torch.equal(out, whole)
+
+
+def cuts(layers, stages, head, embedding):
+    """Every cut of the layers, by (slowest, fullest) stage."""
+    for bounds in itertools.combinations(range(1, len(layers)), stages - 1):
+        bounds = (0, *bounds, len(layers))
+        times = [sum(layers[a:b]) for a, b in itertools.pairwise(bounds)]
+        times[-1] += head
+        yield max(times), max(times[0] + embedding, *times), sum(t * t for t in times), bounds
+
+
+def test_a_cut_is_the_best_there_is(seed):
+    rng = random.Random(seed)
+    for _ in range(200):
+        layers = [rng.choice((1, 2, 5)) for _ in range(rng.randrange(1, 10))]
+        stages = rng.randrange(1, min(4, len(layers)) + 1)
+        head, embedding = rng.randrange(6), rng.randrange(6)
+        ranges = split_layers(layers, stages, head=head, embedding=embedding)
+        assert [i for r in ranges for i in r] == list(range(len(layers))) and all(ranges)
+        found = (0, *(r.stop for r in ranges))
+        *best, _ = min(cuts(layers, stages, head, embedding))
+        assert best == next(list(c[:3]) for c in cuts(layers, stages, head, embedding) if c[3] == found)
+
+
+def test_cuts():
+    def sizes(*args, **kwargs):
+        return [len(r) for r in split_layers(*args, **kwargs)]
+
+    assert sizes(80, 2) == [40, 40] and sizes(7, 3) == [3, 2, 2]
+    # Llama-3-70B: 0.86 G parameters a layer, 1.05 in the head: the last stage has one layer fewer.
+    assert sizes([0.856] * 80, 2, head=1.05, embedding=1.05) == [41, 39]
+    assert sizes([1, 1, 1, 9], 2) == [3, 1]
+    assert sizes(8, 3, split=(2, 5, 1)) == [2, 5, 1]
+    for split in ((4, 4), (8, 0, 0), (3, 3, 3), (2.0, 5, 1)):
+        with pytest.raises(ValueError, match="does not fit: it needs a number of layers"):
+            split_layers(8, 3, split=split)
+    with pytest.raises(ValueError, match="pp=4 does not fit a model of 3 layers"):
+        split_layers(3, 4)
+
+
+def split_logits(mesh, path, ids, split):
+    from transformers import AutoModelForCausalLM
+
+    model = fp.LlamaForCausalLM.from_pretrained(path, mesh=mesh, dtype=torch.float32, split=split)
+    other = fp.parallelize(AutoModelForCausalLM.from_pretrained(path).eval(), mesh, split=split)
+    with torch.no_grad():
+        return model(ids), other(ids).logits, len(model.layer_range), len(other.model.layers)
+
+
+def test_an_explicit_split(tmp_path):
+    reference = ranks.save_random_model(tmp_path, num_hidden_layers=4)
+    ids = torch.randint(0, 263, (2, 40), generator=torch.Generator().manual_seed(5))
+    with torch.no_grad():
+        expected = reference(ids).logits
+    results = run_ranks(split_logits, 2, tmp_path, ids, (1, 3), pp=2)
+    assert [r[2:] for r in results] == [(1, 1), (3, 3)]
+    assert (results[1][0] - expected).abs().max() < 1e-4 and (results[0][1] - expected).abs().max() < 1e-4
