@@ -33,9 +33,10 @@ class CommunicationTimer:
     """
 
     host_seconds: float = 0.0
+    waiting_host_seconds: float = 0.0  # of them in receives of the stage before: a pipeline's bubble
     calls: int = 0
     bytes: int = 0
-    _events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = field(default_factory=list)
+    _events: list[tuple[torch.cuda.Event, torch.cuda.Event, bool]] = field(default_factory=list)
 
     def __enter__(self) -> CommunicationTimer:
         self._token = _timer.set(self)
@@ -47,9 +48,19 @@ class CommunicationTimer:
     def seconds(self) -> float:
         if self._events:
             torch.cuda.synchronize()
-            self.host_seconds += sum(a.elapsed_time(b) for a, b in self._events) * 1e-3
+            for start, end, waiting in self._events:
+                self._add(start.elapsed_time(end) * 1e-3, waiting)
             self._events.clear()
         return self.host_seconds
+
+    def waiting_seconds(self) -> float:
+        """The part of `seconds()` spent in point-to-point receives."""
+        self.seconds()
+        return self.waiting_host_seconds
+
+    def _add(self, seconds: float, waiting: bool) -> None:
+        self.host_seconds += seconds
+        self.waiting_host_seconds += seconds if waiting else 0.0
 
 
 # How long a rank that lost the others waits for them to say that they lost someone, too.
@@ -99,8 +110,9 @@ def counted(tensor: torch.Tensor):
 
 
 @contextlib.contextmanager
-def counted_bytes(bytes: int, on_gpu: bool):
-    """As `counted`, of so many bytes; `on_gpu`: it is done on the current stream of the current GPU."""
+def counted_bytes(bytes: int, on_gpu: bool, waiting: bool = False):
+    """As `counted`, of so many bytes; `on_gpu`: it is done on the current stream of the current GPU; `waiting`: it is a
+    point-to-point receive."""
     timer = _timer.get()
     if timer is None or (on_gpu and torch.cuda.is_current_stream_capturing()):
         yield
@@ -112,19 +124,19 @@ def counted_bytes(bytes: int, on_gpu: bool):
         start.record()
         yield
         end.record()
-        timer._events.append((start, end))
+        timer._events.append((start, end, waiting))
     else:
         begin = time.perf_counter()
         yield
-        timer.host_seconds += time.perf_counter() - begin
+        timer._add(time.perf_counter() - begin, waiting)
 
 
 @contextlib.contextmanager
-def measured(op: str, tensor: torch.Tensor, pg: dist.ProcessGroup, peer: int | None = None):
+def measured(op: str, tensor: torch.Tensor, pg: dist.ProcessGroup, peer: int | None = None, waiting: bool = False):
     """Count what is done within, and turn its failure into a PeerTimeoutError that names `peer` (a global rank; None:
     all others of `pg`)."""
     try:
-        with counted(tensor):
+        with counted_bytes(tensor.numel() * tensor.element_size(), tensor.is_cuda, waiting):
             yield
     except torch.OutOfMemoryError:
         raise  # this rank's own trouble

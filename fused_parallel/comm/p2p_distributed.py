@@ -61,7 +61,7 @@ class DistributedTransport:
             torch.cuda.synchronize(self.device)
 
     def _measured(self, op: str, tensor: torch.Tensor):
-        return collectives.measured(op, tensor, self.pair.group, peer=self.pair.peer)
+        return collectives.measured(op, tensor, self.pair.group, peer=self.pair.peer, waiting=op == "p2p recv")
 
     @staticmethod
     def _finish(work) -> None:

@@ -10,7 +10,8 @@ from ..comm.p2p import P2PChannel
 from ..ops._dispatch import current_mode
 from ..ops.all_reduce import all_gather_
 
-SLOTS, SLOT_BYTES = 4, 16 << 20
+# Slots bound the micro-batches that can be under way (speculative/microbatches.py).
+SLOTS, SLOT_BYTES = 8, 8 << 20
 
 # From this size on the ranks of a stage send a slice each, and the next stage gathers them: it costs an all-gather,
 # some 3 us or more, and saves (1 - 1 / tp) of the transfer. Between GPUs of one host some 380 GB/s, between hosts 40.
