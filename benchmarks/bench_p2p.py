@@ -6,11 +6,11 @@ Without torchrun it starts one rank a GPU. Calls alternate in direction, each wa
 one hop: send, flight and wait; a message is released after the answer has been sent. Rows:
 
     fused                fp.comm.P2PChannel through the peer's memory
-    fused_push_only      the same, every size pushed by multiprocessors
-    fused_copy_only      the same, every size sent by the copy engine
+    fused_push      the same, every size pushed by multiprocessors
+    fused_copy      the same, every size sent by the copy engine
     nccl                 dist.send and dist.recv (gloo with --device cpu)
     torch_symmetric      a copy into torch's symmetric memory, put_signal and wait_signal
-    *_host               host time of one eager send whose slot is free (16 KB)
+    *_host_only          host time of one eager send whose slot is free (16 KB)
     matmul_only          an 8192^3 matmul of both ranks, alone
     matmul_beside_*      the same beside a stream of 64 MB messages from rank 0 to rank 1, in turns with the one above;
                          the ratios of the pairs are printed
@@ -173,7 +173,7 @@ def _synchronize(bench: Bench) -> None:
 
 def _host_time(bench: Bench, bytes: int = 16 << 10) -> None:
     """Host time of sends that need not wait; the other rank's receives are not counted."""
-    for impl, make in (("fused_host", Fused), (f"{bench.backend}_host", Library)):
+    for impl, make in (("fused_host_only", Fused), (f"{bench.backend}_host_only", Library)):
         hops, x, times = make(bench, bytes), bench.random(bytes // bench.dtype.itemsize, seed=1), []
         for _ in range(60):
             _synchronize(bench)
@@ -257,8 +257,8 @@ def run(arguments: argparse.Namespace) -> int:
     impls = {"fused": Fused, bench.backend: Library}
     if on_gpu:
         impls |= {
-            "fused_push_only": lambda b, n, calls: Fused(b, n, calls, 1 << 40),
-            "fused_copy_only": lambda b, n, calls: Fused(b, n, calls, -1),
+            "fused_push": lambda b, n, calls: Fused(b, n, calls, 1 << 40),
+            "fused_copy": lambda b, n, calls: Fused(b, n, calls, -1),
             "torch_symmetric": Symmetric,
         }
     with torch.no_grad():
