@@ -6,8 +6,8 @@ Without torchrun it starts one rank a GPU. Calls alternate in direction, each wa
 one hop: send, flight and wait; a message is released after the answer has been sent. Rows:
 
     fused                fp.comm.P2PChannel through the peer's memory
-    fused_push      the same, every size pushed by multiprocessors
-    fused_copy      the same, every size sent by the copy engine
+    fused_push           the same, every size pushed by multiprocessors
+    fused_copy           the same, every size sent by the copy engine
     nccl                 dist.send and dist.recv (gloo with --device cpu)
     torch_symmetric      a copy into torch's symmetric memory, put_signal and wait_signal
     *_host_only          host time of one eager send whose slot is free (16 KB)

@@ -122,7 +122,9 @@ class RingTransport:
 
     def wait(self, stream: int) -> None:
         """Block the host until the sends queued on `stream` have left."""
-        torch.cuda.ExternalStream(stream, device=self.device).synchronize()
+        # An external stream of address 0 would be a new one, not the default stream.
+        default = torch.cuda.default_stream(self.device)
+        (torch.cuda.ExternalStream(stream, device=self.device) if stream else default).synchronize()
         self.check()
 
     def check(self) -> None:

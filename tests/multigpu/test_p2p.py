@@ -5,14 +5,17 @@ import pickle
 import queue
 import random
 import signal
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 
 import fused_parallel as fp
-from fused_parallel.comm.launch import RankPool
+from fused_parallel.comm.launch import RankPool, free_port
 from fused_parallel.testing import messages
 from fused_parallel.testing.spawn import run_ranks
 
@@ -186,20 +189,59 @@ def test_host_time_of_an_eager_send():
     assert send < 25, send
 
 
-NETWORK = {"NCCL_P2P_DISABLE": "1", "NCCL_SHM_DISABLE": "1"}
+# --- between hosts: NCCL's network path, two GPUs of one machine as two hosts -----------------------------------------
+
+ROOT = Path(__file__).resolve().parents[2]
+NETWORK = {"NCCL_P2P_DISABLE": "1", "NCCL_SHM_DISABLE": "1", "NCCL_SOCKET_IFNAME": "lo", "GLOO_SOCKET_IFNAME": "lo"}
 
 
-def as_two_hosts(seed):
-    """The schedule over NCCL's network path: the ranks say that they are on hosts of their own."""
-    os.environ["FUSED_PARALLEL_HOST"] = f"host{os.environ['RANK']}"
-    mesh = fp.init(pp=2, device="cuda", timeout=60)
-    return messages.schedule(mesh, seed, 150, 3)
+def torchrun(node: int, port: int, *what: str) -> subprocess.Popen:
+    """One of two nodes with one GPU each."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--node-rank", str(node)]
+    command += ["--nproc-per-node", "1", "--master-addr", "127.0.0.1", "--master-port", str(port), *what]
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0,1").split(",")
+    environment = os.environ | NETWORK | {"CUDA_VISIBLE_DEVICES": visible[node], "FUSED_PARALLEL_HOST": f"host{node}"}
+    environment["PYTHONPATH"] = str(ROOT)
+    return subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
 
 
-def test_between_hosts_over_the_network(seed):
-    """NCCL without peer access and shared memory, on two GPUs of one machine."""
-    pool = RankPool(2, environment=NETWORK | {"NCCL_SOCKET_IFNAME": "lo"})
+def on_two_hosts(*what: str) -> list[str]:
+    port, texts = free_port(), []
+    processes = [torchrun(node, port, *what) for node in range(2)]
     try:
-        assert min(pool.run(as_two_hosts, seed, timeout=120)) > 10
+        texts = [process.communicate(timeout=180)[0] for process in processes]
     finally:
-        pool.close()
+        for process in processes:
+            process.kill()
+    assert [p.returncode for p in processes] == [0, 0], texts
+    return texts
+
+
+def as_two_hosts(seed: int) -> None:
+    """The random schedule; prints how many messages this rank received."""
+    mesh = fp.init(pp=2, device="cuda", timeout=60)
+    received = messages.schedule(mesh, seed, 150, 3)
+    assert fp.comm.P2PChannel(mesh["pp"], 1 - mesh.get_local_rank("pp")).transport == "distributed"
+    fp.finalize()
+    print(f"received {received}", flush=True)
+
+
+def test_random_schedule_over_the_network(seed):
+    for text in on_two_hosts(str(Path(__file__)), str(seed)):
+        assert int(text.split("received ")[1].split()[0]) > 10, text
+
+
+def test_a_model_over_the_network():
+    """The command line, a stage on each host: the text of one process."""
+    what = ["-m", "fused_parallel", "generate", "--model", "examples/assets/tiny-target", "--dtype", "float32"]
+    what += ["--draft", "examples/assets/tiny-draft", "--prompt", "import os", "--max-new-tokens", "60"]
+    texts = on_two_hosts(*what, "--pp", "2")
+    alone = subprocess.run([sys.executable, *what], cwd=ROOT, capture_output=True, text=True, timeout=180)
+    assert alone.returncode == 0, alone.stderr
+    assert len(alone.stdout) > 40 and alone.stdout.strip() in texts[0], (alone.stdout, texts[0])
+
+
+if __name__ == "__main__":
+    as_two_hosts(int(sys.argv[1]))
