@@ -115,15 +115,15 @@ class StageLinks:
         return x
 
 
-_links: dict[tuple[str, str], StageLinks] = {}
+_links: dict[tuple[str, str, str], StageLinks] = {}
 
 
 def links_of(pp: dist.ProcessGroup, tp: dist.ProcessGroup) -> StageLinks | None:
-    """The links of a pipeline, which all models on it share; made at the first call, which is collective. None where
-    there is one stage."""
+    """The links of a pipeline in the mode of `fp.use` that is in force ("reference": over torch.distributed), which all
+    models on it share; made at the first call, which is collective. None where there is one stage."""
     if pp.size() == 1:
         return None
-    key = (pp.group_name, tp.group_name)
+    key = (pp.group_name, tp.group_name, current_mode())
     found = _links.get(key)
     if found is None or not found.open:
         found = _links[key] = StageLinks(pp, tp)
