@@ -226,8 +226,9 @@ def generate(
     lens = torch.tensor([len(p) for p in prompts], dtype=torch.int32, device=device)
     width = int(lens.max())
     ids = torch.tensor([p + [0] * (width - len(p)) for p in prompts], device=device)
-    # In micro-batches a finished sequence is fed for one more round.
-    capacity = width + max_new_tokens + (k + 1) * (1 if microbatches == 1 else 2)
+    # The round that ends a sequence may take it up to k tokens too far, and later rounds feed k + 1 from there; in
+    # micro-batches there is one more before they stand still.
+    capacity = width + max_new_tokens + (k + 1) * (2 if microbatches == 1 else 3)
 
     if not isinstance(seed, (Sequence, torch.Tensor)):
         seed = [operator.index(seed) + i for i in range(batch)]

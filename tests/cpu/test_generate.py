@@ -84,6 +84,19 @@ def test_sampled_tokens_do_not_depend_on_stages(pair, microbatches):
             assert tokens == whole
 
 
+@pytest.mark.parametrize("microbatches", [1, 2])
+def test_the_longest_prompt_may_end_first(pair, microbatches):
+    """Its sequence stands still, up to k tokens too far, while rounds go on for others: the cache has room for that."""
+    path, _, target = pair
+    prompts = [list(range(20, 57)), [9]]
+    expected = greedy(target, prompts, 9)
+    # The draft is perfect for the long one only, which thus overshoots in its last round.
+    for k in (1, 4, 7):
+        options = {"num_draft_tokens": k, "microbatches": microbatches}
+        ((tokens, _),) = run_ranks(ranks.generated_with_half_a_draft, 1, path, prompts, 9, **options)
+        assert tokens == expected
+
+
 @pytest.mark.parametrize("k", [1, 2, 7])
 def test_any_draft_length(pair, k):
     path, draft, target = pair
