@@ -157,10 +157,10 @@ void bind_p2p(py::module_& m) {
           py::arg("stream"))
       .def(
           "receive",
-          [](P2PEnd& e, int slot, std::uint64_t hash, std::int64_t bytes, Address to_host, Address stream) {
-            e.receive(slot, hash, bytes, to_host, pointer(stream));
+          [](P2PEnd& e, int slot, std::uint64_t hash, Address to_host, Address stream) {
+            e.receive(slot, hash, to_host, pointer(stream));
           },
-          py::arg("slot"), py::arg("hash"), py::arg("bytes"), py::arg("to_host"), py::arg("stream"))
+          py::arg("slot"), py::arg("hash"), py::arg("to_host"), py::arg("stream"))
       .def(
           "release", [](P2PEnd& e, int slot, Address stream) { e.release(slot, pointer(stream)); }, py::arg("slot"),
           py::arg("stream"));

@@ -27,9 +27,12 @@ constexpr int kThreads = 512;  // of a CTA that pushes
 constexpr int kVecs = 4;       // vectors a thread loads before it stores them
 constexpr int kHeaderVecs = kP2PHeaderBytes / 16;
 
-// A slot's flags: part p of the message is there when word p is (messages so far) * kFlagParts + number of parts.
-constexpr unsigned long long kFlagParts = 64;
-static_assert(kP2PMaxParts < kFlagParts && kP2PMaxParts == 32, "one lane of the receiving warp for each part");
+// A slot's flag p says that part p is there of which message (its number in the slot, from 1, in 32 bits: an older
+// message's flag is smaller, and the number comes round after 2^32), of what layout (26 bits of the header's hash,
+// which spares the receiver a load of the header behind the flag), in how many parts (6 bits).
+constexpr int kTagShift = 6, kNumberShift = 32;
+constexpr unsigned kMostParts = (1u << kTagShift) - 1, kMostTag = (1u << (kNumberShift - kTagShift)) - 1;
+static_assert(kP2PMaxParts <= kMostParts && kP2PMaxParts == 32, "one lane of the receiving warp for each part");
 
 // CTAs of a push add up to this in `sent`, whatever their number; see lamport.cuh.
 constexpr unsigned long long kSentPerMessage = 64;
@@ -50,13 +53,6 @@ struct Control {
 };
 static_assert(sizeof(Control) <= kP2PControlBytes && sizeof(AbortRecord) <= 64, "");
 
-struct Header {
-  unsigned long long hash;
-  unsigned long long bytes;
-  unsigned long long rest[kP2PHeaderBytes / 8 - 2];
-};
-static_assert(sizeof(Header) == kP2PHeaderBytes, "");
-
 struct End {
   Mailbox* mine;
   Mailbox* theirs;
@@ -72,45 +68,53 @@ __device__ __forceinline__ void fail(const End& e, unsigned why, unsigned long l
   store_release_sys(&e.theirs->failed, 1);
 }
 
-// The slow part of a wait. True when it must end, because this end has failed or fails now.
-__device__ __forceinline__ bool gives_up(const End& e, unsigned long long& start, unsigned why,
-                                         unsigned long long message) {
-  // Acquire: what the peer wrote before is of no use any more; what it writes after it is the danger, and the poll that
-  // comes next must not be moved before this load.
+// The slow part of a wait, reached every kSpinsPerCheck polls. True when it must end, because this end has failed or
+// fails now; `why()` says what for, when the time is over.
+template <typename Why>
+__device__ __forceinline__ bool gives_up(const End& e, unsigned long long& start, unsigned long long message, Why why) {
+  // Acquire for the sake of the order only: the poll that follows is not moved before it.
   if (load_acquire_sys(&e.mine->failed) != 0) {
     record_failure(e.bound, kP2PPeerFailed, e.peer, message);
     return true;
   }
-  if (!wait_is_over(e.bound, start, why, e.peer, message)) return false;
-  store_release_sys(&e.theirs->failed, 1);
+  if (load_relaxed_gpu(e.bound.aborted) != 0) return true;  // relaxed: nothing is read on the strength of it
+  const unsigned long long now = global_time_ns();
+  if (start == 0) start = now;
+  if (now - start < e.bound.timeout_ns) return false;
+  fail(e, why(), message);
   return true;
 }
 
 // True when the peer has released all `messages` of the slot. By one thread; the acquire orders the CTA's stores, which
-// follow after a barrier, behind the peer's reads.
-__device__ __forceinline__ bool wait_for_credit(const End& e, unsigned long long messages) {
-  if (load_relaxed_gpu(e.bound.aborted) != 0) return false;  // sticky: nothing is sent after a failure
+// follow after a barrier, behind the peer's reads. `aborted` and `credit` have been loaded by the caller, together with
+// the number of messages: one trip to the L2 for all three.
+__device__ __forceinline__ bool wait_for_credit(const End& e, unsigned long long messages, unsigned aborted,
+                                                unsigned long long credit) {
+  if (aborted != 0) return false;  // sticky: nothing is sent after a failure
   unsigned long long start = 0;
-  for (unsigned spin = 1; load_acquire_sys(&e.mine->credits[e.slot]) < messages; ++spin) {
-    if (spin % kSpinsPerCheck == 0 && gives_up(e, start, kP2PNoCredit, messages)) return false;
+  for (unsigned spin = 1; credit < messages; ++spin) {
+    if (spin % kSpinsPerCheck == 0 && gives_up(e, start, messages, [] { return kP2PNoCredit; })) return false;
+    credit = load_acquire_sys(&e.mine->credits[e.slot]);
   }
   return true;
 }
 
-__device__ __forceinline__ unsigned long long flag_of(unsigned long long message, unsigned parts) {
-  return (message + 1) * kFlagParts + parts;
+__device__ __forceinline__ unsigned long long flag_of(unsigned long long message, unsigned tag, unsigned parts) {
+  return (message + 1) << kNumberShift | static_cast<unsigned long long>(tag) << kTagShift | parts;
 }
 
+// A tensor of a message. Its last vector may reach beyond its end: an aligned vector of which one byte is the tensor's
+// lies in the same page, and what it holds besides lands in the padding behind the tensor in the slot.
 struct Piece {
   const uint4* source;
   uint4* target;
   unsigned first;  // vector of the message, counted through all pieces
-  unsigned tail;   // bytes of the last vector; 0: all 16
 };
 
 struct PushParams {
   End end;
   uint4* header_target;
+  unsigned tag;
   int pieces;
   unsigned vectors;
   Piece piece[kP2PMaxTensors];
@@ -118,18 +122,13 @@ struct PushParams {
 };
 static_assert(sizeof(PushParams) <= 4096, "parameters of a kernel");
 
-__device__ __forceinline__ uint4 load_part(const uint4* p, unsigned bytes) {
-  if (bytes == 0) return load_once_written(reinterpret_cast<const float*>(p)).raw;
-  uint4 v = make_uint4(0, 0, 0, 0);
-  for (unsigned i = 0; i < bytes; ++i) {
-    reinterpret_cast<unsigned char*>(&v)[i] = reinterpret_cast<const unsigned char*>(p)[i];
-  }
-  return v;
-}
-
 // The piece that holds vector v; `index` is where the thread found its last one, and vectors ascend.
 __device__ __forceinline__ void find_piece(const PushParams& p, unsigned v, int& index) {
   while (index + 1 < p.pieces && p.piece[index + 1].first <= v) ++index;
+}
+
+__device__ __forceinline__ uint4 load_vector(const uint4* p) {
+  return load_once_written(reinterpret_cast<const float*>(p)).raw;
 }
 
 // Every CTA waits for the credit itself, pushes its part and sets its own flag: no CTA waits for another, and the
@@ -149,16 +148,17 @@ __global__ void __launch_bounds__(kThreads) p2p_push(const __grid_constant__ Pus
     const unsigned w = v + u * threads;
     if (w < p.vectors) {
       find_piece(p, w, ahead);
-      const Piece& piece = p.piece[ahead];
-      const bool last = w + 1 == (ahead + 1 < p.pieces ? p.piece[ahead + 1].first : p.vectors);
-      values[u] = load_part(piece.source + (w - piece.first), last ? piece.tail : 0);
+      values[u] = load_vector(p.piece[ahead].source + (w - p.piece[ahead].first));
     }
   }
   if (threadIdx.x == 0) {
     // Relaxed: it only counts. Messages of a slot are in stream order, so all CTAs of this one find the same quotient.
     const unsigned long long mine = blockIdx.x == 0 ? kSentPerMessage - (gridDim.x - 1) : 1;
-    const unsigned long long message = atomicAdd(&e.control->sent[e.slot], mine) / kSentPerMessage;
-    number = wait_for_credit(e, message) ? message : ~0ull;
+    const unsigned long long sent = atomicAdd(&e.control->sent[e.slot], mine);
+    const unsigned aborted = load_relaxed_gpu(e.bound.aborted);
+    const unsigned long long credit = load_acquire_sys(&e.mine->credits[e.slot]);
+    const unsigned long long message = sent / kSentPerMessage;
+    number = wait_for_credit(e, message, aborted, credit) ? message : ~0ull;
   }
   __syncthreads();  // the stores below come after the credit, for all threads
   const unsigned long long message = number;
@@ -182,16 +182,14 @@ __global__ void __launch_bounds__(kThreads) p2p_push(const __grid_constant__ Pus
       const unsigned w = v + u * threads;
       if (w < p.vectors) {
         find_piece(p, w, ahead);
-        const Piece& piece = p.piece[ahead];
-        const bool last = w + 1 == (ahead + 1 < p.pieces ? p.piece[ahead + 1].first : p.vectors);
-        values[u] = load_part(piece.source + (w - piece.first), last ? piece.tail : 0);
+        values[u] = load_vector(p.piece[ahead].source + (w - p.piece[ahead].first));
       }
     }
   }
   // The barrier puts the CTA's stores before thread 0's release, which is cumulative.
   __syncthreads();
   if (threadIdx.x == 0) {
-    store_release_sys(&e.theirs->flags[e.slot][blockIdx.x], flag_of(message, gridDim.x));
+    store_release_sys(&e.theirs->flags[e.slot][blockIdx.x], flag_of(message, p.tag, gridDim.x));
   }
 }
 
@@ -210,8 +208,10 @@ __global__ void __launch_bounds__(kHeaderVecs) p2p_open(const __grid_constant__ 
   if (threadIdx.x == 0) {
     // Kernels of a slot's messages follow each other in stream order: no other thread is at this word.
     const unsigned long long before = load_relaxed_gpu(&p.end.control->sent[p.end.slot]);
+    const unsigned aborted = load_relaxed_gpu(p.end.bound.aborted);
+    const unsigned long long credit = load_acquire_sys(&p.end.mine->credits[p.end.slot]);
     p.end.control->sent[p.end.slot] = before + kSentPerMessage;
-    granted = wait_for_credit(p.end, before / kSentPerMessage);
+    granted = wait_for_credit(p.end, before / kSentPerMessage, aborted, credit);
     if (!granted) {
       // Said again (the end may have failed in another kernel), and there before this kernel ends: what comes next in
       // the stream may overwrite a message that the peer reads, which it must be able to tell afterwards.
@@ -223,24 +223,30 @@ __global__ void __launch_bounds__(kHeaderVecs) p2p_open(const __grid_constant__ 
   if (granted) p.header_target[threadIdx.x] = p.header[threadIdx.x];
 }
 
+struct AnnounceParams {
+  End end;
+  unsigned tag;
+};
+
 // The release covers what came before it in the stream: kernels and copies that ended, whose writes the end of each
 // made visible to this kernel, as to the waits of other GPUs' streams for an event at this place.
-__global__ void p2p_announce(const __grid_constant__ End e) {
+__global__ void p2p_announce(const __grid_constant__ AnnounceParams p) {
+  const End& e = p.end;
+  const unsigned long long sent = load_relaxed_gpu(&e.control->sent[e.slot]);
   if (load_relaxed_gpu(e.bound.aborted) != 0) return;
-  const unsigned long long messages = load_relaxed_gpu(&e.control->sent[e.slot]) / kSentPerMessage;
-  store_release_sys(&e.theirs->flags[e.slot][0], flag_of(messages - 1, 1));
+  store_release_sys(&e.theirs->flags[e.slot][0], flag_of(sent / kSentPerMessage - 1, p.tag, 1));
 }
 
 struct ReceiveParams {
   End end;
-  const Header* header;
-  unsigned long long hash, bytes;
+  const unsigned long long* header;
+  bool any;  // a message of any layout
+  unsigned tag;
   unsigned long long* to_host;          // pinned; or null
   unsigned long long* mismatch_header;  // pinned
 };
 
-__device__ __forceinline__ void copy_header(const Header* header, unsigned long long* to, int lane) {
-  const auto* from = reinterpret_cast<const volatile unsigned long long*>(header);
+__device__ __forceinline__ void copy_header(const volatile unsigned long long* from, unsigned long long* to, int lane) {
   volatile unsigned long long* host = to;
   for (int i = lane; i < static_cast<int>(kP2PHeaderBytes / 8); i += 32) host[i] = from[i];
 }
@@ -255,30 +261,33 @@ __global__ void __launch_bounds__(32) p2p_receive(const __grid_constant__ Receiv
   // earlier kernel of this multiprocessor may have left the line.
   const unsigned long long message = load_relaxed_gpu(&e.control->taken[e.slot]);
   bool failed = load_relaxed_gpu(e.bound.aborted) != 0;
-  unsigned long long start = 0;
+  unsigned long long start = 0, first = 0;
   for (unsigned spin = 1; !failed; ++spin) {
     // Acquire, in every lane that a part belongs to: its part of the payload is visible behind it.
     const unsigned long long flag = load_acquire_sys(&e.mine->flags[e.slot][lane]);
-    const unsigned long long first = __shfl_sync(~0u, flag, 0);
-    const unsigned parts = first / kFlagParts == message + 1 ? first % kFlagParts : 0;
+    first = __shfl_sync(~0u, flag, 0);
+    const bool first_here = first >> kNumberShift == static_cast<unsigned>(message + 1);
+    const unsigned parts = first_here ? first & kMostParts : 0;  // 0 where nothing was ever sent
     const bool here = static_cast<unsigned>(lane) >= parts || flag == first;
     if (parts != 0 && __all_sync(~0u, here)) break;
     if (spin % kSpinsPerCheck == 0) {
-      unsigned why = kP2PNoMessage;
       if (lane == 0) {
-        // For a better error only: a message that waits in another slot says that the ends count differently.
-        for (int s = 0; s < e.slots; ++s) {
-          const unsigned long long other = load_relaxed_gpu(&e.mine->flags[s][0]);
-          if (s != e.slot && other / kFlagParts > load_relaxed_gpu(&e.control->taken[s])) why = kP2POutOfStep;
-        }
-        failed = gives_up(e, start, why, message);
+        failed = gives_up(e, start, message, [&e] {
+          // A message that waits in another slot says that the ends count differently.
+          for (int s = 0; s < e.slots; ++s) {
+            const unsigned long long other = load_relaxed_gpu(&e.mine->flags[s][0]);
+            const unsigned taken = static_cast<unsigned>(load_relaxed_gpu(&e.control->taken[s]));
+            if (s != e.slot && other >> kNumberShift != taken) return kP2POutOfStep;
+          }
+          return kP2PNoMessage;
+        });
       }
       failed = __shfl_sync(~0u, failed, 0);
     }
   }
   if (failed) return;
   __syncwarp();  // lane 0 has acquired what CTA 0 released: the header, for all lanes
-  if (p.hash != 0 && (p.header->hash != p.hash || p.header->bytes != p.bytes)) {
+  if (!p.any && (first >> kTagShift & kMostTag) != p.tag) {
     copy_header(p.header, p.mismatch_header, lane);
     __threadfence_system();  // before the status that announces it
     __syncwarp();
@@ -296,8 +305,9 @@ __global__ void p2p_release(const __grid_constant__ End e) {
   dependency_wait();
   dependency_trigger();
   const unsigned long long messages = load_relaxed_gpu(&e.control->taken[e.slot]);
+  const unsigned aborted = load_relaxed_gpu(e.bound.aborted);
   const unsigned long long failed = load_acquire_sys(&e.mine->failed);
-  if (load_relaxed_gpu(e.bound.aborted) != 0) return;
+  if (aborted != 0) return;
   if (failed != 0) {
     record_failure(e.bound, kP2PPeerFailed, e.peer, messages - 1);
     return;
@@ -322,9 +332,19 @@ uint4* payload_of(std::uintptr_t buffer, const P2PEnd& end, int slot) {
   return reinterpret_cast<uint4*>(buffer + p2p_payload_offset(end.slot_bytes, slot));
 }
 
-void copy_header_to(uint4 (&to)[kHeaderVecs], const std::string& header) {
-  if (header.size() > kP2PHeaderBytes) throw std::runtime_error("p2p: header of " + std::to_string(header.size()));
+// The first word of a header is its hash.
+unsigned tag_of(std::uint64_t hash) {
+  return static_cast<unsigned>(hash & kMostTag);
+}
+
+unsigned copy_header_to(uint4 (&to)[kHeaderVecs], const std::string& header) {
+  std::uint64_t hash = 0;
+  if (header.size() < sizeof(hash) || header.size() > kP2PHeaderBytes) {
+    throw std::runtime_error("p2p: a header of " + std::to_string(header.size()) + " bytes");
+  }
   std::memcpy(to, header.data(), header.size());
+  std::memcpy(&hash, header.data(), sizeof(hash));
+  return tag_of(hash);
 }
 
 void check_piece(const P2PEnd& end, const P2PPiece& piece) {
@@ -391,15 +411,14 @@ void P2PEnd::push(int slot, const std::string& header, const std::vector<P2PPiec
   p.end = end_of(*this, slot);
   uint4* const payload = payload_of(theirs, *this, slot);
   p.header_target = payload - kHeaderVecs;
-  copy_header_to(p.header, header);
+  p.tag = copy_header_to(p.header, header);
   if (pieces.size() > kP2PMaxTensors || ctas < 0 || ctas > kP2PMaxParts) {
     throw std::runtime_error("p2p: " + std::to_string(pieces.size()) + " pieces, " + std::to_string(ctas) + " CTAs");
   }
   for (const P2PPiece& piece : pieces) {
     check_piece(*this, piece);
     if (piece.bytes == 0) continue;
-    p.piece[p.pieces++] = {reinterpret_cast<const uint4*>(piece.source), payload + piece.offset / 16, p.vectors,
-                           static_cast<unsigned>(piece.bytes % 16)};
+    p.piece[p.pieces++] = {reinterpret_cast<const uint4*>(piece.source), payload + piece.offset / 16, p.vectors};
     p.vectors += static_cast<unsigned>((piece.bytes + 15) / 16);
   }
   if (ctas == 0) ctas = kP2PMaxParts;
@@ -413,7 +432,7 @@ void P2PEnd::open(int slot, const std::string& header, void* stream) {
   OpenParams p = {};
   p.end = end_of(*this, slot);
   p.header_target = payload_of(theirs, *this, slot) - kHeaderVecs;
-  copy_header_to(p.header, header);
+  tags_[slot] = copy_header_to(p.header, header);
   sends_.follow(stream, "sends of one channel");
   launch_dependent(p2p_open, p, 1, kHeaderVecs, 1, hopper, static_cast<cudaStream_t>(stream));
 }
@@ -432,16 +451,17 @@ void P2PEnd::copy(int slot, const std::vector<P2PPiece>& pieces, void* stream) {
 void P2PEnd::announce(int slot, void* stream) {
   const DeviceGuard guard(device);
   // Launched the usual way: it may follow a copy, which a dependent launch does not wait for.
-  launch_plain(p2p_announce, end_of(*this, slot), 1, static_cast<cudaStream_t>(stream));
+  const AnnounceParams p = {end_of(*this, slot), tags_[slot]};
+  launch_plain(p2p_announce, p, 1, static_cast<cudaStream_t>(stream));
 }
 
-void P2PEnd::receive(int slot, std::uint64_t hash, std::int64_t bytes, std::uintptr_t to_host, void* stream) {
+void P2PEnd::receive(int slot, std::uint64_t hash, std::uintptr_t to_host, void* stream) {
   const DeviceGuard guard(device);
   ReceiveParams p = {};
   p.end = end_of(*this, slot);
-  p.header = reinterpret_cast<const Header*>(payload_of(mine, *this, slot) - kHeaderVecs);
-  p.hash = hash;
-  p.bytes = static_cast<unsigned long long>(bytes);
+  p.header = reinterpret_cast<const unsigned long long*>(payload_of(mine, *this, slot) - kHeaderVecs);
+  p.any = hash == 0;
+  p.tag = tag_of(hash);
   p.to_host = reinterpret_cast<unsigned long long*>(to_host);
   p.mismatch_header = reinterpret_cast<unsigned long long*>(record + 64);
   receives_.follow(stream, "receives of one channel");

@@ -43,9 +43,9 @@ struct P2PEnd {
   void copy(int slot, const std::vector<P2PPiece>& pieces, void* stream);
   void announce(int slot, void* stream);
 
-  // Wait for the next message of the slot and compare its header with the layout's hash and bytes; with `to_host` also
-  // copy the header to this pinned host memory. hash 0: any message.
-  void receive(int slot, std::uint64_t hash, std::int64_t bytes, std::uintptr_t to_host, void* stream);
+  // Wait for the next message of the slot and compare its layout's hash (the first 8 bytes of its header) with `hash`,
+  // by 26 bits; 0: any message. With `to_host` also copy the header to this pinned host memory.
+  void receive(int slot, std::uint64_t hash, std::uintptr_t to_host, void* stream);
   // The slot's message has been read by what the stream did before: the peer may fill the slot again.
   void release(int slot, void* stream);
 
@@ -61,6 +61,7 @@ struct P2PEnd {
 
  private:
   StreamOrder sends_, receives_;
+  unsigned tags_[kP2PMaxSlots] = {};  // of the message that was opened last, for announce
 };
 
 // What failure() gives.

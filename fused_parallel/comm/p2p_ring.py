@@ -106,14 +106,14 @@ class RingTransport:
                     "p2p: recv() reads the header on the host, which a CUDA graph cannot hold: pass a spec in a capture"
                 )
             with collectives.counted_bytes(0, True, waiting=True):
-                self.native.receive(slot, 0, 0, self._header.data_ptr(), stream)
+                self.native.receive(slot, 0, self._header.data_ptr(), stream)
             torch.cuda.current_stream(self.device).synchronize()
             self.check()
             layout = layout_of_header(bytes(self._header.numpy()))
         else:
             self._expected[slot] = layout
             with collectives.counted_bytes(layout.bytes, True, waiting=True):
-                self.native.receive(slot, layout.hash, layout.bytes, 0, stream)
+                self.native.receive(slot, layout.hash, 0, stream)
         return layout, self._slot_views(self._mine, slot, layout)
 
     def release(self, slot: int) -> None:
