@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import pickle
-import time
 import warnings
 
 import torch
@@ -21,6 +21,7 @@ from .topology import host_identity
 from .workspace import unwatch, watch
 
 MAX_SLOTS = 64
+_PATIENCE_S = 5.0
 _TRANSPORTS = ("auto", "memory", "distributed")
 
 # (ranks of a pair) -> channels made so far: names that both ends count alike. Never reset: a store may outlive a group.
@@ -306,22 +307,21 @@ class P2PChannel:
         """Raise what has been recorded against this channel (fp.check() asks all channels)."""
         self._transport.check()
 
-    def close(self) -> None:
-        """Wait until all messages have left; fp.finalize() does it for every channel."""
+    def close(self, patience: float | None = None) -> None:
+        """Wait until all messages have left (over torch.distributed: have been taken, each within `patience` seconds,
+        default the timeout); fp.finalize() does it for every channel."""
         _open.pop(self, None)
         unwatch(self)
-        self._transport.close()
+        self._transport.close(patience)
 
 
 def close_all() -> None:
     """Close every channel of this process, in the order they were made; errors are not raised any more."""
-    end = time.monotonic() + 10.0
     for channel in list(_open):
-        try:
-            if time.monotonic() < end:
-                channel.close()
-        except RuntimeError:
-            pass  # a peer that is gone takes nothing; whoever waited for it has been told
+        # A peer that leaves without taking what was sent to it does not hold this rank up for long, and whoever waited
+        # for one that is gone has been told.
+        with contextlib.suppress(RuntimeError):
+            channel.close(_PATIENCE_S)
     _open.clear()
 
 

@@ -64,8 +64,8 @@ class DistributedTransport:
         return collectives.measured(op, tensor, self.pair.group, peer=self.pair.peer, waiting=op == "p2p recv")
 
     @staticmethod
-    def _finish(work) -> None:
-        if not work.wait():
+    def _finish(work, patience: float | None = None) -> None:
+        if not (work.wait() if patience is None else work.wait(datetime.timedelta(seconds=patience))):
             raise RuntimeError("the operation was aborted")
 
     def capture_id(self) -> int:
@@ -99,24 +99,25 @@ class DistributedTransport:
         while len(self._works) >= self.slots:
             self.wait(self._works[0][0])
 
-    def wait(self, works) -> None:
-        """Block the host until the peer has taken the message of `works` and those before it."""
+    def wait(self, works, patience: float | None = None) -> None:
+        """Block the host until the peer has taken the message of `works` and those before it, `patience` seconds for
+        each at most (None: the channel's timeout)."""
         while self._works and any(entry[0] is works for entry in self._works):
             oldest, _, payload = self._works[0]
             with self._failing(), self._measured("p2p send", payload):
                 for work in oldest:
                     if self.device.type == "cpu":
-                        self._finish(work)
+                        self._finish(work, patience)
                     else:
-                        self._poll(work)
+                        self._poll(work, patience or self.timeout)
             self._works.popleft()
 
-    def _poll(self, work) -> None:
+    def _poll(self, work, patience: float) -> None:
         # NCCL's wait() blocks the stream and not the host.
-        end = time.monotonic() + self.timeout
+        end = time.monotonic() + patience
         while not work.is_completed():
             if time.monotonic() > end:
-                raise RuntimeError(f"nothing for {self.timeout} s")
+                raise RuntimeError(f"nothing for {patience:g} s")
             time.sleep(50e-6)
 
     def _failing(self):
@@ -182,10 +183,10 @@ class DistributedTransport:
             _, header, expected = self._unchecked.popleft()
             self._compare(layout_of_header(bytes(header.numpy())), expected)
 
-    def close(self) -> None:
+    def close(self, patience: float | None) -> None:
         """Wait until the peer has taken all messages, unless the channel failed."""
         if not self._failed and self._works:
-            self.wait(self._works[-1][0])
+            self.wait(self._works[-1][0], patience)
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
             for backend in (self._out, self._in):

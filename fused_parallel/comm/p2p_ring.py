@@ -153,7 +153,7 @@ class RingTransport:
             "sequence of operations. The channel cannot be used any more: end this job on all ranks, start it again"
         )
 
-    def close(self) -> None:
+    def close(self, patience: float | None) -> None:
         """Nothing to hand over: what was sent is in the peer's memory."""
         self._views.clear()
 
