@@ -71,8 +71,8 @@ def _names(ranks: list[int]) -> str:
     return f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks))}"
 
 
-def _verdict(pg: dist.ProcessGroup) -> str:
-    """Who is to blame. A dead rank takes its neighbours' connections with it, so that living ranks seem lost, too.
+def _verdict(pg: dist.ProcessGroup, peer: int | None) -> str:
+    """Who is to blame; `peer`: who was waited for, if one. A dead rank takes its neighbours' connections with it, so that living ranks seem lost, too.
     Those that live say so in the store (which is on rank 0, or with torchrun); who says nothing is dead or stopped."""
     everyone = [r for r in dist.get_process_group_ranks(pg) if r != dist.get_rank()]
     try:
@@ -91,6 +91,8 @@ def _verdict(pg: dist.ProcessGroup) -> str:
             store.set_timeout(patience)
     except RuntimeError:
         return "it is dead or stopped, or the rank that holds the group's store is (rank 0)"
+    if peer in silent:
+        silent = [peer]  # others may not have noticed yet
     if silent:
         return f"{_names(silent)} said nothing since: dead, stopped, or in another operation"
     return (
@@ -143,7 +145,7 @@ def measured(op: str, tensor: torch.Tensor, pg: dist.ProcessGroup, peer: int | N
     except RuntimeError as error:
         waited = [peer] if peer is not None else [r for r in dist.get_process_group_ranks(pg) if r != dist.get_rank()]
         raise PeerTimeoutError(
-            f"{op} on rank {dist.get_rank()} got no answer from {_names(waited)}; {_verdict(pg)}. The group cannot be "
+            f"{op} on rank {dist.get_rank()} got no answer from {_names(waited)}; {_verdict(pg, peer)}. The group cannot be "
             f"used any more: end this job on all ranks and start it again. Cause: {str(error).splitlines()[0]}"
         ) from error
 

@@ -2,7 +2,12 @@
 back."""
 
 import itertools
+import os
+import pickle
 import random
+import signal
+import time
+from pathlib import Path
 
 import _llama_ranks as ranks
 import pytest
@@ -10,6 +15,7 @@ import torch
 from torch import nn
 
 import fused_parallel as fp
+from fused_parallel.comm.launch import RankPool
 from fused_parallel.pipeline import split_layers
 from fused_parallel.pipeline.stage_links import StageLinks
 from fused_parallel.testing.spawn import run_ranks
@@ -164,3 +170,42 @@ def test_an_explicit_split(tmp_path):
     results = run_ranks(split_logits, 2, tmp_path, ids, (1, 3), pp=2)
     assert [r[2:] for r in results] == [(1, 1), (3, 3)]
     assert (results[1][0] - expected).abs().max() < 1e-4 and (results[0][1] - expected).abs().max() < 1e-4
+
+
+def stage_that_dies(victim: int, path: str) -> None:
+    """Three stages pass messages; `victim` ends in its fourth step. The others write what they were told, and when."""
+    mesh = fp.init(pp=3, device="cpu", timeout=6.0)
+    rank = mesh.get_local_rank("pp")
+    stage = fp.nn.PipelineStage(Affine(rank), group=mesh["pp"])
+    torch.distributed.barrier()
+    begin, told = time.perf_counter(), "nothing"
+    try:
+        for step in range(20):
+            if rank == victim and step == 3:
+                os.kill(os.getpid(), signal.SIGKILL)
+            stage(torch.zeros(2, 3) if rank == 0 else None, (2, 3), torch.float32, scale=1)
+            stage.share(torch.zeros(2))
+    except fp.PeerTimeoutError as error:
+        told = str(error)
+    with open(f"{path}{rank}.partial", "w") as file:
+        file.write(f"{time.perf_counter() - begin:.1f} {told}")
+    os.replace(f"{path}{rank}.partial", f"{path}{rank}")
+    time.sleep(30)  # alive, until the test has read it
+
+
+@pytest.mark.parametrize("victim", [1, 2])
+def test_a_stage_that_dies_is_named_by_its_neighbours(victim, tmp_path):
+    pool, path = RankPool(3), str(tmp_path / "told")
+    try:
+        for calls in pool._calls:
+            calls.put(pickle.dumps((stage_that_dies, (victim, path), {})))
+        others = [rank for rank in range(3) if rank != victim]
+        deadline = time.monotonic() + 60
+        while not all(os.path.exists(f"{path}{rank}") for rank in others) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        for rank in others:
+            seconds, told = Path(f"{path}{rank}").read_text().split(" ", 1)
+            assert f"rank {victim} said nothing since: dead, stopped" in told, told
+            assert float(seconds) < 12
+    finally:
+        pool.kill()
