@@ -44,6 +44,7 @@ class MicroBatch:
     def __init__(self, round_: Round) -> None:
         self.round, self.visits = round_, 0
         self._weights: torch.Tensor | None = None
+        self._alive = [True] * round_.tokens.shape[0]
         self._snapshots: deque[_Snapshot] = deque()
 
     def start(self) -> None:
@@ -86,7 +87,11 @@ class MicroBatch:
         if not r.is_last:
             self._receive()
         # After the update of the round before, which the last stage made before it knew this, too.
-        r.alive.copy_(torch.tensor(alive))
+        if alive != self._alive:
+            self._alive = alive
+            on_host = torch.tensor(alive)
+            # From pinned memory: a copy from other memory waits for all that the stream has been given.
+            r.alive.copy_(on_host.pin_memory() if r.alive.is_cuda else on_host, non_blocking=True)
         if r.is_last:
             verdict = r.share_in_stage(r.judge(self._weights))
             self._take(verdict)
