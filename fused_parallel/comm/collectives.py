@@ -72,8 +72,9 @@ def _names(ranks: list[int]) -> str:
 
 
 def _verdict(pg: dist.ProcessGroup, peer: int | None) -> str:
-    """Who is to blame; `peer`: who was waited for, if one. A dead rank takes its neighbours' connections with it, so that living ranks seem lost, too.
-    Those that live say so in the store (which is on rank 0, or with torchrun); who says nothing is dead or stopped."""
+    """Who is to blame; `peer`: who was waited for, if one. A dead rank takes its neighbours' connections with it, so
+    that living ranks seem lost, too. Those that live say so in the store (which is on rank 0, or with torchrun); who
+    says nothing is dead or stopped."""
     everyone = [r for r in dist.get_process_group_ranks(pg) if r != dist.get_rank()]
     try:
         store = dist.distributed_c10d._get_default_store()
@@ -145,8 +146,8 @@ def measured(op: str, tensor: torch.Tensor, pg: dist.ProcessGroup, peer: int | N
     except RuntimeError as error:
         waited = [peer] if peer is not None else [r for r in dist.get_process_group_ranks(pg) if r != dist.get_rank()]
         raise PeerTimeoutError(
-            f"{op} on rank {dist.get_rank()} got no answer from {_names(waited)}; {_verdict(pg, peer)}. The group cannot be "
-            f"used any more: end this job on all ranks and start it again. Cause: {str(error).splitlines()[0]}"
+            f"{op} on rank {dist.get_rank()} got no answer from {_names(waited)}; {_verdict(pg, peer)}. The group "
+            f"cannot be used any more: end this job on all ranks and start it again. Cause: {str(error).splitlines()[0]}"
         ) from error
 
 
