@@ -147,7 +147,8 @@ def measured(op: str, tensor: torch.Tensor, pg: dist.ProcessGroup, peer: int | N
         waited = [peer] if peer is not None else [r for r in dist.get_process_group_ranks(pg) if r != dist.get_rank()]
         raise PeerTimeoutError(
             f"{op} on rank {dist.get_rank()} got no answer from {_names(waited)}; {_verdict(pg, peer)}. The group "
-            f"cannot be used any more: end this job on all ranks and start it again. Cause: {str(error).splitlines()[0]}"
+            "cannot be used any more: end this job on all ranks and start it again. Cause: "
+            f"{str(error).splitlines()[0]}"
         ) from error
 
 
