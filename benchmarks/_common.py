@@ -19,7 +19,7 @@ from fused_parallel.comm.launch import launch
 from fused_parallel.comm.probe import load_profile
 from fused_parallel.comm.probe_collectives import rank_environment
 from fused_parallel.testing import results
-from fused_parallel.testing.timer import time_collective
+from fused_parallel.testing.timer import Timing, quantile, time_collective
 from fused_parallel.testing.tolerances import RELATIVE_ERROR
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -250,6 +250,31 @@ class Bench:
             if self.directory and self.pg.rank() == 0:  # at once: a run that is cut short keeps what it has
                 results.append([row], self.directory)
             self.say(f"{name} {mode}: {timed.us_p50:.2f} us")
+
+    def record(
+        self,
+        op: str,
+        impl: str,
+        mode: str,
+        values: list[float],
+        *,
+        shape: dict[str, object],
+        bytes: int,
+        floor_us: float | None = None,
+    ) -> Timing:
+        """A row of what a benchmark has timed itself: microseconds per call of this rank, one value a round."""
+        everyone = self.everyone(values)
+        medians = [quantile(v, 0.5) for v in everyone]
+        slowest = everyone[medians.index(max(medians))]
+        skew = 100 * (max(medians) - min(medians)) / max(medians)
+        timing = Timing(quantile(slowest, 0.2), max(medians), quantile(slowest, 0.8), skew)
+        about = {"world_size": self.world, "dtype": self.dtype, "mode": mode, "shape": shape}
+        row = results.make_row(op, impl, timing, bytes=bytes, floor_us=floor_us, device=self.device.type, **about)
+        self.rows.append(row)
+        if self.directory and self.pg.rank() == 0:
+            results.append([row], self.directory)
+        self.say(f"{op} {impl} {results.shape_key(**shape)} {mode}: {timing.us_p50:.2f} us")
+        return timing
 
     def finish(self) -> int:
         """Print the table, leave the group; the exit code."""

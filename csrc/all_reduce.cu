@@ -207,32 +207,7 @@ Lamport lamport_of(const AllReduceWorkspace& w, unsigned operation, bool early) 
 
 void AllReduceWorkspace::order(void* stream) {
   if (failed_rank() >= 0) throw std::runtime_error(failure());
-  const cudaStream_t now = static_cast<cudaStream_t>(stream), last = static_cast<cudaStream_t>(last_stream_);
-  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
-  unsigned long long capture = 0;
-  FP_CUDA_CHECK(cudaStreamGetCaptureInfo(now, &status, &capture));
-  if (status != cudaStreamCaptureStatusActive) capture = 0;
-  if (capture != 0) {
-    if (capture == last_capture_ && now != static_cast<cudaStream_t>(last_captured_)) {
-      throw std::runtime_error(
-          "two operations of one group are captured in one CUDA graph on different streams; they share counters and "
-          "must follow each other: put them on one stream");
-    }
-    last_capture_ = capture;
-    last_captured_ = stream;
-    return;
-  }
-  if (used_ && now != last) {
-    // The operations before run to their end first.
-    cudaEvent_t event;
-    FP_CUDA_CHECK(cudaEventCreateWithFlags(&event, cudaEventDisableTiming));
-    const cudaError_t recorded = cudaEventRecord(event, last);
-    const cudaError_t waited = recorded == cudaSuccess ? cudaStreamWaitEvent(now, event, 0) : recorded;
-    cudaEventDestroy(event);  // kept by the driver until the wait is done
-    FP_CUDA_CHECK(waited);
-  }
-  used_ = true;
-  last_stream_ = stream;
+  order_.follow(stream, "operations of one group");
 }
 
 AllReduceWorkspace::AllReduceWorkspace(int rank_, std::vector<std::uintptr_t> bases_, std::int64_t slot_bytes_,

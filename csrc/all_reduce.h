@@ -6,6 +6,8 @@
 #include <string>
 #include <vector>
 
+#include "common/stream_order.h"
+
 namespace fp {
 
 constexpr std::int64_t kMaxNormRowBytes = 64 * 1024;
@@ -36,10 +38,7 @@ struct AllReduceWorkspace {
   unsigned long long timeout_ns;
 
  private:
-  void* last_stream_ = nullptr;  // of the last launch that was not captured
-  bool used_ = false;
-  unsigned long long last_capture_ = 0;  // and of the last that was; 0: none
-  void* last_captured_ = nullptr;
+  StreamOrder order_;
 };
 
 // Where the norm of matmul_all_reduce_decode collects its sums: for each of 64 rows a word of up to 256 CTAs, and one.

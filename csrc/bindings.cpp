@@ -14,6 +14,7 @@
 #include "add_rms_norm.h"
 #include "all_reduce.h"
 #include "matmul_all_reduce.h"
+#include "p2p.h"
 #include "quantized_matmul.h"
 #include "rotary_cache_write.h"
 #include "silu_mul.h"
@@ -142,6 +143,65 @@ void bind_matmul_all_reduce(py::module_& m) {
       },
       py::arg("x"), py::arg("weight"), py::arg("out"), py::arg("m"), py::arg("n"), py::arg("k"), py::arg("dtype"),
       py::arg("device"), py::arg("stream"));
+}
+
+void bind_p2p(py::module_& m) {
+  using fp::P2PEnd;
+  using Pieces = std::vector<std::array<std::int64_t, 3>>;  // source, bytes, offset in the payload
+  m.attr("p2p_header_bytes") = fp::kP2PHeaderBytes;
+  m.attr("p2p_max_slots") = fp::kP2PMaxSlots;
+  m.attr("p2p_max_tensors") = fp::kP2PMaxTensors;
+  m.attr("p2p_alignment") = fp::kP2PAlignment;
+  m.attr("p2p_control_bytes") = fp::kP2PControlBytes;
+  m.attr("p2p_record_bytes") = fp::kP2PRecordBytes;
+  m.attr("p2p_failures") = std::vector<std::pair<std::string, int>>{{"no_credit", fp::kP2PNoCredit},
+                                                                    {"no_message", fp::kP2PNoMessage},
+                                                                    {"mismatch", fp::kP2PMismatch},
+                                                                    {"peer_failed", fp::kP2PPeerFailed},
+                                                                    {"out_of_step", fp::kP2POutOfStep}};
+  m.def("stream_capture_id", [](Address stream) { return fp::capture_id(pointer(stream)); }, py::arg("stream"));
+  m.def("p2p_buffer_bytes", &fp::p2p_buffer_bytes, py::arg("slots"), py::arg("slot_bytes"));
+  m.def("p2p_payload_offset", &fp::p2p_payload_offset, py::arg("slot_bytes"), py::arg("slot"));
+  const auto listed = [](const Pieces& pieces) {
+    std::vector<fp::P2PPiece> list;
+    list.reserve(pieces.size());
+    for (const auto& [source, bytes, offset] : pieces) list.push_back({static_cast<Address>(source), bytes, offset});
+    return list;
+  };
+  py::class_<P2PEnd>(m, "P2PEnd")
+      .def(py::init<int, int, Address, Address, int, std::int64_t, Address, Address, double, int>(), py::arg("rank"),
+           py::arg("peer"), py::arg("mine"), py::arg("theirs"), py::arg("slots"), py::arg("slot_bytes"),
+           py::arg("control"), py::arg("record"), py::arg("timeout_seconds"), py::arg("device"))
+      .def("failure", &P2PEnd::failure)
+      .def("failed_message", &P2PEnd::failed_message)
+      .def(
+          "push",
+          [listed](P2PEnd& e, int slot, const py::bytes& header, const Pieces& pieces, int ctas, Address stream) {
+            e.push(slot, header, listed(pieces), ctas, pointer(stream));
+          },
+          py::arg("slot"), py::arg("header"), py::arg("pieces"), py::arg("ctas"), py::arg("stream"))
+      .def(
+          "open",
+          [](P2PEnd& e, int slot, const py::bytes& header, Address stream) { e.open(slot, header, pointer(stream)); },
+          py::arg("slot"), py::arg("header"), py::arg("stream"))
+      .def(
+          "copy",
+          [listed](P2PEnd& e, int slot, const Pieces& pieces, Address stream) {
+            e.copy(slot, listed(pieces), pointer(stream));
+          },
+          py::arg("slot"), py::arg("pieces"), py::arg("stream"))
+      .def(
+          "announce", [](P2PEnd& e, int slot, Address stream) { e.announce(slot, pointer(stream)); }, py::arg("slot"),
+          py::arg("stream"))
+      .def(
+          "receive",
+          [](P2PEnd& e, int slot, std::uint64_t hash, Address to_host, Address stream) {
+            e.receive(slot, hash, to_host, pointer(stream));
+          },
+          py::arg("slot"), py::arg("hash"), py::arg("to_host"), py::arg("stream"))
+      .def(
+          "release", [](P2PEnd& e, int slot, Address stream) { e.release(slot, pointer(stream)); }, py::arg("slot"),
+          py::arg("stream"));
 }
 
 void bind_operations(py::module_& m) {
@@ -328,6 +388,7 @@ PYBIND11_MODULE(_C, m) {
   bind_operations(m);
   bind_all_reduce(m);
   bind_matmul_all_reduce(m);
+  bind_p2p(m);
   bind_verify(m);
   bind_verify_attention(m);
 #else

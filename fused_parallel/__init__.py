@@ -7,7 +7,7 @@ from . import comm, nn
 from ._version import __version__
 from .comm.groups import finalize, init
 from .comm.workspace import check
-from .errors import NoFusedKernelError, PeerTimeoutError
+from .errors import MessageMismatchError, NoFusedKernelError, PeerTimeoutError
 from .models.config import LlamaConfig
 from .models.llama import LlamaForCausalLM
 from .offload import Offload
@@ -40,6 +40,7 @@ __all__ = [
     "GenerationStats",
     "LlamaConfig",
     "LlamaForCausalLM",
+    "MessageMismatchError",
     "NoFusedKernelError",
     "Offload",
     "PeerTimeoutError",
@@ -76,7 +77,7 @@ __all__ = [
 ]
 
 
-def parallelize(model, mesh, parallelize_plan="auto"):
+def parallelize(model, mesh, parallelize_plan="auto", *, split=None):
     """Spread a model that every rank holds whole over the mesh, in place, and return it.
 
     Args:
@@ -84,10 +85,11 @@ def parallelize(model, mesh, parallelize_plan="auto"):
         mesh: of `fp.init`: "tp" splits heads, features and vocabulary, "pp" cuts the layers into stages.
         parallelize_plan: "auto", or a mapping from module names to "colwise", "colwise_gather_output", "rowwise" or a
             torch ParallelStyle (tp only).
+        split: layers of each pipeline stage; default: balanced by their weights.
 
     The model takes the same inputs and gives the same whole logits on every rank. Details, conditions and errors:
     `help(fused_parallel.integrations.transformers.parallelize)`, which is imported at the first call.
     """
     from .integrations.transformers import parallelize
 
-    return parallelize(model, mesh, parallelize_plan)
+    return parallelize(model, mesh, parallelize_plan, split=split)

@@ -7,3 +7,8 @@ class PeerTimeoutError(RuntimeError):
 
 class NoFusedKernelError(RuntimeError):
     """`fp.use("fused")` is in force and this call has no fused implementation; the message says why."""
+
+
+class MessageMismatchError(ValueError):
+    """A message came whose shapes, dtypes or keys are not those that `P2PChannel.recv(spec)` was given; the message
+    prints both."""

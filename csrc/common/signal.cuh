@@ -53,6 +53,18 @@ __device__ __forceinline__ unsigned long long load_relaxed_gpu(const unsigned lo
   return v;
 }
 
+// Where data and its flag are two things: the load orders what the thread reads after it behind the store it saw, the
+// store orders what the thread (and, through a barrier before it, its CTA) wrote and read before it in front of it.
+__device__ __forceinline__ unsigned long long load_acquire_sys(const unsigned long long* p) {
+  unsigned long long v;
+  asm volatile("ld.acquire.sys.global.u64 %0, [%1];" : "=l"(v) : "l"(p) : "memory");
+  return v;
+}
+
+__device__ __forceinline__ void store_release_sys(unsigned long long* p, unsigned long long v) {
+  asm volatile("st.release.sys.global.u64 [%0], %1;" ::"l"(p), "l"(v) : "memory");
+}
+
 __device__ __forceinline__ unsigned long long global_time_ns() {
   unsigned long long t;
   asm volatile("mov.u64 %0, %globaltimer;" : "=l"(t));
@@ -74,16 +86,9 @@ __device__ __forceinline__ void dependency_trigger() {
 #endif
 }
 
-// The slow part of a wait, reached every kSpinsPerCheck polls. Returns true when the wait must end. `start` is 0 at the
-// beginning of a kernel and kept by the thread for all its waits: a kernel costs one timeout, not one for each wait.
-// Inlined: a call would make its callers spill.
-__device__ __forceinline__ bool wait_is_over(const WaitBound& bound, unsigned long long& start, unsigned operation,
-                                             unsigned rank, unsigned long long epoch) {
-  // Relaxed: the flag carries no data with it; a late reader only polls a little longer.
-  if (load_relaxed_gpu(bound.aborted) != 0) return true;
-  const unsigned long long now = global_time_ns();
-  if (start == 0) start = now;
-  if (now - start < bound.timeout_ns) return false;
+// Leaves behind that an operation failed while it waited for `rank`, unless something failed before.
+__device__ __forceinline__ void record_failure(const WaitBound& bound, unsigned operation, unsigned rank,
+                                               unsigned long long epoch) {
   if (atomicCAS(bound.aborted, 0u, 1u) == 0u) {
     // The first failure of the group tells the host. Host memory takes no atomics over PCIe, so the race was settled
     // above in device memory; the fence makes the fields visible to the host before the status that announces them.
@@ -94,6 +99,19 @@ __device__ __forceinline__ bool wait_is_over(const WaitBound& bound, unsigned lo
     __threadfence_system();
     record->status = 1;
   }
+}
+
+// The slow part of a wait, reached every kSpinsPerCheck polls. Returns true when the wait must end. `start` is 0 at the
+// beginning of a kernel and kept by the thread for all its waits: a kernel costs one timeout, not one for each wait.
+// Inlined: a call would make its callers spill.
+__device__ __forceinline__ bool wait_is_over(const WaitBound& bound, unsigned long long& start, unsigned operation,
+                                             unsigned rank, unsigned long long epoch) {
+  // Relaxed: the flag carries no data with it; a late reader only polls a little longer.
+  if (load_relaxed_gpu(bound.aborted) != 0) return true;
+  const unsigned long long now = global_time_ns();
+  if (start == 0) start = now;
+  if (now - start < bound.timeout_ns) return false;
+  record_failure(bound, operation, rank, epoch);
   return true;
 }
 

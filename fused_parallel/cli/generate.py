@@ -48,7 +48,7 @@ def add_parser(subparsers) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--tp", type=int, help="tensor parallel size (default: the ranks that pp leaves)")
     parser.add_argument("--pp", type=int, default=1, help="pipeline stages (default 1)")
-    parser.add_argument("--cuda-graph", action="store_true", help="capture a round in a CUDA graph (GPUs, pp 1)")
+    parser.add_argument("--cuda-graph", action="store_true", help="capture a round in a CUDA graph (GPUs of one host)")
     parser.add_argument(
         "--offload",
         type=float,

@@ -3,6 +3,16 @@
 from .collectives import CommunicationTimer
 from .groups import finalize, init, resolve_group
 from .launch import RankPool, launch
+from .p2p import P2PChannel
 from .symmetric import symmetric_empty
 
-__all__ = ["CommunicationTimer", "RankPool", "finalize", "init", "launch", "resolve_group", "symmetric_empty"]
+__all__ = [
+    "CommunicationTimer",
+    "P2PChannel",
+    "RankPool",
+    "finalize",
+    "init",
+    "launch",
+    "resolve_group",
+    "symmetric_empty",
+]

@@ -33,9 +33,10 @@ class CommunicationTimer:
     """
 
     host_seconds: float = 0.0
+    waiting_host_seconds: float = 0.0  # of them in receives of the stage before: a pipeline's bubble
     calls: int = 0
     bytes: int = 0
-    _events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = field(default_factory=list)
+    _events: list[tuple[torch.cuda.Event, torch.cuda.Event, bool]] = field(default_factory=list)
 
     def __enter__(self) -> CommunicationTimer:
         self._token = _timer.set(self)
@@ -47,9 +48,19 @@ class CommunicationTimer:
     def seconds(self) -> float:
         if self._events:
             torch.cuda.synchronize()
-            self.host_seconds += sum(a.elapsed_time(b) for a, b in self._events) * 1e-3
+            for start, end, waiting in self._events:
+                self._add(start.elapsed_time(end) * 1e-3, waiting)
             self._events.clear()
         return self.host_seconds
+
+    def waiting_seconds(self) -> float:
+        """The part of `seconds()` spent in point-to-point receives."""
+        self.seconds()
+        return self.waiting_host_seconds
+
+    def _add(self, seconds: float, waiting: bool) -> None:
+        self.host_seconds += seconds
+        self.waiting_host_seconds += seconds if waiting else 0.0
 
 
 # How long a rank that lost the others waits for them to say that they lost someone, too.
@@ -60,9 +71,10 @@ def _names(ranks: list[int]) -> str:
     return f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks))}"
 
 
-def _verdict(pg: dist.ProcessGroup) -> str:
-    """Who is to blame. A dead rank takes its neighbours' connections with it, so that living ranks seem lost, too.
-    Those that live say so in the store (which is on rank 0, or with torchrun); who says nothing is dead or stopped."""
+def _verdict(pg: dist.ProcessGroup, peer: int | None) -> str:
+    """Who is to blame; `peer`: who was waited for, if one. A dead rank takes its neighbours' connections with it, so
+    that living ranks seem lost, too. Those that live say so in the store (which is on rank 0, or with torchrun); who
+    says nothing is dead or stopped."""
     everyone = [r for r in dist.get_process_group_ranks(pg) if r != dist.get_rank()]
     try:
         store = dist.distributed_c10d._get_default_store()
@@ -80,6 +92,8 @@ def _verdict(pg: dist.ProcessGroup) -> str:
             store.set_timeout(patience)
     except RuntimeError:
         return "it is dead or stopped, or the rank that holds the group's store is (rank 0)"
+    if peer in silent:
+        silent = [peer]  # others may not have noticed yet
     if silent:
         return f"{_names(silent)} said nothing since: dead, stopped, or in another operation"
     return (
@@ -93,40 +107,48 @@ def counting() -> bool:
     return _timer.get() is not None
 
 
-@contextlib.contextmanager
 def counted(tensor: torch.Tensor):
     """Count what is done within as communication of `tensor`, if a CommunicationTimer counts now."""
+    return counted_bytes(tensor.numel() * tensor.element_size(), tensor.is_cuda)
+
+
+@contextlib.contextmanager
+def counted_bytes(bytes: int, on_gpu: bool, waiting: bool = False):
+    """As `counted`, of so many bytes; `on_gpu`: it is done on the current stream of the current GPU; `waiting`: it is a
+    point-to-point receive."""
     timer = _timer.get()
-    on_gpu = tensor.is_cuda
     if timer is None or (on_gpu and torch.cuda.is_current_stream_capturing()):
         yield
         return
     timer.calls += 1
-    timer.bytes += tensor.numel() * tensor.element_size()
+    timer.bytes += bytes
     if on_gpu:
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
         yield
         end.record()
-        timer._events.append((start, end))
+        timer._events.append((start, end, waiting))
     else:
         begin = time.perf_counter()
         yield
-        timer.host_seconds += time.perf_counter() - begin
+        timer._add(time.perf_counter() - begin, waiting)
 
 
 @contextlib.contextmanager
-def _measured(op: str, tensor: torch.Tensor, pg: dist.ProcessGroup, peer: int | None = None):
+def measured(op: str, tensor: torch.Tensor, pg: dist.ProcessGroup, peer: int | None = None, waiting: bool = False):
+    """Count what is done within, and turn its failure into a PeerTimeoutError that names `peer` (a global rank; None:
+    all others of `pg`)."""
     try:
-        with counted(tensor):
+        with counted_bytes(tensor.numel() * tensor.element_size(), tensor.is_cuda, waiting):
             yield
     except torch.OutOfMemoryError:
         raise  # this rank's own trouble
     except RuntimeError as error:
         waited = [peer] if peer is not None else [r for r in dist.get_process_group_ranks(pg) if r != dist.get_rank()]
         raise PeerTimeoutError(
-            f"{op} on rank {dist.get_rank()} got no answer from {_names(waited)}; {_verdict(pg)}. The group cannot be "
-            f"used any more: end this job on all ranks and start it again. Cause: {str(error).splitlines()[0]}"
+            f"{op} on rank {dist.get_rank()} got no answer from {_names(waited)}; {_verdict(pg, peer)}. The group "
+            "cannot be used any more: end this job on all ranks and start it again. Cause: "
+            f"{str(error).splitlines()[0]}"
         ) from error
 
 
@@ -135,7 +157,7 @@ def all_gather_object(value, pg: dist.ProcessGroup) -> list:
     if pg.size() == 1:
         return [value]
     values: list = [None] * pg.size()
-    with _measured("all_gather_object", torch.empty(0), pg):
+    with measured("all_gather_object", torch.empty(0), pg):
         dist.all_gather_object(values, value, group=pg)
     return values
 
@@ -143,7 +165,7 @@ def all_gather_object(value, pg: dist.ProcessGroup) -> list:
 def all_reduce_(x: torch.Tensor, pg: dist.ProcessGroup) -> torch.Tensor:
     """Sum the contiguous `x` over the group, in place."""
     if pg.size() > 1 and x.numel():
-        with _measured("all_reduce", x, pg):
+        with measured("all_reduce", x, pg):
             dist.all_reduce(x, group=pg)
     return x
 
@@ -155,7 +177,7 @@ def all_gather(x: torch.Tensor, pg: dist.ProcessGroup) -> torch.Tensor:
         return x.clone()
     out = x.new_empty((x.shape[0] * pg.size(), *x.shape[1:]))
     if x.numel():
-        with _measured("all_gather", out, pg):
+        with measured("all_gather", out, pg):
             _all_gather(out, x, group=pg)
     return out
 
@@ -167,7 +189,7 @@ def reduce_scatter(x: torch.Tensor, pg: dist.ProcessGroup) -> torch.Tensor:
         return x.clone()
     out = x.new_empty((x.shape[0] // pg.size(), *x.shape[1:]))
     if x.numel():
-        with _measured("reduce_scatter", x, pg):
+        with measured("reduce_scatter", x, pg):
             _reduce_scatter(out, x, group=pg)
     return out
 
@@ -176,7 +198,7 @@ def broadcast_(x: torch.Tensor, src: int, pg: dist.ProcessGroup) -> torch.Tensor
     """Overwrite the contiguous `x` with that of group rank `src`."""
     if pg.size() > 1 and x.numel():
         source = dist.get_global_rank(pg, src)
-        with _measured("broadcast", x, pg, peer=None if source == dist.get_rank() else source):
+        with measured("broadcast", x, pg, peer=None if source == dist.get_rank() else source):
             dist.broadcast(x, source, group=pg)
     return x
 
@@ -185,7 +207,7 @@ def send(x: torch.Tensor, dst: int, pg: dist.ProcessGroup) -> None:
     """Send the contiguous `x` to group rank `dst`, which calls `recv_` with the same shape and dtype."""
     peer = dist.get_global_rank(pg, dst)
     if x.numel():
-        with _measured("send", x, pg, peer=peer):
+        with measured("send", x, pg, peer=peer):
             dist.send(x, peer, group=pg)
 
 
@@ -193,6 +215,6 @@ def recv_(x: torch.Tensor, src: int, pg: dist.ProcessGroup) -> torch.Tensor:
     """Fill the contiguous `x` with what group rank `src` sends."""
     peer = dist.get_global_rank(pg, src)
     if x.numel():
-        with _measured("recv", x, pg, peer=peer):
+        with measured("recv", x, pg, peer=peer):
             dist.recv(x, peer, group=pg)
     return x

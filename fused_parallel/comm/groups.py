@@ -112,15 +112,29 @@ def init(
     if not dist.is_initialized():
         _forget()
         _start(where, rank, world, timeout)
-    global _groups_made_at
-    if _groups_made_at is None:
-        atexit.register(_outlive_connections)
-    _groups_made_at = time.monotonic()
+    note_connections()
     mesh = init_device_mesh(where.type, (dp, pp, tp), mesh_dim_names=("dp", "pp", "tp"))
     for name in ("dp", "pp", "tp"):
         # Sub-groups take the backend's default timeout, not the world's: set it, or a dead peer costs 10 to 30 minutes.
         dist.distributed_c10d._set_pg_timeout(timeout, mesh.get_group(name))
+        _timeouts[mesh.get_group(name).group_name] = timeout.total_seconds()
     return mesh
+
+
+def note_connections() -> None:
+    """Groups or channels over Gloo have just been made: see _SETTLE_S."""
+    global _groups_made_at
+    if _groups_made_at is None:
+        atexit.register(_outlive_connections)
+    _groups_made_at = time.monotonic()
+
+
+_timeouts: dict[str, float] = {}  # group name -> seconds
+
+
+def timeout_of(pg: dist.ProcessGroup) -> float:
+    """Seconds that bound waits in `pg`: what `fp.init` was given for groups of its meshes, else its default."""
+    return _timeouts.get(pg.group_name, DEFAULT_TIMEOUT_S)
 
 
 def _start(where: torch.device, rank: int, world: int, timeout: datetime.timedelta) -> None:
@@ -159,6 +173,9 @@ def local_group() -> dist.ProcessGroup:
 def finalize() -> None:
     """Leave torch.distributed; safe to call when it never started. All ranks call it before they exit."""
     if dist.is_initialized():
+        from .p2p import close_all
+
+        close_all()
         dist.destroy_process_group()
     _forget()
 
@@ -167,8 +184,10 @@ def _forget() -> None:
     """Group names are used again after torch.distributed was shut down; what was agreed under them is void."""
     global _local_group
     _local_group = None
-    from . import capabilities, workspace
+    from . import capabilities, p2p, workspace
 
+    _timeouts.clear()
+    p2p.forget()
     capabilities.forget()
     workspace.forget()
 

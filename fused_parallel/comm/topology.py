@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import socket
 from collections.abc import Sequence
 from types import ModuleType
 
@@ -26,6 +27,12 @@ def _nvml() -> tuple[ModuleType | None, str | None]:
     except pynvml.NVMLError as error:
         return None, f"NVML does not start: {error}"
     return pynvml, None
+
+
+def host_identity() -> str:
+    """What ranks compare to know whether they share a host: its name, or FUSED_PARALLEL_HOST where that does not tell
+    (containers and network namespaces of one machine, hosts with equal names)."""
+    return os.environ.get("FUSED_PARALLEL_HOST") or socket.gethostname()
 
 
 def why_no_nvml() -> str | None:

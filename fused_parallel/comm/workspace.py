@@ -3,7 +3,7 @@ failures."""
 
 from __future__ import annotations
 
-import socket
+import weakref
 
 import torch
 import torch.distributed as dist
@@ -13,6 +13,7 @@ from ..errors import PeerTimeoutError
 from . import tuning
 from .capabilities import agree
 from .collectives import all_gather_object
+from .topology import host_identity
 
 # Slots of all ranks together; the largest payload of one kernel, two-shot, is half of it, and larger ones take several.
 # Three generations of one slot for each peer: 96 MiB a GPU at two ranks, 168 MiB at eight.
@@ -142,6 +143,18 @@ _workspaces: dict[str, AllReduceWorkspace] = {}
 # meshes of the same ranks are equal, though their groups are different ones.
 by_group: dict[int, tuple[object, AllReduceWorkspace]] = {}
 _why_not: dict[str, str | None] = {}
+# Channels, whose failures fp.check() raises, too.
+_watched: weakref.WeakSet = weakref.WeakSet()
+
+
+def watch(channel) -> None:
+    """Let `check` call `channel.check()` while it lives."""
+    _watched.add(channel)
+
+
+def unwatch(channel) -> None:
+    """Let `check` forget it."""
+    _watched.discard(channel)
 
 
 def why_no_workspace(pg: dist.ProcessGroup) -> str | None:
@@ -158,7 +171,7 @@ def _find_reason(pg: dist.ProcessGroup) -> str | None:
         return f"the group has {pg.size()} ranks and the kernels take 2 to 8"
     if not agree(pg).cuda_kernels:
         return f"some rank has no CUDA kernels (here: {_ext.why_no_kernels() or 'they are there'})"
-    everyone = all_gather_object((socket.gethostname(), torch.cuda.current_device()), pg)
+    everyone = all_gather_object((host_identity(), torch.cuda.current_device()), pg)
     if len({host for host, _ in everyone}) > 1:
         return "its ranks are on several hosts"
     devices = [device for _, device in everyone]
@@ -191,12 +204,15 @@ def workspace_of(pg: dist.ProcessGroup) -> AllReduceWorkspace:
 
 
 def check() -> None:
-    """Raise PeerTimeoutError if a kernel of any group has recorded a failed wait since the process began.
+    """Raise PeerTimeoutError if a kernel of any group or channel has recorded a failed wait since the process began, or
+    MessageMismatchError if a channel received another message than it was told to expect.
 
     Reads host memory only: no synchronisation, so call it when the work in question is done. fp.generate does.
     """
     for workspace in _workspaces.values():
         workspace.check()
+    for watched in list(_watched):
+        watched.check()
 
 
 def forget() -> None:
@@ -204,6 +220,7 @@ def forget() -> None:
     _workspaces.clear()
     by_group.clear()
     _why_not.clear()
+    _watched.clear()
 
 
 def make_native(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
@@ -14,7 +14,7 @@ from ..comm import collectives
 from ..nn import ColumnParallelLinear, HeadLayout, RowParallelLinear
 from ..nn.embedding import shard_embedding_
 from ..nn.linear import shard_linear_
-from ..pipeline import split_layers
+from ..pipeline import StageLinks, links_of, split_layers
 from .parallel_style import FusedColwiseParallel, FusedRowwiseParallel
 
 # Families with the Llama layout: model.layers[i].self_attn.{q,k,v,o}_proj and .mlp.{gate,up,down}_proj.
@@ -28,7 +28,11 @@ _STYLES = {
 
 
 def parallelize(
-    model: nn.Module, mesh: DeviceMesh, parallelize_plan: str | Mapping[str, str | ParallelStyle] = "auto"
+    model: nn.Module,
+    mesh: DeviceMesh,
+    parallelize_plan: str | Mapping[str, str | ParallelStyle] = "auto",
+    *,
+    split: Sequence[int] | None = None,
 ) -> nn.Module:
     """Spread a model that every rank holds whole over the mesh, in place.
 
@@ -40,6 +44,8 @@ def parallelize(
         parallelize_plan: "auto" for the Llama family; else a mapping from module names (wildcards as in torch's
             parallelize_module) to "colwise", "colwise_gather_output", "rowwise" or a ParallelStyle. Plans are for tp
             only.
+        split: layers of each pipeline stage; default: such that the weights of the stages, the head's among them, take
+            equal time to read.
 
     Returns:
         `model`, which takes the same inputs and gives the same logits, whole, on every rank; its parameters no longer
@@ -55,7 +61,9 @@ def parallelize(
     if not isinstance(mesh, DeviceMesh) or not {"tp", "pp"} <= set(mesh.mesh_dim_names or ()):
         raise TypeError('fp.parallelize: mesh must be the DeviceMesh of fp.init, with dimensions "pp" and "tp"')
     if parallelize_plan == "auto":
-        _parallelize_llama(model, mesh)
+        _parallelize_llama(model, mesh, split)
+    elif split is not None:
+        raise ValueError(f"fp.parallelize: split={split!r} is for pipeline stages, which a plan does not make")
     else:
         _parallelize_by_plan(model, mesh, parallelize_plan)
     model.requires_grad_(False)
@@ -83,7 +91,7 @@ def _parallelize_by_plan(model: nn.Module, mesh: DeviceMesh, plan) -> None:
     parallelize_module(model, mesh["tp"], styles)
 
 
-def _parallelize_llama(model: nn.Module, mesh: DeviceMesh) -> None:
+def _parallelize_llama(model: nn.Module, mesh: DeviceMesh, split) -> None:
     kind = getattr(getattr(model, "config", None), "model_type", None)
     if kind not in LLAMA_FAMILY or not hasattr(model, "lm_head"):
         raise ValueError(
@@ -97,7 +105,7 @@ def _parallelize_llama(model: nn.Module, mesh: DeviceMesh) -> None:
     config, base, tp = model.config, model.model, mesh["tp"]
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     layout = HeadLayout.of(heads, kv_heads, tp.get_local_rank(), tp.size())
-    _cut_stages(model, mesh)
+    _cut_stages(model, mesh, split)
     tied = isinstance(base.embed_tokens, nn.Embedding) and isinstance(model.lm_head, nn.Linear)
     tied = tied and model.lm_head.weight is base.embed_tokens.weight
 
@@ -125,26 +133,29 @@ class _ReceiveHidden(nn.Module):
     """Stands for the embedding on later stages: gives the previous stage's hidden states, in the dtype of this stage's
     `layers` at that time."""
 
-    def __init__(self, hidden_size: int, layers: nn.ModuleList, pp) -> None:
+    def __init__(self, hidden_size: int, layers: nn.ModuleList, links: StageLinks) -> None:
         super().__init__()
-        self.hidden_size, self.pp = hidden_size, pp
+        self.hidden_size, self.links = hidden_size, links
         self._layers = [layers]  # in a list: not a sub-module of this one, too
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
         dtype = next(self._layers[0].parameters()).dtype
-        hidden = torch.empty(*input_ids.shape, self.hidden_size, dtype=dtype, device=input_ids.device)
-        return collectives.recv_(hidden, self.pp.rank() - 1, self.pp)
+        received = self.links.receive((*input_ids.shape, self.hidden_size), dtype)
+        # A copy: the model may keep what its embedding gives, and nothing tells when it is done with it.
+        hidden = received.tensor.clone()
+        received.release()
+        return hidden
 
 
 class _SendHidden(nn.Module):
     """Stands for the final norm on earlier stages: hands the hidden states to the next stage."""
 
-    def __init__(self, pp) -> None:
+    def __init__(self, links: StageLinks) -> None:
         super().__init__()
-        self.pp = pp
+        self.links = links
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        collectives.send(hidden_states.contiguous(), self.pp.rank() + 1, self.pp)
+        self.links.send(hidden_states)
         return hidden_states
 
 
@@ -177,25 +188,30 @@ def _refuse_embeddings(module: nn.Module, args, kwargs) -> None:
         raise ValueError("a model cut into pipeline stages takes input_ids, not inputs_embeds")
 
 
-def _cut_stages(model: nn.Module, mesh: DeviceMesh) -> None:
+def _cut_stages(model: nn.Module, mesh: DeviceMesh, split) -> None:
     """Keep this stage's layers; receive and send where the model had its embedding, norm and head."""
     pp = mesh.get_group("pp")
-    if pp.size() == 1:
+    if pp.size() == 1 and split is None:
         return
     config, base = model.config, model.model
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     if len(kinds) > 1:
         raise ValueError(f"fp.parallelize: pp needs layers of one kind of attention, this model mixes {sorted(kinds)}")
     stage, last = pp.rank(), pp.size() - 1
-    mine = split_layers(len(base.layers), pp.size())[stage]
+    costs = [sum(p.numel() for p in layer.parameters()) for layer in base.layers]
+    vocabulary = config.vocab_size * config.hidden_size
+    mine = split_layers(costs, pp.size(), head=vocabulary, embedding=vocabulary, split=split)[stage]
+    if pp.size() == 1:
+        return
+    links = links_of(pp, mesh.get_group("tp"))
     base.layers = nn.ModuleList(base.layers[i] for i in mine)
     for index, layer in enumerate(base.layers):
         layer.self_attn.layer_idx = index  # transformers' cache counts from the first layer it sees
     base.register_forward_pre_hook(_refuse_embeddings, with_kwargs=True)
     if stage > 0:
-        base.embed_tokens = _ReceiveHidden(config.hidden_size, base.layers, pp)
+        base.embed_tokens = _ReceiveHidden(config.hidden_size, base.layers, links)
     if stage < last:
-        base.norm = _SendHidden(pp)
+        base.norm = _SendHidden(links)
         model.lm_head = _ReceiveLogits(config.vocab_size, pp)
     else:
         model.lm_head = _SendLogits(model.lm_head, pp)

@@ -5,6 +5,7 @@ Modules are named as in transformers, so that its state dicts load; q, k, v and 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -131,6 +132,8 @@ class LlamaForCausalLM(nn.Module):
         offload: keep the layers in host memory and stream them (`fp.Offload`).
         quantize: "int8" or "int4": the layers' matrices are quantised (`nn.quantize_`), embedding and head are not.
         progress: show a bar while host memory is pinned.
+        split: layers of each pipeline stage; default: such that the stages' weights, the head's among them, take equal
+            time to read.
 
     Parameters hold this rank's shards and are uninitialised: use `from_pretrained` or `load_state_dict`.
     """
@@ -145,12 +148,20 @@ class LlamaForCausalLM(nn.Module):
         offload: Offload | None = None,
         quantize: str | None = None,
         progress: bool = False,
+        split: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
         self.config, self.mesh = config, mesh
         self.tp_group = local_group() if mesh is None else mesh.get_group("tp")
         self.pp_group = pp_group = local_group() if mesh is None else mesh.get_group("pp")
-        self.layer_range = split_layers(config.num_hidden_layers, pp_group.size())[pp_group.rank()]
+        vocabulary = config.vocab_size * config.hidden_size
+        self.layer_range = split_layers(
+            [layer_parameters(config)] * config.num_hidden_layers,
+            pp_group.size(),
+            head=vocabulary,
+            embedding=vocabulary,
+            split=split,
+        )[pp_group.rank()]
         first, last = pp_group.rank() == 0, pp_group.rank() == pp_group.size() - 1
         device = torch.device(device) if device is not None else default_device(mesh)
         kwargs = {"group": self.tp_group, "device": device, "dtype": dtype or DTYPES[config.dtype]}
@@ -161,7 +172,7 @@ class LlamaForCausalLM(nn.Module):
         if last and first and config.tie_word_embeddings:
             self.lm_head.tie(self.model.embed_tokens)
         # Not a sub-module: it would name every parameter a second time.
-        object.__setattr__(self, "stage", PipelineStage(self.model, group=pp_group))
+        object.__setattr__(self, "stage", PipelineStage(self.model, group=pp_group, tp_group=self.tp_group))
         self.register_load_state_dict_pre_hook(LlamaForCausalLM._drop_other_stages)
         self.requires_grad_(False)
         self.eval()
@@ -177,6 +188,7 @@ class LlamaForCausalLM(nn.Module):
         offload: Offload | None = None,
         quantize: str | None = None,
         progress: bool = False,
+        split: Sequence[int] | None = None,
     ) -> LlamaForCausalLM:
         """Load a Hugging Face directory (config.json and safetensors); each rank reads only what it holds.
 
@@ -189,6 +201,7 @@ class LlamaForCausalLM(nn.Module):
             quantize: "int8" or "int4": quantise the layers' matrices while they are read, on the model's device, each
                 rank its part; embedding and head keep their dtype. Offloaded, they travel quantised.
             progress: show bars on stderr (rank 0 only) while memory is pinned and files are read.
+            split: layers of each pipeline stage; default: balanced.
 
         Raises FileNotFoundError or ValueError naming the file that is missing, corrupt or of another model, and
         RuntimeError where host memory does not suffice. Then, and when interrupted, pinned memory is given back.
@@ -196,7 +209,14 @@ class LlamaForCausalLM(nn.Module):
         config = LlamaConfig.from_pretrained(path)
         checkpoint = Checkpoint(path)
         model = cls(
-            config, mesh=mesh, device=device, dtype=dtype, offload=offload, quantize=quantize, progress=progress
+            config,
+            mesh=mesh,
+            device=device,
+            dtype=dtype,
+            offload=offload,
+            quantize=quantize,
+            progress=progress,
+            split=split,
         )
         try:
             model._load(checkpoint, progress)
@@ -306,7 +326,6 @@ class LlamaForCausalLM(nn.Module):
             input_ids,
             (batch, new, self.config.hidden_size),
             self.dtype,
-            self.device,
             cache=cache,
             positions=positions,
         )
@@ -315,6 +334,12 @@ class LlamaForCausalLM(nn.Module):
         if logits_at is not None:
             hidden = hidden[torch.arange(batch, device=hidden.device), logits_at].unsqueeze(1)
         return self.lm_head(hidden)
+
+
+def layer_parameters(config: LlamaConfig) -> int:
+    """Weights of one whole layer, norms and biases left out."""
+    heads = (2 * config.num_attention_heads + 2 * config.num_key_value_heads) * config.head_dim
+    return config.hidden_size * (heads + 3 * config.intermediate_size)
 
 
 def default_device(mesh: DeviceMesh | None) -> torch.device:

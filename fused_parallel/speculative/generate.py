@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import operator
 import time
 from collections.abc import Sequence
@@ -14,7 +15,9 @@ from ..comm import collectives
 from ..comm.workspace import check
 from ..models.llama import LlamaForCausalLM
 from ..ops.verify import METHODS
+from ..pipeline.stage_links import SLOTS
 from .adaptive import LENGTHS, LENGTHS_OFFLOADED, AdaptiveLength
+from .microbatches import MicroBatch, run
 from .round import Round
 
 
@@ -35,6 +38,7 @@ class GenerationStats:
     rounds_by_length: dict[int, int]  # how many rounds drafted 0, 1, ... tokens
     streamed_bytes: int  # of offloaded weights, copied to the device by passes that were not captured
     stream_seconds: float  # for how long those copies ran
+    bubble: float | None = None  # share of the time in which this pipeline stage waited for another; None: no stages
 
     @property
     def tokens_per_second(self) -> float:
@@ -142,6 +146,24 @@ def _check(model, prompts, max_new_tokens, draft, num_draft_tokens, method) -> l
     return prompts
 
 
+def _check_parts(microbatches, prefill_chunk, batch: int, cuda_graph: bool, adaptive) -> None:
+    if not isinstance(microbatches, int) or not 1 <= microbatches <= min(batch, SLOTS):
+        raise ValueError(
+            f"generate: microbatches must be an integer from 1 to {min(batch, SLOTS)} for {batch} prompt(s), got "
+            f"{microbatches!r}"
+        )
+    if microbatches > 1 and (cuda_graph or adaptive is not None):
+        raise ValueError('generate: microbatches > 1 needs cuda_graph=False and a fixed num_draft_tokens, not "auto"')
+    if prefill_chunk is not None and (not isinstance(prefill_chunk, int) or prefill_chunk < 1):
+        raise ValueError(f"generate: prefill_chunk must be an integer of at least 1, got {prefill_chunk!r}")
+
+
+def _parts(batch: int, count: int) -> list[range]:
+    """Prompts of each micro-batch."""
+    bounds = [batch * i // count for i in range(count + 1)]
+    return [range(a, b) for a, b in itertools.pairwise(bounds)]
+
+
 @torch.inference_mode()
 def generate(
     model,
@@ -158,6 +180,8 @@ def generate(
     seed: int | Sequence[int] = 0,
     eos_token_id: int | Sequence[int] | None = None,
     cuda_graph: bool = False,
+    microbatches: int = 1,
+    prefill_chunk: int | None = None,
     progress: bool = False,
 ) -> Generation:
     """Continue each prompt by up to `max_new_tokens` tokens. Every rank of the model calls it with the same arguments.
@@ -178,8 +202,14 @@ def generate(
         temperature, top_k, top_p, min_p, seed: one value, or one per prompt; temperature 0 is greedy. With one seed,
             prompt i uses seed + i.
         eos_token_id: token(s) that end a sequence; default: the model's configuration.
-        cuda_graph: capture a whole round (draft, model, verification) once and replay it: GPUs only, and no pipeline
-            stages. The tokens are the same; stats then do not know the time spent in communication.
+        cuda_graph: capture a whole round (draft, model, verification) once and replay it, each pipeline stage its own
+            part: GPUs only, stages on one host. The tokens are the same; stats then do not know the time spent in
+            communication.
+        microbatches: parts of the batch that are decoded in turn, so that the stages of a pipeline work at once: about
+            as many as stages, or more; at most 8, and one prompt each at least. Needs a fixed num_draft_tokens and
+            cuda_graph=False.
+        prefill_chunk: take in prompts so many tokens at a time, which fills the stages of a pipeline (and bounds the
+            memory of activations); None: whole.
         progress: show a progress bar on stderr (rank 0 only).
 
     Returns:
@@ -189,10 +219,10 @@ def generate(
     bad input and PeerTimeoutError when a rank is lost.
     """
     prompts = _check(model, prompts, max_new_tokens, draft, num_draft_tokens, method)
-    if cuda_graph and (model.device.type != "cuda" or model.pp_group.size() > 1):
+    if cuda_graph and (model.device.type != "cuda" or not model.stage.capturable):
         raise ValueError(
-            f"generate: cuda_graph=True needs a model on GPUs without pipeline stages; this one is on {model.device} "
-            f"with {model.pp_group.size()} stage(s)"
+            "generate: cuda_graph=True needs a model on GPUs, and between pipeline stages GPUs that reach each other's "
+            f"memory; this one is on {model.device} with {model.pp_group.size()} stage(s)"
         )
     adaptive = None
     if draft is not None and num_draft_tokens == "auto":
@@ -202,11 +232,14 @@ def generate(
             'generate: a captured round has a fixed length: num_draft_tokens="auto" needs cuda_graph=False'
         )
     k = 0 if draft is None else max(adaptive.lengths) if adaptive is not None else num_draft_tokens
+    _check_parts(microbatches, prefill_chunk, len(prompts), cuda_graph, adaptive)
     batch, device = len(prompts), model.device
     lens = torch.tensor([len(p) for p in prompts], dtype=torch.int32, device=device)
     width = int(lens.max())
     ids = torch.tensor([p + [0] * (width - len(p)) for p in prompts], device=device)
-    capacity = width + max_new_tokens + k + 1
+    # The round that ends a sequence may take it up to k tokens too far, and later rounds feed k + 1 from there; in
+    # micro-batches there is one more before they stand still.
+    capacity = width + max_new_tokens + (k + 1) * (2 if microbatches == 1 else 3)
 
     if not isinstance(seed, (Sequence, torch.Tensor)):
         seed = [operator.index(seed) + i for i in range(batch)]
@@ -222,17 +255,22 @@ def generate(
     ends = model.config.eos_token_id if eos_token_id is None else eos_token_id
     ends = set() if ends is None else {ends} if isinstance(ends, int) else set(ends)
 
-    round_ = Round(
-        model,
-        draft,
-        k,
-        batch,
-        capacity,
-        seed=seed_t,
-        temperature=temperature_t,
-        sampling=sampling,
-        method=method,
-    )
+    parts = _parts(batch, microbatches)
+    rounds = [
+        Round(
+            model,
+            draft,
+            k,
+            len(part),
+            capacity,
+            seed=seed_t[part.start : part.stop],
+            temperature=temperature_t[part.start : part.stop],
+            sampling={name: x if x is None else x[part.start : part.stop] for name, x in sampling.items()},
+            method=method,
+        )
+        for part in parts
+    ]
+    round_ = rounds[0]
     new: list[list[int]] = [[] for _ in prompts]
     done = [False] * batch
     rounds_by_length: dict[int, int] = {}
@@ -240,9 +278,9 @@ def generate(
     streamed, copying = model.streamed_bytes, model.stream_seconds
     seen = (0, 0, 0, 0)  # of the round before: length, drafted, accepted, rejected
 
-    def take(rows: list[list[int]]) -> None:
-        """Append each unfinished sequence's tokens of this round, up to its end."""
-        for i, row in enumerate(rows):
+    def take(rows: list[list[int]], first: int = 0) -> None:
+        """Append each unfinished sequence's tokens of this round, up to its end; `rows` are those from `first` on."""
+        for i, row in enumerate(rows, first):
             for token in row:
                 if done[i] or token < 0:
                     break
@@ -254,12 +292,24 @@ def generate(
         progress_bar(progress, "generating", batch * max_new_tokens, "tokens") as advance,
     ):
         begin = time.perf_counter()
-        first = round_.prefill(ids, lens)
-        take(first.unsqueeze(1).tolist())
+        for part, of_part in zip(parts, rounds, strict=True):
+            at = slice(part.start, part.stop)
+            take(of_part.prefill(ids[at], lens[at], prefill_chunk).unsqueeze(1).tolist(), part.start)
         advance(sum(map(len, new)))
         if cuda_graph and not all(done):
             round_.capture()
         middle = time.perf_counter()
+
+        if microbatches > 1:
+            batches = [MicroBatch(r) for r in rounds]
+            for m, length, known, lived in run(batches, lambda m: [not done[i] for i in parts[m]], check):
+                before = sum(map(len, new))
+                take([row[:-2] for row in known], parts[m].start)
+                pairs = [(row[-2], row[-1]) for row, lives in zip(known, lived, strict=True) if lives]
+                rounds_by_length[length] = rounds_by_length.get(length, 0) + 1
+                drafted += sum(made for made, _ in pairs)
+                accepted += sum(right for _, right in pairs)
+                advance(sum(map(len, new)) - before)
 
         while not all(done):
             begun = time.perf_counter()
@@ -297,5 +347,6 @@ def generate(
         rounds_by_length=dict(sorted(rounds_by_length.items())),
         streamed_bytes=model.streamed_bytes - streamed,
         stream_seconds=model.stream_seconds - copying,
+        bubble=None if cuda_graph or model.stage.links is None else timer.waiting_seconds() / (end - begin),
     )
     return Generation(new, stats)

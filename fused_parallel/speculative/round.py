@@ -55,11 +55,20 @@ class Round:
         self.alive = torch.ones(batch, dtype=torch.bool, device=model.device)
         self._graph: torch.cuda.CUDAGraph | None = None
 
-    def prefill(self, ids: torch.Tensor, lens: torch.Tensor) -> torch.Tensor:
-        """Take in the prompts, ids [B, S] padded on the right, lens int32 [B]; the first new token of each, [B]."""
+    def prefill(self, ids: torch.Tensor, lens: torch.Tensor, chunk: int | None = None) -> torch.Tensor:
+        """Take in the prompts, ids [B, S] padded on the right, lens int32 [B], `chunk` tokens at a time (None: all);
+        the first new token of each, [B]."""
         last = (lens - 1).long()
-        none = self.drafts[:, :0]
-        first = self._verify(ids, none, None, logits_at=last)[:, 0]
+        logits = None
+        for start in range(0, ids.shape[1], chunk or ids.shape[1]):
+            part = ids[:, start : start + (chunk or ids.shape[1])]
+            at = last - start
+            self.cache.lens.fill_(start)
+            new = self.model(part, self.cache, at.clamp(0, part.shape[1] - 1))
+            if new is not None:
+                # A prompt's last token is in one of the chunks.
+                logits = new if logits is None else torch.where((at >= 0).view(-1, 1, 1), new, logits)
+        first = self.share(self._judge(logits, self.drafts[:, :0], None))[:, 0]
         if self.drafter is not None:
             self.drafter.prefill(ids, lens)
         self.cache.lens.copy_(lens)
@@ -92,33 +101,51 @@ class Round:
         self._graph = graph
 
     def _run(self) -> None:
-        k = self.k
+        weights = self.propose()
+        if self.k:
+            self.share(self.drafts)
+        self.update(self.share(self.judge(weights)))
+
+    def propose(self) -> torch.Tensor | None:
+        """Begin the next round: draft into `drafts`, on the last stage, where there is a draft; the log-weights that
+        the tokens were sampled from."""
         self.step += 1
-        draft_logits = counts = None
-        at = self.cache.lens.long().unsqueeze(1)  # of the token that the model has not seen yet
+        weights = None
+        if self.k:
+            self.model.prefetch()  # offloaded layers, beside the drafting
+        if self.k and self.drafter is not None:
+            proposed, weights, counts = self.drafter.propose(
+                self.history,
+                self.cache.lens,
+                self.k,
+                missed=self.missed,
+                seed=self.seed,
+                step=self.step,
+                temperature=self.temperature,
+                greedy=self.greedy,
+            )
+            self.drafts[:, : self.k] = proposed
+            self.drafts[:, -1] = self.k if counts is None else counts
+        self.missed = 0 if self.k else self.missed + 1
+        return weights
+
+    def judge(self, weights: torch.Tensor | None) -> torch.Tensor:
+        """Run the model on the last token and the drafts, which every stage has, and verify on the last stage; what it
+        gives counts there only: int64 [B, k + 3], the tokens, how many were accepted, and the clock."""
+        k = self.k
         drafts = self.drafts[:, :k]
         if k:
-            self.model.prefetch()  # beside the drafting
-            if self.drafter is not None:
-                proposed, draft_logits, counts = self.drafter.propose(
-                    self.history,
-                    self.cache.lens,
-                    k,
-                    missed=self.missed,
-                    seed=self.seed,
-                    step=self.step,
-                    temperature=self.temperature,
-                    greedy=self.greedy,
-                )
-                drafts.copy_(proposed)
-                self.drafts[:, -1] = k if counts is None else counts
-            self._share(self.drafts)
             self.drafted.copy_(self.drafts[:, -1])
         else:
             self.drafted.zero_()
-        self.missed = 0 if k else self.missed + 1
+        at = self.cache.lens.long().unsqueeze(1)  # of the token that the model has not seen yet
         fed = torch.cat((self.history.gather(1, at), drafts), 1)
-        verdict = self._verify(fed, drafts, draft_logits, counts=None if counts is None else self.drafted)
+        counts = self.drafted if isinstance(self.drafter, NgramDraft) and k else None
+        return self._judge(self.model(fed, self.cache), drafts, weights, counts)
+
+    def update(self, verdict: torch.Tensor) -> None:
+        """Take over a verdict, the same on every rank, and end the round."""
+        k, at = self.k, self.cache.lens.long().unsqueeze(1)
         self.tokens.fill_(-1)
         self.tokens[:, : k + 1] = verdict[:, : k + 1]
         self.accepted.copy_(verdict[:, k + 1])
@@ -128,29 +155,32 @@ class Round:
         # Of a sequence that stands still, and behind the accepted tokens, this writes what does not count.
         self.history.scatter_(1, at + 1 + torch.arange(k + 1, device=at.device), verdict[:, : k + 1])
 
-    def _share(self, x: torch.Tensor) -> torch.Tensor:
+    def share(self, x: torch.Tensor) -> torch.Tensor:
         """Every rank gets the `x` of the last stage's first rank. Ranks that computed it themselves hold the same bits
         on equal machines; sending it anyway keeps them from drifting apart on unequal ones, where a mismatch would
         hang."""
         if self.is_last:
-            collectives.broadcast_(x, 0, self.tp)
-        return collectives.broadcast_(x, self.pp.size() - 1, self.pp)
+            self.share_in_stage(x)
+        return self.model.stage.share(x)
 
-    def _verify(self, input_ids, drafts, draft_logits, logits_at=None, counts=None) -> torch.Tensor:
-        """Run the model on `input_ids` and judge `drafts` [B, k], of which the first `counts` of each sequence count:
-        int64 [B, k + 3], the tokens, how many were accepted, and the clock."""
-        logits = self.model(input_ids, self.cache, logits_at)
+    def share_in_stage(self, x: torch.Tensor) -> torch.Tensor:
+        """As `share`, within the last stage."""
+        return collectives.broadcast_(x, 0, self.tp)
+
+    def _judge(self, logits, drafts, weights, counts=None) -> torch.Tensor:
+        """Judge `drafts` [B, k], of which the first `counts` of each sequence count, by the model's logits (None on all
+        but the last stage, where nothing is judged)."""
         batch, k = drafts.shape
-        verdict = torch.empty(batch, k + 3, dtype=torch.int64, device=input_ids.device)
+        verdict = torch.empty(batch, k + 3, dtype=torch.int64, device=drafts.device)
         verdict[:, -1] = self.clock
         if logits is not None:
             group = self.tp if self.tp.size() > 1 else None
-            if draft_logits is not None and group is not None:
-                draft_logits = _shard_of(draft_logits, logits.shape[-1], self.tp.rank())
+            if weights is not None and group is not None:
+                weights = _shard_of(weights, logits.shape[-1], self.tp.rank())
             result = ops.verify(
                 logits,
                 drafts,
-                draft_logits,
+                weights,
                 seed=self.seed,
                 step=self.step,
                 temperature=self.temperature,
@@ -161,7 +191,7 @@ class Round:
                 **self.sampling,
             )
             verdict[:, :-2], verdict[:, -2] = result.tokens, result.num_accepted
-        return self._share(verdict)
+        return verdict
 
 
 def _shard_of(weights: torch.Tensor, local: int, rank: int) -> torch.Tensor:

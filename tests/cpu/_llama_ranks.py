@@ -125,3 +125,21 @@ def offloaded(mesh, path, draft_path, offload, **options):
     result = fp.generate(model, OFFLOAD_PROMPTS, OFFLOAD_NEW, draft=draft, **options)
     host = model.model.layers.host_bytes if model.offloaded else 0
     return result.tokens, vars(result.stats), host, model.offloaded
+
+
+def generated_with_half_a_draft(mesh, path, prompts, max_new_tokens, **options):
+    """As `generated` with the model as its own draft, whose proposals are spoilt for all sequences but the longest."""
+    from fused_parallel.speculative.draft import ModelDraft
+
+    propose = ModelDraft.propose
+
+    def spoilt(self, history, lens, k, **kwargs):
+        tokens, weights, counts = propose(self, history, lens, k, **kwargs)
+        short = (lens < lens.max()).unsqueeze(1) if lens.numel() > 1 else (lens < 30).unsqueeze(1)
+        return torch.where(short, (tokens + 1) % self.vocab_size, tokens), weights, counts
+
+    ModelDraft.propose = spoilt
+    try:
+        return generated(mesh, path, path, prompts, max_new_tokens, **options)
+    finally:
+        ModelDraft.propose = propose

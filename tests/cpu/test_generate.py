@@ -56,6 +56,47 @@ def test_greedy_equals_transformers(pair, tp, pp):
             assert (stats["communication_seconds"] > 0) == (tp * pp > 1)
 
 
+@pytest.mark.parametrize("tp,pp,microbatches", [(1, 2, 2), (1, 2, 5), (1, 3, 3), (2, 2, 2), (1, 1, 2)])
+def test_micro_batches_and_chunks_give_the_same_tokens(pair, tp, pp, microbatches):
+    path, draft, target = pair
+    prompts = [*PROMPTS, [7, 7, 7], list(range(20, 57))]
+    expected = greedy(target, prompts, 15)
+    end = expected[1][6]  # one sequence of the middle ends early
+    expected = [row[: row.index(end) + 1] if end in row else row for row in expected]
+    assert len({len(row) for row in expected}) > 1
+    for draft_path in (None, draft, "ngram"):
+        options = {"tp": tp, "pp": pp, "microbatches": microbatches, "prefill_chunk": 8, "eos_token_id": end}
+        for tokens, stats in run_ranks(ranks.generated, tp * pp, path, draft_path, prompts, 15, **options):
+            assert tokens == expected
+            assert (stats["drafted"] > 0) == (draft_path is not None)
+            assert stats["bubble"] is None if pp == 1 else 0 <= stats["bubble"] < 1
+
+
+@pytest.mark.parametrize("microbatches", [1, 3])
+def test_sampled_tokens_do_not_depend_on_stages(pair, microbatches):
+    path, draft, _ = pair
+    options = {"temperature": 0.8, "top_p": 0.95, "seed": [11, 12, 13]}
+    for draft_path in (None, draft):
+        ((whole, _),) = run_ranks(ranks.generated, 1, path, draft_path, PROMPTS, NEW, **options)
+        for tokens, _ in run_ranks(
+            ranks.generated, 2, path, draft_path, PROMPTS, NEW, pp=2, microbatches=microbatches, **options
+        ):
+            assert tokens == whole
+
+
+@pytest.mark.parametrize("microbatches", [1, 2])
+def test_the_longest_prompt_may_end_first(pair, microbatches):
+    """Its sequence stands still, up to k tokens too far, while rounds go on for others: the cache has room for that."""
+    path, _, target = pair
+    prompts = [list(range(20, 57)), [9]]
+    expected = greedy(target, prompts, 9)
+    # The draft is perfect for the long one only, which thus overshoots in its last round.
+    for k in (1, 4, 7):
+        options = {"num_draft_tokens": k, "microbatches": microbatches}
+        ((tokens, _),) = run_ranks(ranks.generated_with_half_a_draft, 1, path, prompts, 9, **options)
+        assert tokens == expected
+
+
 @pytest.mark.parametrize("k", [1, 2, 7])
 def test_any_draft_length(pair, k):
     path, draft, target = pair
@@ -162,7 +203,7 @@ def test_bad_input(pair, tmp_path):
         (([[1]], 3), {"draft": other}, "the draft has vocabulary 100, the model 263"),
         (([[1]], 3), {"temperature": [1.0, 2.0]}, "temperature must be one number or one per prompt"),
         (([[1]], 3), {"method": "typical"}, "method must be one of"),
-        (([[1]], 3), {"cuda_graph": True}, "cuda_graph=True needs a model on GPUs without pipeline stages"),
+        (([[1]], 3), {"cuda_graph": True}, "cuda_graph=True needs a model on GPUs, and between pipeline stages"),
     ):
         with pytest.raises((TypeError, ValueError), match=message):
             fp.generate(model, *args, **options)

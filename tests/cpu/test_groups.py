@@ -197,7 +197,7 @@ def test_out_of_memory_is_not_a_lost_peer():
     mesh = fp.init(device="cpu")
     with (
         pytest.raises(torch.OutOfMemoryError),
-        collectives._measured("all_reduce", torch.ones(1), fp.comm.resolve_group(mesh["tp"])),
+        collectives.measured("all_reduce", torch.ones(1), fp.comm.resolve_group(mesh["tp"])),
     ):
         raise torch.OutOfMemoryError("out of memory")
 
