@@ -116,25 +116,26 @@ void bind_matmul_all_reduce(py::module_& m) {
   m.def(
       "matmul_all_reduce_decode",
       [](fp::AllReduceWorkspace& w, Address x, Address weight, Address bias, Address residual, Address norm_weight,
-         Address out, Address new_residual, std::int64_t rows, std::int64_t n, std::int64_t k, float eps, int dtype,
-         Address stream) {
-        fp::matmul_all_reduce_decode(w,
-                                     {pointer(x), pointer(weight), pointer(bias), pointer(residual),
-                                      pointer(norm_weight), pointer(out), pointer(new_residual), rows, n, k, eps},
-                                     dtype, pointer(stream));
+         Address out, Address new_residual, std::int64_t rows, std::int64_t n, std::int64_t k, float eps,
+         bool fresh_weight, int dtype, Address stream) {
+        fp::matmul_all_reduce_decode(
+            w,
+            {pointer(x), pointer(weight), pointer(bias), pointer(residual), pointer(norm_weight), pointer(out),
+             pointer(new_residual), rows, n, k, eps, fresh_weight},
+            dtype, pointer(stream));
       },
       py::arg("workspace"), py::arg("x"), py::arg("weight"), py::arg("bias"), py::arg("residual"),
       py::arg("norm_weight"), py::arg("out"), py::arg("new_residual"), py::arg("m"), py::arg("n"), py::arg("k"),
-      py::arg("eps"), py::arg("dtype"), py::arg("stream"));
+      py::arg("eps"), py::arg("fresh_weight"), py::arg("dtype"), py::arg("stream"));
   m.def(
       "matmul_decode_only",
       [](Address x, Address weight, Address bias, Address out, std::int64_t rows, std::int64_t n, std::int64_t k,
-         bool gated, int dtype, int device, Address stream) {
-        fp::matmul_decode_only(pointer(x), pointer(weight), pointer(bias), pointer(out), rows, n, k, gated, dtype,
-                               device, pointer(stream));
+         bool gated, bool fresh_weight, int dtype, int device, Address stream) {
+        fp::matmul_decode_only(pointer(x), pointer(weight), pointer(bias), pointer(out), rows, n, k, gated,
+                               fresh_weight, dtype, device, pointer(stream));
       },
       py::arg("x"), py::arg("weight"), py::arg("bias"), py::arg("out"), py::arg("m"), py::arg("n"), py::arg("k"),
-      py::arg("gated"), py::arg("dtype"), py::arg("device"), py::arg("stream"));
+      py::arg("gated"), py::arg("fresh_weight"), py::arg("dtype"), py::arg("device"), py::arg("stream"));
   m.def(
       "matmul_only",
       [](Address x, Address weight, Address out, std::int64_t m, std::int64_t n, std::int64_t k, int dtype, int device,

@@ -25,6 +25,7 @@ int tiles_of(std::int64_t size, int tile) {
 struct GatherFlags {
   unsigned come[kMaxWorld][kGatherChunks];  // 1: that chunk of that rank's rows is there
   unsigned entered[kMaxWorld];              // the number of the last call that the rank has begun
+  unsigned left[kMaxWorld];                 // 1: the rank has given up, and its copies come all the same
 };
 
 struct Entry {
@@ -46,15 +47,22 @@ __global__ void __launch_bounds__(32 * kMaxWorld) enter_gather(const __grid_cons
   __syncthreads();
   if (threadIdx.x == 0) *e.calls = call;
   if (peer >= e.world || peer == e.rank || lane != 0) return;
-  if (load_relaxed_gpu(e.bound.aborted) != 0) return;  // a failed group's ranks do not go on
+  // A rank that gives up cannot keep back the copies that are queued behind this kernel: what a late peer still reads
+  // is overwritten, so the peer must hear of it. Before the copies, which come after this kernel.
+  const auto leave = [&] { store_release_sys(&e.flags[peer]->left[e.rank], 1u); };
+  if (load_relaxed_gpu(e.bound.aborted) != 0) return leave();  // a failed group's ranks do not go on
   asm volatile("st.release.sys.global.u32 [%0], %1;" ::"l"(&e.flags[peer]->entered[e.rank]), "r"(call) : "memory");
   unsigned long long start = 0;
   for (unsigned spins = 1;; ++spins) {
     unsigned there;
     // Acquire: pairs with the peer's release. What follows in the stream writes the peer's buffer.
     asm volatile("ld.acquire.sys.global.u32 %0, [%1];" : "=r"(there) : "l"(&mine->entered[peer]) : "memory");
-    if (static_cast<int>(there - call) >= 0) return;
-    if (spins % kSpinsPerCheck == 0 && wait_is_over(e.bound, start, kGatherMatmul, peer, call)) return;
+    const bool gone = load_acquire_sys(&mine->left[peer]) != 0;
+    if (static_cast<int>(there - call) >= 0 && !gone) return;
+    if (gone && start == 0) start = 1;  // as if waited for since long ago
+    if ((gone || spins % kSpinsPerCheck == 0) && wait_is_over(e.bound, start, kGatherMatmul, peer, call)) {
+      return leave();
+    }
   }
 }
 
@@ -174,10 +182,11 @@ void all_gather_matmul(GatherWorkspace& w, const void* x, const void* weight, vo
   AllReduceWorkspace& g = w.group;
   const DeviceGuard guard(g.device);
   const std::int64_t source_bytes = rows * k * 2;
-  if (rows < 1 || k % 8 != 0 || source_bytes * (g.world - 1) > w.bytes) {
+  if (rows < 1 || k < 8 || n < 8 || k % 8 != 0 || n % 8 != 0 || !is_vec_aligned(x) || !is_vec_aligned(weight) ||
+      !is_vec_aligned(out) || source_bytes * (g.world - 1) > w.bytes) {
     throw std::runtime_error("all_gather_matmul: [" + std::to_string(rows) + ", " + std::to_string(k) +
                              "] of each rank; they must fit " + std::to_string(w.bytes) +
-                             " bytes, and k be a multiple of 8");
+                             " bytes, n and k be multiples of 8, tensors aligned to 16 bytes");
   }
   dispatch_half(dtype, [&](auto* null) {
     using T = std::remove_pointer_t<decltype(null)>;

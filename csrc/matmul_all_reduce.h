@@ -63,13 +63,14 @@ void matmul_only(const void* x, const void* weight, void* out, std::int64_t m, s
 
 // The same product for few rows, bound by reading the weight; with `residual`, out = rms_norm(new_residual) *
 // norm_weight, new_residual = residual + the sum, as all_reduce_add_rms_norm; bias, residual, norm_weight, new_residual
-// may be null. [m, n] fits a slot of the workspace. The weight must not be written by the kernel before this one in the
-// stream: reading begins before that has ended.
+// may be null. [m, n] fits a slot of the workspace. Unless fresh_weight, the weight must not be written by the
+// kernel before this one in the stream: reading begins before that has ended.
 struct MatmulDecode {
   const void *x, *weight, *bias, *residual, *norm_weight;
   void *out, *new_residual;
   std::int64_t m, n, k;
   float eps;
+  bool fresh_weight;
 };
 constexpr int kDecodeMaxRows = 64;
 void matmul_all_reduce_decode(AllReduceWorkspace& workspace, const MatmulDecode& arguments, int dtype, void* stream);
@@ -80,6 +81,6 @@ bool takes_decode(const AllReduceWorkspace& workspace, std::int64_t m, std::int6
 // out[m, n] = x[m, k] * weight[n, k]^T + bias on this GPU alone, any n; bias may be null. With `gated`, weight is [2 n,
 // k], gate before up, and out = silu(gate) * up as silu_mul computes it; no bias then.
 void matmul_decode_only(const void* x, const void* weight, const void* bias, void* out, std::int64_t m, std::int64_t n,
-                        std::int64_t k, bool gated, int dtype, int device, void* stream);
+                        std::int64_t k, bool gated, bool fresh_weight, int dtype, int device, void* stream);
 
 }  // namespace fp

@@ -33,7 +33,9 @@ Split split_for(std::int64_t m, std::int64_t n, int most_ctas) {
     if (m <= 16 && tiles_of(n, s.groups * kGroupColumns) * s.split <= most_ctas) return s;
   }
   for (const Split s : {Split{2, 4}, Split{2, 2}, Split{2, 1}}) {
-    if (m > 16 && tiles_of(n, s.groups * kGroupColumns) * s.split <= most_ctas) return s;
+    // Clusters of four do not fill every GPU processing cluster.
+    const int most = s.split == 4 ? most_ctas - most_ctas / 32 : most_ctas;
+    if (m > 16 && tiles_of(n, s.groups * kGroupColumns) * s.split <= most) return s;
   }
   return {0, 0};
 }
@@ -139,6 +141,7 @@ void matmul_all_reduce_decode(AllReduceWorkspace& w, const MatmulDecode& a, int 
     p.k = static_cast<int>(a.k);
     p.depths = tiles_of(a.k, kDepth);
     p.rows = static_cast<const T*>(a.weight);
+    p.fresh_weight = a.fresh_weight;
     p.inverse_hidden = 1.0f / static_cast<float>(a.n);
     p.eps = a.eps;
     w.order(stream);
@@ -151,7 +154,7 @@ void matmul_all_reduce_decode(AllReduceWorkspace& w, const MatmulDecode& a, int 
 }
 
 void matmul_decode_only(const void* x, const void* weight, const void* bias, void* out, std::int64_t m, std::int64_t n,
-                        std::int64_t k, bool gated, int dtype, int device, void* stream) {
+                        std::int64_t k, bool gated, bool fresh_weight, int dtype, int device, void* stream) {
   const DeviceGuard guard(device);
   dispatch_half(dtype, [&](auto* null) {
     using T = std::remove_pointer_t<decltype(null)>;
@@ -163,6 +166,7 @@ void matmul_decode_only(const void* x, const void* weight, const void* bias, voi
     p.out = static_cast<T*>(out);
     p.bias = static_cast<const T*>(bias);
     p.rows = static_cast<const T*>(weight);
+    p.fresh_weight = fresh_weight;
     p.m = static_cast<int>(m);
     p.n = static_cast<int>(n);
     p.k = static_cast<int>(k);

@@ -39,7 +39,8 @@ struct Params {
   T* new_residual;
   unsigned long long* squares;  // [tokens][CTAs], then [tokens]: see tell
   int m, n, k, depths;
-  const T* rows;  // the weight again
+  bool fresh_weight;  // the kernel before this one may have written it
+  const T* rows;      // the weight again
   float inverse_hidden, eps;
 };
 
@@ -106,6 +107,8 @@ __device__ __forceinline__ bool told(unsigned long long word, const Call& call) 
 __device__ __forceinline__ bool sum_told(const Lamport& l, const unsigned long long* words, int ctas, int part, int of,
                                          const Call& call, unsigned long long& start, float& total) {
   constexpr int kAtOnce = 8;
+  WaitBound patient = l.bound;
+  patient.timeout_ns *= 2;
   bool there = true;
   total = 0.0f;
   for (int first = part; first < ctas && there; first += kAtOnce * of) {
@@ -119,7 +122,8 @@ __device__ __forceinline__ bool sum_told(const Lamport& l, const unsigned long l
 #pragma unroll
       for (int u = 0; u < kAtOnce; ++u) missing |= first + u * of < ctas && !told(found[u], call);
       if (!missing) break;
-      if (spins % kSpinsPerCheck == 0 && wait_is_over(l.bound, start, l.operation, l.rank, call.epoch)) {
+      // The CTA that tells waits for a peer, has as long as this one, and names it: here twice as long is waited.
+      if (spins % kSpinsPerCheck == 0 && wait_is_over(patient, start, l.operation, l.rank, call.epoch)) {
         there = false;
         break;
       }
@@ -203,9 +207,10 @@ __global__ void __launch_bounds__(Plan<kTokens, kGroups, kSplit, kGated>::kThrea
       barrier_init(&shared.empty[s], kGroups * 4);  // a warp each
     }
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");  // before the copies count on them
-    for (int i = 0; i < ahead; ++i) bring_weight(i);                    // constants: no kernel under way writes them
+    // Constants: no kernel under way writes them.
+    for (int i = 0; i < ahead && !p.fresh_weight; ++i) bring_weight(i);
   }
-  if (P::kAheadBytes > 0 && threadIdx.x > P::kThreads) {
+  if (P::kAheadBytes > 0 && threadIdx.x > P::kThreads && !p.fresh_weight) {
     // The rest of the warp: what comes next, into the L2, or memory would rest between this and the loop below.
     const long long row_bytes = p.k * 2ll, begin = (first + ahead) * kDepth * 2ll;
     const long long end = min((first + depths) * kDepth * 2ll, row_bytes);
@@ -224,7 +229,10 @@ __global__ void __launch_bounds__(Plan<kTokens, kGroups, kSplit, kGated>::kThrea
   if (kWorld != 1 && threadIdx.x == 0) epoch = next_epoch(l);
   dependency_wait();
   if (brings) {
-    for (int i = 0; i < ahead; ++i) bring_x(i);
+    for (int i = 0; i < ahead; ++i) {
+      if (p.fresh_weight) bring_weight(i);
+      bring_x(i);
+    }
   }
   Call call = {};
   if constexpr (kWorld != 1) {

@@ -110,15 +110,6 @@ __device__ __forceinline__ Tile tile_at(const Params<T>& p, int i) {
   return {owner, static_cast<unsigned>(index), row, within / rows * kTileColumns, p.first_row[owner + 1]};
 }
 
-__device__ __forceinline__ unsigned load_acquire_sys(const unsigned* p) {
-  unsigned v;
-  asm volatile("ld.acquire.sys.global.u32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
-  return v;
-}
-__device__ __forceinline__ void store_release_sys(unsigned* p, unsigned v) {
-  asm volatile("st.release.sys.global.u32 [%0], %1;" ::"l"(p), "r"(v) : "memory");
-}
-
 // Until the flag says call `epoch`; what it said before were calls that used this half earlier. Acquire: pairs with the
 // release that set it, so that the tile, written before, is visible to this thread, and to those that it meets at a
 // barrier afterwards. False after a failed wait.

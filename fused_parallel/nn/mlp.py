@@ -49,6 +49,7 @@ class ParallelMLP(nn.Module):
     def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None, norm: RMSNorm | None = None):
         merged = self.gate_up_proj
         plain = type(merged) is ColumnParallelLinear and merged.bias is None and not merged.sequence_parallel
-        if not plain or is_apart(merged, x):  # perhaps something put in its place
+        plain = plain and not (merged._forward_hooks or merged._forward_pre_hooks or "forward" in vars(merged))
+        if not plain or is_apart(merged, x):
             return self.down_proj(ops.silu_mul(merged(x)), residual, norm)
         return self.down_proj(ops.linear_silu_mul(x, merged.weight), residual, norm)

@@ -30,7 +30,8 @@ _MOST_ROWS = 64
 
 def _launch(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, gated: bool) -> torch.Tensor:
     # Kept in names until after the launch: a temporary would give its memory back before the kernel is queued.
-    rows, weight = aligned(as_rows(x)), aligned(weight)
+    rows, given = aligned(as_rows(x)), weight
+    weight = aligned(given)
     bias = None if bias is None else aligned(bias)
     n = weight.shape[0] // (2 if gated else 1)
     out = x.new_empty(*x.shape[:-1], n)
@@ -43,6 +44,7 @@ def _launch(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, ga
         n,
         weight.shape[1],
         gated,
+        weight is not given,  # a copy that the kernel before makes
         _ext.DTYPE_CODES[x.dtype],
         x.device.index,
         _direct.raw_stream(x.device.index),

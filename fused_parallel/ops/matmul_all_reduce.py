@@ -86,7 +86,8 @@ def _launch_decode(x, weight, bias, residual, norm_weight, eps: float, pg: dist.
     workspace = workspace_of(pg)
     workspace.check()
     # Kept in names until after the launch: a temporary would give its memory back before the kernel is queued.
-    x, weight = aligned(as_rows(x)), aligned(weight)
+    x, given = aligned(as_rows(x)), weight
+    weight = aligned(given)
     bias, residual, norm_weight = (None if t is None else aligned(t) for t in (bias, residual, norm_weight))
     (m, k), n = x.shape, weight.shape[0]
     out = x.new_empty(m, n)
@@ -100,6 +101,7 @@ def _launch_decode(x, weight, bias, residual, norm_weight, eps: float, pg: dist.
         n,
         k,
         eps,
+        weight is not given,  # a copy that a kernel just before makes
         _ext.DTYPE_CODES[x.dtype],
         _direct.raw_stream(workspace.device_index),
     )

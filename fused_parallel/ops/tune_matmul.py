@@ -20,10 +20,11 @@ DTYPE = torch.bfloat16
 _EPS = 1e-5
 
 
-def rows_tried(op: str, quick: bool) -> list[int]:
-    """Rows of the whole result."""
+def rows_tried(op: str, quick: bool, world: int) -> list[int]:
+    """Rows of the whole result; multiples of the ranks where each has its part of them."""
     few = [] if op in ("matmul_reduce_scatter", "all_gather_matmul") else [1, 64] if quick else [1, 8, 32, 64]
-    return few + ([256, 2048] if quick else [128, 256, 512, 1024, 2048, 4096])
+    many = [256, 2048] if quick else [128, 256, 512, 1024, 2048, 4096]
+    return few + many if few else [rows // world * world for rows in many]
 
 
 def candidates(op: str, world: int, rows: int) -> list[Choice]:
@@ -71,7 +72,7 @@ def measure_matmuls(
         for op in OPS:
             best: list[tuple[int, Choice]] = []
             gathers = op == "all_gather_matmul"
-            for rows in rows_tried(op, quick):
+            for rows in rows_tried(op, quick, world):
                 # What the table is asked with: the result, or the input that is gathered.
                 bytes = (rows // world * K if gathers else rows * N) * DTYPE.itemsize
                 if tell is not None:

@@ -30,7 +30,7 @@ class Layer:
     """A row-parallel layer of virtual ranks: its operands, and what follows them."""
 
     def __init__(self, ranks: VirtualRanks, m: int, k: int, n: int, dtype, norm: bool = True, bias: bool = True):
-        self.ranks, self.norm = ranks, norm
+        self.ranks, self.norm, self.fresh_weight = ranks, norm, bool(m % 2)
         self.xs, self.weights = operands(ranks.world, m, k, n, dtype)
         self.residual, self.gain, self.bias = (torch.randn(s, device="cuda").to(dtype) for s in ((m, n), n, n))
         if not bias:
@@ -53,6 +53,7 @@ class Layer:
             n=weight.shape[0],
             k=x.shape[1],
             eps=EPS,
+            fresh_weight=self.fresh_weight,
             dtype=_ext.DTYPE_CODES[x.dtype],
             stream=self.ranks.streams[rank].cuda_stream,
         )
@@ -104,6 +105,9 @@ def test_linear(m, dtype, seed):
         assert_close(out, product)
         assert_close(with_bias, product + bias.double(), factor=2)
         assert torch.equal(out, again)
+        apart = torch.empty(k, n, device="cuda", dtype=dtype).t().copy_(weight)
+        with fp.use("fused"):
+            assert torch.equal(ops.linear(x, apart), out)  # copied first
         if n % 16 == 0:
             with fp.use("fused"):
                 gated = ops.linear_silu_mul(x, weight)
