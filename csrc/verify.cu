@@ -13,6 +13,7 @@
 #include "verify_exchange.cuh"
 #include "verify_filter.cuh"
 #include "verify_statistics.cuh"
+#include "verify_tree.cuh"
 
 // Passes over a request's rows, each a kernel: statistics of all rows; for block verification of a draft with logits,
 // sums over rows 1 and up; the draw from one row. With filters, or where the vocabulary is spread over ranks, the rows'
@@ -61,6 +62,19 @@ __global__ void __launch_bounds__(kFilterThreads, 2) filter_kernel(const __grid_
   }
 }
 
+template <typename TT, typename TD, bool kPrepared>
+__global__ void __launch_bounds__(kThreads, 2) walk_kernel(const __grid_constant__ Params p) {
+  dependency_trigger();
+  walk_cta<TT, TD, kPrepared>(p, blockIdx.x);
+}
+
+template <typename TT, typename TD>
+__global__ void __launch_bounds__(kThreads, kDrawsPerMultiprocessor)
+    tree_draw_kernel(const __grid_constant__ Params p) {
+  dependency_trigger();
+  tree_draw_cta<TT, TD>(p, blockIdx.x);
+}
+
 template <typename What, Exchange kHow>
 __global__ void __launch_bounds__(kExchangeThreads, 8) exchange_kernel(const __grid_constant__ ExchangeParams p) {
   exchange<What, kHow>(p);
@@ -72,12 +86,12 @@ int ceil_div(int a, int b) {
 
 // The parts of the scratch memory, each aligned to 16 bytes.
 struct Layout {
-  std::size_t beyond, beyond_total, drawn, prepared, winners, own, arrived, end;
+  std::size_t beyond, beyond_total, drawn, prepared, winners, own, trees, arrived, end;
 };
 
 // For rows in chunks of `target_chunks` and `draft_chunks` (0 without a draft).
-Layout layout(int batch, int k, int width, int target_chunks, int draft_chunks) {
-  const std::size_t b = batch, with_draft = draft_chunks != 0;
+Layout layout(int batch, int k, int width, int target_chunks, int draft_chunks, bool tree) {
+  const std::size_t b = batch, with_draft = draft_chunks != 0, with_trees = tree;
   const std::size_t chunks =
       static_cast<std::size_t>(k + 1) * target_chunks + static_cast<std::size_t>(k) * draft_chunks;
   const std::size_t rows = b * (k + 1 + with_draft * k);
@@ -95,6 +109,7 @@ Layout layout(int batch, int k, int width, int target_chunks, int draft_chunks) 
   l.prepared = take(rows * sizeof(Prepared));
   l.winners = take(b * sizeof(Winner));
   l.own = take(rows * kShardRecordBytes);
+  l.trees = take(with_trees * b * sizeof(TreeState));
   l.arrived = take(b * sizeof(unsigned));
   l.end = end;
   return l;
@@ -132,7 +147,7 @@ struct Run {
     p.beyond_chunks = ceil_div(width, kBeyondTiles * kTile);
     p.target_aligned = rows_aligned<TT>(a.target, a.target_batch_stride, a.target_row_stride);
     p.draft_aligned = with_draft && rows_aligned<TD>(a.draft, a.draft_batch_stride, a.draft_row_stride);
-    const Layout l = layout(a.batch, a.k, width, p.target_chunks, p.draft_chunks);
+    const Layout l = layout(a.batch, a.k, width, p.target_chunks, p.draft_chunks, a.parents != nullptr);
     char* scratch = static_cast<char*>(a.scratch);
     p.statistics = reinterpret_cast<Statistic*>(scratch);
     p.beyond = reinterpret_cast<double*>(scratch + l.beyond);
@@ -142,6 +157,7 @@ struct Run {
     p.winners = reinterpret_cast<Winner*>(scratch + l.winners);
     p.own = reinterpret_cast<uint4*>(a.sent != nullptr ? a.sent : scratch + l.own);
     p.all = static_cast<const uint4*>(a.received);
+    p.trees = reinterpret_cast<TreeState*>(scratch + l.trees);
     p.arrived = reinterpret_cast<unsigned*>(scratch + l.arrived);
 
     // About one wave of CTAs for the draw: more would only decide the same again.
@@ -230,18 +246,32 @@ struct Run {
     }
   }
 
+  void filter() {
+    const int drafts = with_draft ? ceil_div(p.batch * p.k, kFilterWarps) : 0;
+    launch_dependent(filter_kernel<TT, TD, false>, p, p.batch * (p.k + 1) + drafts, kFilterThreads, 1, hopper, stream);
+  }
+
   void whole() {
     statistics();
     if (filters) {
-      const int drafts = with_draft ? ceil_div(p.batch * p.k, kFilterWarps) : 0;
-      launch_dependent(filter_kernel<TT, TD, false>, p, p.batch * (p.k + 1) + drafts, kFilterThreads, 1, hopper,
-                       stream);
+      filter();
       if (beyond) sum_beyond<true>();
       draw<true>();
     } else {
       if (beyond) sum_beyond<false>();
       draw<false>();
     }
+  }
+
+  void tree() {
+    statistics();
+    if (filters) {
+      filter();
+      launch_one(walk_kernel<TT, TD, true>, p.batch);
+    } else {
+      launch_one(walk_kernel<TT, TD, false>, p.batch);
+    }
+    launch_one(tree_draw_kernel<TT, TD>, p.batch * p.splits);
   }
 
   using Normalisers = Rows<TT, TD>;
@@ -290,6 +320,8 @@ void run(const VerifyArguments& a, AllReduceWorkspace* peers, int device, cudaSt
                                " shards" + (r.filters ? " with filters" : ""));
     }
     r.by_caller(static_cast<VerifyPart>(a.part));
+  } else if (a.parents != nullptr) {
+    r.tree();
   } else if (r.sharded) {
     r.by_peers();
   } else {
@@ -299,20 +331,27 @@ void run(const VerifyArguments& a, AllReduceWorkspace* peers, int device, cudaSt
 
 }  // namespace
 
-std::size_t verify_scratch_bytes(int batch, int k, int width, bool has_draft) {
+std::size_t verify_scratch_bytes(int batch, int k, int width, bool has_draft, bool tree) {
   width = std::max(1, width);
   const int chunks = ceil_div(width, kChunk<float>);  // float32 rows have the most
-  return layout(batch, k, width, chunks, has_draft ? chunks : 0).end;
+  return layout(batch, k, width, chunks, has_draft ? chunks : 0, tree).end;
 }
 
 void verify(const VerifyArguments& a, AllReduceWorkspace* peers, int device, void* stream) {
   if (a.batch == 0) return;
   // Ids and the ends of chunks are ints.
-  if (a.batch < 0 || a.k < 0 || a.k > kMaxDraftTokens || a.width < (a.world > 1 ? 0 : 1) || a.vocab > (1 << 30) ||
-      a.first < 0 || static_cast<std::int64_t>(a.first) + a.width > a.vocab) {
+  const bool tree = a.parents != nullptr;
+  if (a.batch < 0 || a.k < 0 || a.k > (tree ? kMaxTreeNodes : kMaxDraftTokens) || a.width < (a.world > 1 ? 0 : 1) ||
+      a.vocab > (1 << 30) || a.first < 0 || static_cast<std::int64_t>(a.first) + a.width > a.vocab) {
     throw std::runtime_error("verify: batch=" + std::to_string(a.batch) + ", k=" + std::to_string(a.k) + ", columns " +
                              std::to_string(a.first) + " to " + std::to_string(a.first + a.width - 1) +
                              " of a vocabulary of " + std::to_string(a.vocab));
+  }
+  if (tree && (a.world != 1 || (a.path == nullptr && a.max_depth > 0) || a.max_depth < 0 || a.max_depth > a.k ||
+               a.method != static_cast<int>(VerifyMethod::kRejection) || a.stream != kResidualStream)) {
+    throw std::runtime_error("verify: a tree of " + std::to_string(a.k) +
+                             " nodes, max_depth=" + std::to_string(a.max_depth) + ", method " +
+                             std::to_string(a.method) + " over " + std::to_string(a.world) + " shards");
   }
   if (a.world < 1 || a.world > kMaxShards || a.rank < 0 || a.rank >= a.world ||
       (a.world > 1 && a.num_accepted == nullptr) || (a.world == 1 && (a.first != 0 || a.width != a.vocab)) ||

@@ -67,6 +67,20 @@ struct Winner {  // of one request on this rank
   bool otherwise;  // drawn from the target itself, because this rank's part of the residual is empty
 };
 
+// How far a request's walk through its tree has come: the distribution that is left at its last accepted node.
+struct TreeState {
+  Normaliser p;  // of that node's row of the target
+  int row;       // which is this
+  int accepted;  // nodes
+  int count;     // siblings refused after that node
+  // Of each refused sibling, in order:
+  int nodes[kMaxTreeNodes], tokens[kMaxTreeNodes];
+  // What all weights were multiplied by after it, so that they sum to 1; 0: nothing would have been left, and so the
+  // weights stayed.
+  double inverse[kMaxTreeNodes];
+  Normaliser q[kMaxTreeNodes];  // of its draft row without the siblings before it; with draft logits only
+};
+
 struct Params : VerifyArguments {
   Statistic* statistics;  // [batch, (k + 1) * target_chunks + k * draft_chunks]
   double* beyond;         // [batch, k, beyond_chunks]
@@ -75,6 +89,7 @@ struct Params : VerifyArguments {
   Prepared* prepared;     // [batch, (k + 1) + k with a draft], with filters or shards
   double* beyond_total;   // [batch, k], over all ranks; null without shards
   Winner* winners;        // [batch], with shards
+  TreeState* trees;       // [batch], of trees
   int target_chunks, draft_chunks, beyond_chunks;
   int splits, tiles_per_split;
   int target_aligned, draft_aligned;
@@ -116,6 +131,8 @@ __device__ __forceinline__ Request read_request(const Params& p, int b) {
   const unsigned valid = __ballot_sync(kAllLanes, lane < p.k && lane < limit && token >= 0 && token < p.vocab);
   Request r;
   r.limit = valid == kAllLanes ? 32 : __ffs(~valid) - 1;
+  // A node that cannot be accepted is passed over, and ends nothing.
+  if (p.parents != nullptr) r.limit = static_cast<int>(limit < 0 ? 0 : limit < p.k ? limit : p.k);
   r.greedy = p.method == static_cast<int>(VerifyMethod::kGreedy) || !(temperature > 0.0f);
   r.scale = kLog2E / (r.greedy ? 1.0 : static_cast<double>(fminf(temperature, FLT_MAX)));
   r.scale_f = rounded_scale(r.scale);

@@ -235,11 +235,52 @@ __device__ __forceinline__ void write_results(const Params& p, int b, const Requ
   p.logprobs[row + i] = static_cast<float>(logprob * 0.6931471805599453);
 }
 
+// Hands in what this CTA found of its split of a request's row. In the CTA that is the last to do so `best` becomes the
+// best of all, and the result is true. By the whole CTA; ends with a barrier.
+__device__ __forceinline__ bool best_of_splits(const Params& p, int b, int split, Best& best) {
+  __shared__ bool is_last;
+  Drawn* drawn = p.drawn + static_cast<std::int64_t>(b) * p.splits;
+  if (threadIdx.x == 0) {
+    drawn[split] = {best.key, best.token, 0};
+    __threadfence();  // the result before the count, for the CTA that reads all results
+    is_last = atomicAdd(p.arrived + b, 1u) == static_cast<unsigned>(p.splits) - 1;
+  }
+  __syncthreads();
+  if (!is_last) return false;
+  if (threadIdx.x < 32) {
+    __threadfence();  // the count before the others' results
+    unsigned long long key = 0;
+    int token = INT_MAX;
+    for (int i = threadIdx.x; i < p.splits; i += 32) {
+      const unsigned long long other = __ldcg(&drawn[i].key);
+      const int of_other = __ldcg(&drawn[i].token);
+      if (other > key) {  // splits are in the order of ids
+        key = other;
+        token = of_other;
+      }
+    }
+#pragma unroll
+    for (int offset = 16; offset > 0; offset /= 2) {
+      const unsigned long long other = __shfl_xor_sync(kAllLanes, key, offset);
+      const int of_other = __shfl_xor_sync(kAllLanes, token, offset);
+      if (other > key || (other == key && of_other < token)) {
+        key = other;
+        token = of_other;
+      }
+    }
+    if (threadIdx.x == 0) {
+      best.key = key;
+      best.token = token;
+    }
+  }
+  __syncthreads();
+  return true;
+}
+
 template <typename TT, typename TD, bool kPrepared>
 __device__ void draw_cta(const Params& p, int cta, Decision& d) {
   __shared__ Source<TT, TD> source;
   __shared__ Best best;
-  __shared__ bool is_last;
   const int b = p.batch - 1 - cta / p.splits;  // what was read last is still in the L2
   const int split = cta % p.splits;
   const Request request = read_request(p, b);
@@ -282,41 +323,7 @@ __device__ void draw_cta(const Params& p, int cta, Decision& d) {
   const int tile = split * p.tiles_per_split;
   scan_any<kPrepared>(source, tile, min(tile + p.tiles_per_split, tiles), best);
 
-  Drawn* drawn = p.drawn + static_cast<std::int64_t>(b) * p.splits;
-  if (threadIdx.x == 0) {
-    drawn[split] = {best.key, best.token, 0};
-    __threadfence();  // the result before the count, for the CTA that reads all results
-    is_last = atomicAdd(p.arrived + b, 1u) == static_cast<unsigned>(p.splits) - 1;
-  }
-  __syncthreads();
-  if (!is_last) return;
-  if (threadIdx.x < 32) {
-    __threadfence();  // the count before the others' results
-    unsigned long long key = 0;
-    int token = INT_MAX;
-    for (int i = threadIdx.x; i < p.splits; i += 32) {
-      const unsigned long long other = __ldcg(&drawn[i].key);
-      const int of_other = __ldcg(&drawn[i].token);
-      if (other > key) {  // splits are in the order of ids
-        key = other;
-        token = of_other;
-      }
-    }
-#pragma unroll
-    for (int offset = 16; offset > 0; offset /= 2) {
-      const unsigned long long other = __shfl_xor_sync(kAllLanes, key, offset);
-      const int of_other = __shfl_xor_sync(kAllLanes, token, offset);
-      if (other > key || (other == key && of_other < token)) {
-        key = other;
-        token = of_other;
-      }
-    }
-    if (threadIdx.x == 0) {
-      best.key = key;
-      best.token = token;
-    }
-  }
-  __syncthreads();
+  if (!best_of_splits(p, b, split, best)) return;
   const bool otherwise = best.key == 0 && d.accepted < d.drafts && !(sharded && d.certain);
   if (otherwise) {
     // A residual without any weight, which rounding alone can leave: the target itself, by this CTA. With shards, also

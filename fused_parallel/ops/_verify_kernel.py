@@ -29,20 +29,26 @@ def _why_no_peers(part: VocabShard, records: int) -> str | None:
     return None if bytes <= most else f"records of {bytes} bytes do not fit the slots of {most}"
 
 
-def why_not_fused(target_logits, draft_tokens, draft_logits, filters, part: VocabShard) -> str | None:
+def why_not_fused(
+    target_logits, draft_tokens, draft_logits, filters, part: VocabShard, *, tree: bool = False
+) -> str | None:
     """Why the reference must do this call; None if the kernels can. Target [B, k + 1, width], `filters` top_k, top_p
-    and min_p, the rest as in `verify`. The same on all ranks, and collective at a group's first call."""
+    and min_p, the rest as in `verify` or `verify_tree`. The same on all ranks, and collective at a group's first
+    call."""
     if not target_logits.is_cuda:
         return f"there are kernels for CUDA tensors only, not for {target_logits.device.type}"
     if (why := _ext.why_no_kernels()) is not None:
         return why
     extension, k = _ext.extension(), draft_tokens.shape[1]
-    if k > extension.verify_max_draft_tokens:
-        return f"the kernels verify up to {extension.verify_max_draft_tokens} drafts a request, not {k}"
+    most = extension.verify_max_tree_nodes if tree else extension.verify_max_draft_tokens
+    if k > most:
+        return f"the kernels verify up to {most} {'nodes' if tree else 'drafts'} a request, not {k}"
     if draft_logits is not None and draft_logits.dtype not in (target_logits.dtype, torch.float32):
         return f"the kernels read draft_logits in {target_logits.dtype} or float32, not in {draft_logits.dtype}"
     if part.vocab_size > 2**30:
         return f"the kernels know vocabularies up to 2**30, not {part.vocab_size}"
+    if tree and _world(part) > 1:
+        return "the kernels know trees over the whole vocabulary only, and vocab_group is given"
     if _world(part) > extension.verify_max_shards:
         return f"the kernels combine up to {extension.verify_max_shards} shards, not {_world(part)}"
     if _world(part) > 1 and any(f is not None for f in filters):
@@ -103,15 +109,41 @@ def launch(
     return parts.tokens, parts.accepted, parts.logprobs
 
 
+def launch_tree(
+    target_logits,
+    draft_tokens,
+    parents,
+    draft_logits,
+    seed,
+    step,
+    temperature,
+    num_draft_tokens,
+    filters,
+    max_depth: int,
+    part: VocabShard,
+    *,
+    return_logprobs: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """tokens, num_accepted, logprobs ([B, 0] unless asked for) and path as of `verify_tree`, on the current stream."""
+    parts = Parts(
+        target_logits, draft_tokens, draft_logits, seed, step, temperature, num_draft_tokens, filters, "rejection",
+        part, return_logprobs=return_logprobs, parents=parents, max_depth=max_depth,
+    )  # fmt: skip
+    parts.whole()
+    return parts.tokens, parts.accepted, parts.logprobs, parts.path
+
+
 class Parts:
-    """A call, ready to be launched, and its outputs. `part.pg` is not asked: `rank` and `world` may be given."""
+    """A call, ready to be launched, and its outputs. `rank` and `world`: instead of those of `part.pg`. With `parents`
+    [k] or [B, k] a tree of `max_depth`."""
 
     def __init__(
         self, target_logits, draft_tokens, draft_logits, seed, step, temperature, num_draft_tokens, filters,
         method: str, part: VocabShard, position=None, stream: str = "residual", *, return_logprobs: bool = False,
-        rank: int | None = None, world: int | None = None,
+        rank: int | None = None, world: int | None = None, parents=None, max_depth: int | None = None,
     ) -> None:  # fmt: skip
         batch, rows, _ = target_logits.shape
+        columns = rows if parents is None else max_depth + 1
         self.extension = extension = _ext.extension()
         world = _world(part) if world is None else world
         rank = (part.pg.rank() if part.pg else 0) if rank is None else rank
@@ -121,13 +153,14 @@ class Parts:
         target_logits = _readable(target_logits)
         has_draft = draft_logits is not None and rows > 1
         draft_logits = _readable(draft_logits) if has_draft else None
-        small = [draft_tokens, seed, step, position, temperature, num_draft_tokens, *filters]
+        small = [draft_tokens, seed, step, position, temperature, num_draft_tokens, *filters, parents]
         small = [t if t is None else t.contiguous() for t in small]
-        draft_tokens, seed, step, position, temperature, num_draft_tokens, top_k, top_p, min_p = small
-        self.tokens = seed.new_empty((batch, rows))
+        draft_tokens, seed, step, position, temperature, num_draft_tokens, top_k, top_p, min_p, parents = small
+        self.tokens = seed.new_empty((batch, columns))
+        self.path = seed.new_empty((batch, 0 if parents is None else max_depth))
         self.accepted = seed.new_empty((batch,), dtype=torch.int32)
-        self.logprobs = temperature.new_empty((batch, rows if return_logprobs else 0))
-        scratch_bytes = extension.verify_scratch_bytes(batch, rows - 1, width, has_draft)
+        self.logprobs = temperature.new_empty((batch, columns if return_logprobs else 0))
+        scratch_bytes = extension.verify_scratch_bytes(batch, rows - 1, width, has_draft, parents is not None)
         scratch = torch.empty(scratch_bytes, dtype=torch.uint8, device=seed.device)
         self._kept = (target_logits, draft_logits, small, scratch)
         self._records = {
@@ -156,6 +189,10 @@ class Parts:
             top_k=address(top_k),
             top_p=address(top_p),
             min_p=address(min_p),
+            parents=address(parents),
+            path=0 if parents is None else self.path.data_ptr(),
+            parents_batch_stride=0 if parents is None or parents.dim() == 1 else parents.shape[1],
+            max_depth=0 if parents is None else max_depth,
             target_batch_stride=target_logits.stride(0),
             target_row_stride=target_logits.stride(1),
             draft_batch_stride=draft_logits.stride(0) if has_draft else 0,

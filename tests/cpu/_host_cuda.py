@@ -75,6 +75,7 @@ class HostExtension:
 
     verify_max_draft_tokens = 32
     verify_max_shards = 16
+    verify_max_tree_nodes = 63
     verify_record_bytes = 32
 
     def __init__(self, into: Path) -> None:
@@ -90,8 +91,8 @@ class HostExtension:
         self.Arguments = Arguments
         assert ctypes.sizeof(Arguments) == self.library.argument_bytes()
 
-    def verify_scratch_bytes(self, batch, k, width, has_draft) -> int:
-        return self.library.scratch_bytes(batch, k, width, int(has_draft))
+    def verify_scratch_bytes(self, batch, k, width, has_draft, tree) -> int:
+        return self.library.scratch_bytes(batch, k, width, int(has_draft), int(tree))
 
     def arguments(self, *, noise_stream, device, stream, peers, **fields):
         return self.Arguments(**fields, stream=noise_stream)

@@ -65,8 +65,8 @@ const char* last_error() {
 std::size_t argument_bytes() {
   return sizeof(fp::VerifyArguments);
 }
-std::size_t scratch_bytes(int batch, int k, int width, int has_draft) {
-  return fp::verify_scratch_bytes(batch, k, width, has_draft);
+std::size_t scratch_bytes(int batch, int k, int width, int has_draft, int tree) {
+  return fp::verify_scratch_bytes(batch, k, width, has_draft, tree);
 }
 int verify(const fp::VerifyArguments* a) {
   return guarded([&] { fp::verify(*a, nullptr, 0, nullptr); });
