@@ -1,9 +1,13 @@
-"""Verification of drafted tokens on one GPU: the kernels against the reference and plain torch.
+"""Verification of drafted tokens: the kernels against the reference and plain torch.
 
-    python benchmarks/bench_verify.py [--shapes 1,4 64,7] [--impls fused torch] [--modes graph]
+    python benchmarks/bench_verify.py [--shapes 1,4 64,7] [--impls fused torch] [--modes graph] [--top-p 0.9]
+    torchrun --nproc-per-node 2 benchmarks/bench_verify.py --impls fused [--top-p 0.9]
 
-Checks that the kernels give the reference's tokens, prints a table and appends it to benchmarks/results/verify.csv.
-`fused`: the kernels, temperature 0.8, no filters; `reference`: the same in float64, in torch operations; `torch`:
+By torchrun the vocabulary is spread over the ranks' GPUs, which check that they get the unsharded kernels' tokens; the
+peers in torch are left out. Else on one GPU, where the tokens are checked against the reference's.
+
+Prints a table and appends it to benchmarks/results/verify.csv. `fused`: the kernels, temperature 0.8; `reference`: the
+same in float64, in torch operations; with --top-p, both filter, and the shape says so; `torch`:
 rejection in float32 by softmax, gather and an argmax over exponential noise, as one would write it (block: left out);
 `torch_argmax_only`: softmax and argmax of the target rows, a part of the work. The drafts agree with the target more
 often than not. `floor_us` = bytes over the rate at which this GPU reads its memory, each logit that must be seen read
@@ -11,9 +15,11 @@ once; the row a token is drawn from, and what block verification sums, is read a
 """
 
 import argparse
+import os
 import sys
 
 import torch
+import torch.distributed as dist
 from _common import DTYPES
 
 import fused_parallel as fp
@@ -39,10 +45,13 @@ def make_inputs(batch, k, vocab, dtype, draft):
     return target, tokens, logits if draft == "full" else None, seed, step, temperature
 
 
-def ours(mode, method):
+def ours(mode, method, top_p, **sharded):
     def call(target, tokens, logits, seed, step, temperature):
         with fp.use(mode):
-            return verify(target, tokens, logits, seed=seed, step=step, temperature=temperature, method=method)
+            return verify(
+                target, tokens, logits, seed=seed, step=step, temperature=temperature, method=method, top_p=top_p,
+                **sharded,
+            )  # fmt: skip
 
     return call
 
@@ -73,8 +82,12 @@ def torch_argmax(target, tokens, logits, seed, step, temperature):
     return torch.softmax(target.float() / temperature[:, None, None], -1).argmax(-1)
 
 
-def implementations(draft, method):
-    found = {"fused": ours("fused", method), "reference": ours("reference", method)}
+def implementations(draft, method, top_p, group):
+    if group is not None:
+        return {mode: ours(mode, method, top_p, vocab_group=group) for mode in ("fused", "reference")}
+    found = {mode: ours(mode, method, top_p) for mode in ("fused", "reference")}
+    if top_p is not None:
+        return found
     if method == "rejection":
         found["torch"] = torch_rejection
     if method != "block" and draft == "onehot":
@@ -82,42 +95,66 @@ def implementations(draft, method):
     return found
 
 
-def check(inputs, method) -> None:
-    """Raise RuntimeError unless the kernels' tokens are the reference's, but for one near tie."""
-    differ = (ours("fused", method)(*inputs).tokens != ours("reference", method)(*inputs).tokens).any(1).sum().item()
+def share(inputs, group):
+    """This rank's shard of a round's logits; the drafts are the first rank's."""
+    rank, world = group.rank(), group.size()
+    target, tokens, logits, *rest = inputs
+    dist.broadcast(tokens, dist.get_global_rank(group, 0), group=group)
+    part = slice(rank * (target.shape[-1] // world), (rank + 1) * (target.shape[-1] // world))
+    return target[..., part].contiguous(), tokens, None if logits is None else logits[..., part].contiguous(), *rest
+
+
+def check(inputs, method, top_p, group) -> None:
+    """Raise RuntimeError unless the kernels' tokens are the reference's, or sharded the unsharded kernels', but for one
+    near tie."""
+    if group is None:
+        got, expected = ours("fused", method, top_p)(*inputs), ours("reference", method, top_p)(*inputs)
+    else:
+        got = ours("fused", method, top_p, vocab_group=group)(*share(inputs, group))
+        expected = ours("fused", method, top_p)(*inputs)
+    differ = (got.tokens != expected.tokens).any(1).sum().item()
     if differ > 1:
-        raise RuntimeError(f"{differ} of {len(inputs[1])} requests differ from the reference, {method}")
+        raise RuntimeError(f"{differ} of {len(inputs[1])} requests differ, {method}")
 
 
-def measure(shape, draft, method, args, bytes_per_us):
+def measure(shape, draft, method, args, bytes_per_us, group):
     batch, k = map(int, shape.split(","))
     dtype = DTYPES[args.dtype]
-    check(make_inputs(batch, k, args.vocab, dtype, draft), method)
+    world = 1 if group is None else group.size()
+    top_p = args.top_p
+
+    def inputs(index):
+        torch.manual_seed(index)  # ranks share what they make
+        made = make_inputs(batch, k, args.vocab, dtype, draft)
+        return made if group is None else share(made, group)
+
+    torch.manual_seed(batch)
+    check(make_inputs(batch, k, args.vocab, dtype, draft), method, top_p, group)
     rows = batch * (k + 1) + (batch * k if draft == "full" else 0)
-    moved = rows * args.vocab * dtype.itemsize
+    moved = rows * args.vocab * dtype.itemsize // world
     measured = []
-    for name, function in implementations(draft, method).items():
+    for name, function in implementations(draft, method, top_p, group).items():
         if name not in args.impls:
             continue
         for mode in args.modes:
             slow = {} if name == "fused" else {"calls": 2, "rounds": 5, "warmup": 1}
-            timing = time_collective(
-                function, inputs=lambda _: make_inputs(batch, k, args.vocab, dtype, draft), mode=mode, **slow
-            )
+            timing = time_collective(function, inputs=inputs, group=group, mode=mode, **slow)
             measured.append(
                 make_row(
                     "verify",
                     name,
                     timing,
-                    world_size=1,
+                    world_size=world,
                     dtype=dtype,
                     mode=mode,
-                    shape={"B": batch, "k": k, "V": args.vocab, "draft": draft, "method": method},
+                    shape={"B": batch, "k": k, "V": args.vocab, "draft": draft, "method": method}
+                    | ({} if top_p is None else {"top_p": top_p}),
                     bytes=moved,
                     floor_us=moved / bytes_per_us,
                 )
             )
-    append(measured, args.results)  # at once: a run that is cut short keeps what it has
+    if group is None or group.rank() == 0:
+        append(measured, args.results)  # at once: a run that is cut short keeps what it has
     return measured
 
 
@@ -130,19 +167,27 @@ def main() -> None:
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
     parser.add_argument("--impls", nargs="+", default=["fused", "reference", "torch", "torch_argmax_only"])
     parser.add_argument("--modes", nargs="+", choices=("graph", "eager"), default=["graph"])
+    parser.add_argument("--top-p", type=float, help="filter the target, here and in the reference")
     parser.add_argument("--results", default=RESULTS, metavar="DIR")
     args = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("bench_verify: needs a CUDA GPU, torch sees none")
-    memory = hbm(0, quick=True)
+    group = None
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        group = fp.init(tp=None)["tp"].get_group()
+        if args.vocab % group.size():
+            sys.exit(f"bench_verify: --vocab {args.vocab} does not split over {group.size()} ranks")
+    memory = hbm(torch.cuda.current_device(), quick=True)
     bytes_per_us = max(memory["copy_gb_per_s"], memory["read_gb_per_s"]) * 1e3
-    print(f"floor_us from {bytes_per_us * 1e-6:.2f} TB/s", flush=True)
+    if group is None or group.rank() == 0:
+        print(f"floor_us from {bytes_per_us * 1e-6:.2f} TB/s", flush=True)
     torch.cuda.empty_cache()
     rows = []
     for case in args.cases:
         for shape in args.shapes:
-            rows += measure(shape, *case.split(","), args, bytes_per_us)
-    show(rows)
+            rows += measure(shape, *case.split(","), args, bytes_per_us, group)
+    if group is None or group.rank() == 0:
+        show(rows)
 
 
 if __name__ == "__main__":

@@ -246,8 +246,8 @@ std::string AllReduceWorkspace::failure() const {
   const volatile AbortRecord* r = reinterpret_cast<const AbortRecord*>(record);
   static const char* const names[] = {
       "all_reduce (one-shot)", "all_reduce (two-shot)",    "all_reduce_add_rms_norm", "reduce_scatter", "all_gather",
-      "matmul_all_reduce",     "matmul_all_reduce_decode", "all_gather_matmul"};
-  const char* name = r->operation < 8 ? names[r->operation] : "an operation";
+      "matmul_all_reduce",     "matmul_all_reduce_decode", "all_gather_matmul",       "verify"};
+  const char* name = r->operation < 9 ? names[r->operation] : "an operation";
   return std::string(name) + " on rank " + std::to_string(rank) + " waited in vain for rank " +
          std::to_string(r->rank) + " (call " + std::to_string(static_cast<unsigned long long>(r->epoch)) + ")";
 }

@@ -272,15 +272,21 @@ void bind_operations(py::module_& m) {
 
 void bind_verify(py::module_& m) {
   m.attr("verify_max_draft_tokens") = fp::kMaxDraftTokens;
+  m.attr("verify_max_tree_nodes") = fp::kMaxTreeNodes;
+  m.attr("verify_max_shards") = fp::kMaxShards;
+  m.attr("verify_record_bytes") = fp::kShardRecordBytes;
   m.def("verify_scratch_bytes", &fp::verify_scratch_bytes, py::arg("batch"), py::arg("k"), py::arg("width"),
-        py::arg("has_draft"));
+        py::arg("has_draft"), py::arg("tree"));
   m.def(
       "verify",
       [](Address target, Address draft, Address draft_tokens, Address seed, Address step, Address position,
          Address temperature, Address num_draft_tokens, Address tokens, Address num_accepted, Address logprobs,
-         Address scratch, std::int64_t target_batch_stride, std::int64_t target_row_stride,
+         Address scratch, Address top_k, Address top_p, Address min_p, Address parents, Address path, Address sent,
+         Address received, std::int64_t target_batch_stride, std::int64_t target_row_stride,
          std::int64_t draft_batch_stride, std::int64_t draft_row_stride, int num_draft_tokens_bytes, int batch, int k,
-         int width, int method, unsigned noise_stream, int target_dtype, int draft_dtype, int device, Address stream) {
+         int width, int first, int vocab, int rank, int world, int method, int part, int parents_batch_stride,
+         int max_depth, unsigned noise_stream, int target_dtype, int draft_dtype, fp::AllReduceWorkspace* peers,
+         int device, Address stream) {
         fp::VerifyArguments a = {};
         a.target = pointer(target);
         a.draft = pointer(draft);
@@ -294,6 +300,13 @@ void bind_verify(py::module_& m) {
         a.num_accepted = static_cast<int*>(pointer(num_accepted));
         a.logprobs = static_cast<float*>(pointer(logprobs));
         a.scratch = pointer(scratch);
+        a.top_k = static_cast<std::int64_t*>(pointer(top_k));
+        a.top_p = static_cast<float*>(pointer(top_p));
+        a.min_p = static_cast<float*>(pointer(min_p));
+        a.parents = static_cast<std::int64_t*>(pointer(parents));
+        a.path = static_cast<std::int64_t*>(pointer(path));
+        a.sent = pointer(sent);
+        a.received = pointer(received);
         a.target_batch_stride = target_batch_stride;
         a.target_row_stride = target_row_stride;
         a.draft_batch_stride = draft_batch_stride;
@@ -302,18 +315,28 @@ void bind_verify(py::module_& m) {
         a.batch = batch;
         a.k = k;
         a.width = width;
+        a.first = first;
+        a.vocab = vocab;
+        a.rank = rank;
+        a.world = world;
         a.method = method;
+        a.part = part;
+        a.parents_batch_stride = parents_batch_stride;
+        a.max_depth = max_depth;
         a.stream = noise_stream;
         a.target_dtype = target_dtype;
         a.draft_dtype = draft_dtype;
-        fp::verify(a, device, pointer(stream));
+        fp::verify(a, peers, device, pointer(stream));
       },
       py::arg("target"), py::arg("draft"), py::arg("draft_tokens"), py::arg("seed"), py::arg("step"),
       py::arg("position"), py::arg("temperature"), py::arg("num_draft_tokens"), py::arg("tokens"),
-      py::arg("num_accepted"), py::arg("logprobs"), py::arg("scratch"), py::arg("target_batch_stride"),
-      py::arg("target_row_stride"), py::arg("draft_batch_stride"), py::arg("draft_row_stride"),
-      py::arg("num_draft_tokens_bytes"), py::arg("batch"), py::arg("k"), py::arg("width"), py::arg("method"),
-      py::arg("noise_stream"), py::arg("target_dtype"), py::arg("draft_dtype"), py::arg("device"), py::arg("stream"));
+      py::arg("num_accepted"), py::arg("logprobs"), py::arg("scratch"), py::arg("top_k"), py::arg("top_p"),
+      py::arg("min_p"), py::arg("parents"), py::arg("path"), py::arg("sent"), py::arg("received"),
+      py::arg("target_batch_stride"), py::arg("target_row_stride"), py::arg("draft_batch_stride"),
+      py::arg("draft_row_stride"), py::arg("num_draft_tokens_bytes"), py::arg("batch"), py::arg("k"), py::arg("width"),
+      py::arg("first"), py::arg("vocab"), py::arg("rank"), py::arg("world"), py::arg("method"), py::arg("part"),
+      py::arg("parents_batch_stride"), py::arg("max_depth"), py::arg("noise_stream"), py::arg("target_dtype"),
+      py::arg("draft_dtype"), py::arg("peers"), py::arg("device"), py::arg("stream"));
 }
 
 fp::VerifyAttentionShape attention_shape(int batch, int new_tokens, int heads, int kv_heads, int head_dim,

@@ -45,11 +45,51 @@ struct Drawn {
   int pad;
 };
 
+// The normaliser of one row: log2 of a token's probability is (x - maximum) * scale - log2_sum.
+struct Normaliser {
+  double log2_sum;  // 0 where no logit is finite
+  float maximum;    // 0 where no logit is finite
+  float threshold;  // the least logit that the filters keep; -inf without
+  int argmax;
+  bool empty;  // no logit is finite
+};
+
+// A row whose normaliser took more than its own chunks: filters, or other ranks' shards.
+struct Prepared {
+  Normaliser row;
+  float logit;  // of the draft at this row; -inf without
+};
+
+struct Winner {  // of one request on this rank
+  unsigned long long key;
+  int token;       // global id
+  float logit;     // of that token
+  bool otherwise;  // drawn from the target itself, because this rank's part of the residual is empty
+};
+
+// How far a request's walk through its tree has come: the distribution that is left at its last accepted node.
+struct TreeState {
+  Normaliser p;  // of that node's row of the target
+  int row;       // which is this
+  int accepted;  // nodes
+  int count;     // siblings refused after that node
+  // Of each refused sibling, in order:
+  int nodes[kMaxTreeNodes], tokens[kMaxTreeNodes];
+  // What all weights were multiplied by after it, so that they sum to 1; 0: nothing would have been left, and so the
+  // weights stayed.
+  double inverse[kMaxTreeNodes];
+  Normaliser q[kMaxTreeNodes];  // of its draft row without the siblings before it; with draft logits only
+};
+
 struct Params : VerifyArguments {
   Statistic* statistics;  // [batch, (k + 1) * target_chunks + k * draft_chunks]
   double* beyond;         // [batch, k, beyond_chunks]
   Drawn* drawn;           // [batch, splits]
   unsigned* arrived;      // [batch]: CTAs of the draw that are done
+  Prepared* prepared;     // [batch, (k + 1) + k with a draft], with filters or shards
+  double* beyond_total;   // [batch, k], over all ranks; null without shards
+  Winner* winners;        // [batch], with shards
+  TreeState* trees;       // [batch], of trees
   int target_chunks, draft_chunks, beyond_chunks;
   int splits, tiles_per_split;
   int target_aligned, draft_aligned;
@@ -88,9 +128,11 @@ __device__ __forceinline__ Request read_request(const Params& p, int b) {
     limit = p.num_draft_tokens_bytes == 8 ? static_cast<const std::int64_t*>(p.num_draft_tokens)[b]
                                           : static_cast<const int*>(p.num_draft_tokens)[b];
   }
-  const unsigned valid = __ballot_sync(kAllLanes, lane < p.k && lane < limit && token >= 0 && token < p.width);
+  const unsigned valid = __ballot_sync(kAllLanes, lane < p.k && lane < limit && token >= 0 && token < p.vocab);
   Request r;
   r.limit = valid == kAllLanes ? 32 : __ffs(~valid) - 1;
+  // A node that cannot be accepted is passed over, and ends nothing.
+  if (p.parents != nullptr) r.limit = static_cast<int>(limit < 0 ? 0 : limit < p.k ? limit : p.k);
   r.greedy = p.method == static_cast<int>(VerifyMethod::kGreedy) || !(temperature > 0.0f);
   r.scale = kLog2E / (r.greedy ? 1.0 : static_cast<double>(fminf(temperature, FLT_MAX)));
   r.scale_f = rounded_scale(r.scale);
@@ -103,13 +145,15 @@ struct Row {
   int width;
   bool aligned;
 
-  // Elements index .. index + kSize - 1, -inf past the end. Reads in the same groups whatever the alignment.
+  // Elements index .. index + kSize - 1, -inf outside the row. Reads in the same groups whatever the alignment.
   __device__ __forceinline__ Vec<T> load(int index) const {
     constexpr int kSize = Vec<T>::kSize;
     if (aligned && index + kSize <= width) return load_once(data + index);
     float x[kSize];
 #pragma unroll
-    for (int e = 0; e < kSize; ++e) x[e] = index + e < width ? to_float(data[index + e]) : -INFINITY;
+    for (int e = 0; e < kSize; ++e) {
+      x[e] = static_cast<unsigned>(index + e) < static_cast<unsigned>(width) ? to_float(data[index + e]) : -INFINITY;
+    }
     return from_floats<T>(x);
   }
   // For threads at kRun elements from each other: one of those that share a line of 128 bytes fetches it.
@@ -159,15 +203,8 @@ __device__ __forceinline__ Statistic* request_statistics(const Params& p, int b)
          b * (static_cast<std::int64_t>(p.k + 1) * p.target_chunks + static_cast<std::int64_t>(p.k) * p.draft_chunks);
 }
 
-// The normaliser of one row: log2 of a token's probability is (x - maximum) * scale - log2_sum.
-struct Normaliser {
-  double log2_sum;  // 0 where no logit is finite
-  float maximum;    // 0 where no logit is finite
-  int argmax;
-  bool empty;  // no logit is finite
-};
-
 __device__ __forceinline__ double log2_probability(const Normaliser& n, double scale, float x) {
+  if (x < n.threshold) return -INFINITY;
   return (static_cast<double>(x) - n.maximum) * scale - n.log2_sum;
 }
 

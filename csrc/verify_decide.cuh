@@ -16,11 +16,18 @@ struct Decision {
   double log2_tokens[kMaxDraftTokens];      // log2 of the drafts' probabilities under the target
   double beyond[kMaxDraftTokens];           // Z of block verification, of rows 1 and up
   int accepted;
-  int drafts;  // that the draft can have drawn
+  int drafts;    // that the draft can have drawn
+  bool certain;  // the residual has weight, on some rank; looked at where there are shards
 };
 
-// A warp: the normaliser of a row from its chunks, in chunk order but for the lanes' split.
-__device__ __forceinline__ Normaliser combine(const Statistic* chunks, int count, double scale) {
+struct Combined {  // of a row's chunks
+  double sum;      // of 2^weight, weights relative to `maximum`
+  float maximum;   // -inf if no logit is finite
+  int argmax;      // of greedy requests only
+};
+
+// A warp: in chunk order but for the lanes' split.
+__device__ __forceinline__ Combined combine(const Statistic* chunks, int count, double scale) {
   const int lane = threadIdx.x % 32;
   float maximum = -INFINITY;
   int argmax = INT_MAX;
@@ -33,14 +40,23 @@ __device__ __forceinline__ Normaliser combine(const Statistic* chunks, int count
   }
   const float best = warp_max(maximum);
   argmax = __reduce_min_sync(kAllLanes, maximum == best ? argmax : INT_MAX);
-  if (best == -INFINITY) return {0.0, 0.0f, 0, true};
+  if (best == -INFINITY) return {0.0, best, INT_MAX};
   double sum = 0.0;
   for (int c = lane; c < count; c += 32) {
     const Statistic s = chunks[c];
     const float weight = static_cast<float>((static_cast<double>(s.maximum) - best) * scale);
     if (s.maximum > -INFINITY) sum += s.sum * exp2f(weight);
   }
-  return {log2(warp_sum(sum)), best, argmax, false};
+  return {warp_sum(sum), best, argmax};
+}
+
+__device__ __forceinline__ Normaliser normaliser(const Combined& c) {
+  if (c.maximum == -INFINITY) return {0.0, 0.0f, -INFINITY, 0, true};
+  return {log2(c.sum), c.maximum, -INFINITY, c.argmax, false};
+}
+
+__host__ __device__ __forceinline__ int rows_per_request(const Params& p) {
+  return p.k + 1 + (p.draft == nullptr ? 0 : p.k);
 }
 
 // What a lane of warp 0 knows of its draft before the statistics are there, so that it is loaded while they are made.
@@ -50,15 +66,16 @@ struct Draft {
   double uniform;
 };
 
-template <typename TT, typename TD>
+template <typename TT, typename TD, bool kPrepared>
 __device__ __forceinline__ Draft read_draft(const Params& p, int b, const Request& request) {
   const int lane = threadIdx.x;
   Draft d = {-1, -INFINITY, -INFINITY, 0.5};
   if (lane < request.limit) {
     d.token = static_cast<int>(p.draft_tokens[static_cast<std::int64_t>(b) * p.k + lane]);
-    d.target_logit = target_row<TT>(p, b, lane).at(d.token);
+    // With prepared rows the logits come with them: the token may be another rank's.
+    if (!kPrepared) d.target_logit = target_row<TT>(p, b, lane).at(d.token);
     if (!request.greedy) {
-      if (p.draft != nullptr) d.draft_logit = draft_row<TD>(p, b, lane).at(d.token);
+      if (!kPrepared && p.draft != nullptr) d.draft_logit = draft_row<TD>(p, b, lane).at(d.token);
       const std::int64_t base = p.position == nullptr ? 0 : p.position[b];
       const uint4 w = noise_words(noise_key(p.seed[b], p.step[b], base + lane, kAcceptStream), 0);
       d.uniform = noise_uniform(w.x, w.y);
@@ -69,20 +86,36 @@ __device__ __forceinline__ Draft read_draft(const Params& p, int b, const Reques
 
 // Fills what block verification needs before its second pass: normalisers, the drafts' ratios and scales. Called by
 // the whole CTA; ends with a barrier. Lane i of warp 0 keeps draft i's ratio (log2 p / q) in the return value.
-__device__ __forceinline__ double weigh_drafts(const Params& p, int b, const Request& request, const Draft& draft,
+template <bool kPrepared>
+__device__ __forceinline__ double weigh_drafts(const Params& p, int b, const Request& request, Draft draft,
                                                Decision& d) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const bool with_draft = p.draft != nullptr && !request.greedy;
   const int target_rows = request.limit + 1, rows = target_rows + (with_draft ? request.limit : 0);
-  const int of_target = (p.k + 1) * p.target_chunks;
-  const Statistic* mine = request_statistics(p, b);
-  for (int r = warp; r < rows; r += kWarps) {
-    const bool is_target = r < target_rows;
-    const int row = is_target ? r : r - target_rows;
-    const Statistic* chunks = is_target ? mine + row * p.target_chunks : mine + of_target + row * p.draft_chunks;
-    const Normaliser n =
-        combine(chunks, is_target ? p.target_chunks : p.draft_chunks, is_target ? request.scale : kLog2E);
-    if (lane == 0) (is_target ? d.target : d.draft)[row] = n;
+  if constexpr (kPrepared) {
+    const Prepared* mine = p.prepared + static_cast<std::int64_t>(b) * rows_per_request(p);
+    for (int r = threadIdx.x; r < rows; r += kThreads) {
+      if (r < target_rows) {
+        d.target[r] = mine[r].row;
+      } else {
+        d.draft[r - target_rows] = mine[p.k + 1 + r - target_rows].row;
+      }
+    }
+    if (warp == 0 && lane < request.limit) {
+      draft.target_logit = mine[lane].logit;
+      if (with_draft) draft.draft_logit = mine[p.k + 1 + lane].logit;
+    }
+  } else {
+    const int of_target = (p.k + 1) * p.target_chunks;
+    const Statistic* mine = request_statistics(p, b);
+    for (int r = warp; r < rows; r += kWarps) {
+      const bool is_target = r < target_rows;
+      const int row = is_target ? r : r - target_rows;
+      const Statistic* chunks = is_target ? mine + row * p.target_chunks : mine + of_target + row * p.draft_chunks;
+      const Normaliser n =
+          normaliser(combine(chunks, is_target ? p.target_chunks : p.draft_chunks, is_target ? request.scale : kLog2E));
+      if (lane == 0) (is_target ? d.target : d.draft)[row] = n;
+    }
   }
   __syncthreads();
   double ratio = -INFINITY;
@@ -116,21 +149,30 @@ __device__ __forceinline__ double weigh_drafts(const Params& p, int b, const Req
   return ratio;
 }
 
+// A warp: Z of one row, of this rank's columns.
+__device__ __forceinline__ double beyond_sum(const Params& p, int b, int row) {
+  const double* parts = p.beyond + (static_cast<std::int64_t>(b) * p.k + row) * p.beyond_chunks;
+  double sum = 0.0;
+  for (int c = threadIdx.x % 32; c < p.beyond_chunks; c += 32) sum += parts[c];
+  return warp_sum(sum);
+}
+
 // Fills `d` altogether. Called by the whole CTA; ends with a barrier.
+template <bool kPrepared>
 __device__ __forceinline__ void decide(const Params& p, int b, const Request& request, const Draft& draft,
                                        Decision& d) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const double ratio = weigh_drafts(p, b, request, draft, d);
+  const double ratio = weigh_drafts<kPrepared>(p, b, request, draft, d);
   const bool block = p.method == static_cast<int>(VerifyMethod::kBlock) && !request.greedy;
   if (block) {
     for (int row = 1 + warp; row < d.drafts; row += kWarps) {
       double sum = 0.0;
       if (p.draft == nullptr) {
         sum = exp2(d.log2_scales[row]) * fmax(!d.target[row].empty - exp2(d.log2_tokens[row]), 0.0);
+      } else if (kPrepared && p.beyond_total != nullptr) {
+        sum = p.beyond_total[static_cast<std::int64_t>(b) * p.k + row];
       } else {
-        const double* parts = p.beyond + (static_cast<std::int64_t>(b) * p.k + row) * p.beyond_chunks;
-        for (int c = lane; c < p.beyond_chunks; c += 32) sum += parts[c];
-        sum = warp_sum(sum);
+        sum = beyond_sum(p, b, row);
       }
       if (lane == 0) d.beyond[row] = sum;
     }
@@ -153,13 +195,29 @@ __device__ __forceinline__ void decide(const Params& p, int b, const Request& re
       const unsigned kept = __ballot_sync(kAllLanes, lane < d.drafts && log2(u) < ratio);
       accepted = kept == kAllLanes ? 32 : __ffs(~kept) - 1;
     }
-    if (lane == 0) d.accepted = accepted;
+    if (lane == 0) {
+      d.accepted = accepted;
+      d.certain = false;
+    }
+    if constexpr (kPrepared) {
+      // By far more than sums in fp32 can be wrong: what is left of p weighs at least what q exceeds p by at the token.
+      __syncwarp();
+      if (lane == accepted && lane < d.drafts && !request.greedy) {
+        if (block) {
+          d.certain = lane > 0 && d.beyond[lane] > 1e-3;
+        } else {
+          const double p_token = exp2(d.log2_tokens[lane]);
+          const double q_token = p.draft == nullptr ? 1.0 : exp2(d.log2_tokens[lane] - ratio);
+          d.certain = !d.target[lane].empty && q_token - p_token > 1e-3;
+        }
+      }
+    }
   }
   __syncthreads();
 }
 
 // One CTA of block verification's second pass: a chunk of Z = sum max(p_i p - q, 0) of one row.
-template <typename TT, typename TD>
+template <typename TT, typename TD, bool kPrepared>
 __device__ void beyond_cta(const Params& p, int cta, Decision& d) {
   __shared__ float warp_value[kWarps];
   const int per_request = (p.k - 1) * p.beyond_chunks;  // row 0 has no use for it
@@ -179,9 +237,10 @@ __device__ void beyond_cta(const Params& p, int cta, Decision& d) {
     draft_row<TD>(p, b, row).prefetch(first + t * kTile);
   }
   Draft drafted = {};
-  if (threadIdx.x < 32) drafted = read_draft<TT, TD>(p, b, request);
+  if (threadIdx.x < 32) drafted = read_draft<TT, TD, kPrepared>(p, b, request);
   dependency_wait();  // only now: what came before are the caller's inputs
-  weigh_drafts(p, b, request, drafted, d);
+  if (kPrepared && p.world > 1) dependency_trigger();
+  weigh_drafts<kPrepared>(p, b, request, drafted, d);
   asm volatile("" : "+r"(b), "+r"(row));  // else the rows' addresses stay in registers from above, which spill
   const Row<TT> p_row = target_row<TT>(p, b, row);
   const Row<TD> q_row = draft_row<TD>(p, b, row);
@@ -202,7 +261,8 @@ __device__ void beyond_cta(const Params& p, int cta, Decision& d) {
     draft.floats(y);
 #pragma unroll
     for (int e = 0; e < kRun; ++e) {
-      const float pe = exp2_fast((clean(x[e]) - maximum_p) * scale_f);
+      float pe = exp2_fast((clean(x[e]) - maximum_p) * scale_f);
+      if (kPrepared && clean(x[e]) < np.threshold) pe = 0.0f;
       const float qe = exp2_fast((clean(y[e]) - maximum_q) * static_cast<float>(kLog2E));
       sum += fmaxf(fmaf(-qe, q_scale, pe * p_scale), 0.0f);
     }

@@ -25,6 +25,7 @@ struct Source {  // in shared memory
   Normaliser np, nq;
   NoiseKey noise;
   double scale, log2_scale;  // of the temperature; of p in the residual
+  int first;                 // id of the row's column 0, for the noise; all else counts columns
   int excluded;              // a token of weight 0, or -1
   bool rest;                 // draw from max(2^log2_scale p - q, 0), else from p
 };
@@ -52,7 +53,7 @@ __device__ __noinline__ double exact_score(const Source<TT, TD>& s, int token) {
     if (!(q < weight)) return -INFINITY;
     weight += log1p(-exp2(q - weight)) * kLog2E;
   }
-  return weight - noise_log2_exponential(s.noise, token);
+  return weight - noise_log2_exponential(s.noise, s.first + token);
 }
 
 // The three tokens of a thread with the greatest upper bounds of r / e.
@@ -76,11 +77,15 @@ struct Candidates {
 
 // Sets best.key and best.token (key 0: no token can be drawn) from the tiles from `tile` to `end`. By the whole CTA;
 // ends with a barrier.
-template <bool kRest, typename TT, typename TD>
+// kPrepared: p may be filtered, and the row a shard.
+template <bool kRest, bool kPrepared, typename TT, typename TD>
 __device__ void scan(const Source<TT, TD>& s, int tile, const int end, Best& best) {
   if (threadIdx.x == 0) best = {0, 0, INT_MAX};
   __syncthreads();
   const int begin = tile, width = s.p.width, excluded = s.excluded;
+  // Philox gives the noise of an even id and the one after it: a shard that begins with an odd id is read from the
+  // column before, which does not exist.
+  const int shift = kPrepared ? s.first & 1 : 0, first_pair = kPrepared ? s.first / 2 : 0;
   NoiseKey noise = s.noise;
   const float scale_f = rounded_scale(s.scale), maximum_p = s.np.maximum, maximum_q = kRest ? s.nq.maximum : 0.0f;
   // Upper bounds of p, lower bounds of q.
@@ -91,7 +96,7 @@ __device__ void scan(const Source<TT, TD>& s, int tile, const int end, Best& bes
   Candidates mine;
   float bound = 0.0f;
   for (; tile < end; ++tile) {
-    const int index = tile * kTile + static_cast<int>(threadIdx.x) * kRun;
+    const int column = tile * kTile + static_cast<int>(threadIdx.x) * kRun, index = column - shift;
     if (index >= width) break;
     Run<TT> run_p;
     Run<TD> run_q;
@@ -101,7 +106,7 @@ __device__ void scan(const Source<TT, TD>& s, int tile, const int end, Best& bes
     asm volatile("" : "+r"(noise.key1));  // else the keys of all rounds stay in registers, which spill
 #pragma unroll
     for (int i = 0; i < kRun / 2; ++i) {
-      const uint4 w = noise_words(noise, index / 2 + i);
+      const uint4 w = noise_words(noise, first_pair + column / 2 + i);
       high[2 * i] = w.y;
       high[2 * i + 1] = w.w;
     }
@@ -114,6 +119,12 @@ __device__ void scan(const Source<TT, TD>& s, int tile, const int end, Best& bes
     // A NaN becomes NaN here, which every comparison below drops.
 #pragma unroll
     for (int e = 0; e < kRun; ++e) p[e] = upper[e] = exp2_fast((x[e] - maximum_p) * scale_f) * upper_p;
+    if constexpr (kPrepared) {
+#pragma unroll
+      for (int e = 0; e < kRun; ++e) {
+        if (x[e] < s.np.threshold) p[e] = upper[e] = 0.0f;
+      }
+    }
     if constexpr (kRest) {
       run_q.floats(x);
 #pragma unroll
@@ -174,8 +185,8 @@ __device__ void scan(const Source<TT, TD>& s, int tile, const int end, Best& bes
     for (int t = begin; t < end; ++t) {
 #pragma unroll 1
       for (int e = 0; e < kRun; ++e) {
-        const int id = t * kTile + static_cast<int>(threadIdx.x) * kRun + e;
-        if (id < width) compare(id);
+        const int id = t * kTile + static_cast<int>(threadIdx.x) * kRun - shift + e;
+        if (id >= 0 && id < width) compare(id);
       }
     }
   } else {
@@ -195,17 +206,18 @@ __device__ void scan(const Source<TT, TD>& s, int tile, const int end, Best& bes
   __syncthreads();
 }
 
-template <typename TT, typename TD>
+template <bool kPrepared, typename TT, typename TD>
 __device__ void scan_any(const Source<TT, TD>& s, int tile, int end, Best& best) {
   if (s.rest) {
-    scan<true>(s, tile, end, best);
+    scan<true, kPrepared>(s, tile, end, best);
   } else {
-    scan<false>(s, tile, end, best);
+    scan<false, kPrepared>(s, tile, end, best);
   }
 }
 
-// The request's results, once its last token is known. By the whole CTA.
-template <typename TT>
+// The request's results, once its last token is known; with shards it is not, and 0 stands in its place until the
+// ranks' winners are compared. By the whole CTA.
+template <typename TT, bool kPrepared>
 __device__ __forceinline__ void write_results(const Params& p, int b, const Request& request, const Decision& d,
                                               int last) {
   const std::int64_t row = static_cast<std::int64_t>(b) * (p.k + 1);
@@ -217,50 +229,16 @@ __device__ __forceinline__ void write_results(const Params& p, int b, const Requ
   if (p.logprobs == nullptr) return;
   double logprob = 0.0;
   if (i < d.accepted) logprob = d.log2_tokens[i];
-  if (i == d.accepted) {
+  if (i == d.accepted && !(kPrepared && p.world > 1)) {
     logprob = log2_probability(d.target[i], request.scale, target_row<TT>(p, b, i).at(last));
   }
   p.logprobs[row + i] = static_cast<float>(logprob * 0.6931471805599453);
 }
 
-template <typename TT, typename TD>
-__device__ void draw_cta(const Params& p, int cta, Decision& d) {
-  __shared__ Source<TT, TD> source;
-  __shared__ Best best;
+// Hands in what this CTA found of its split of a request's row. In the CTA that is the last to do so `best` becomes the
+// best of all, and the result is true. By the whole CTA; ends with a barrier.
+__device__ __forceinline__ bool best_of_splits(const Params& p, int b, int split, Best& best) {
   __shared__ bool is_last;
-  const int b = p.batch - 1 - cta / p.splits;  // what was read last is still in the L2
-  const int split = cta % p.splits;
-  const Request request = read_request(p, b);
-  Draft draft = {};
-  if (threadIdx.x < 32) draft = read_draft<TT, TD>(p, b, request);
-  dependency_wait();
-  if (request.greedy && split != 0) return;
-  decide(p, b, request, draft, d);
-  if (request.greedy) {
-    write_results<TT>(p, b, request, d, d.target[d.accepted].argmax);
-    return;
-  }
-  if (threadIdx.x == 0) {
-    const int row = d.accepted;
-    const bool refused = row < d.drafts;
-    source.p = target_row<TT>(p, b, row);
-    source.np = d.target[row];
-    source.rest = refused && p.draft != nullptr;
-    if (source.rest) {
-      source.q = draft_row<TD>(p, b, row);
-      source.nq = d.draft[row];
-    }
-    source.noise = noise_key(p.seed[b], p.step[b], (p.position == nullptr ? 0 : p.position[b]) + row, p.stream);
-    source.scale = request.scale;
-    source.log2_scale = d.log2_scales[row];
-    source.excluded =
-        refused && !source.rest ? static_cast<int>(p.draft_tokens[static_cast<std::int64_t>(b) * p.k + row]) : -1;
-  }
-  __syncthreads();
-  const int tiles = (p.width + kTile - 1) / kTile;
-  const int tile = split * p.tiles_per_split;
-  scan_any(source, tile, min(tile + p.tiles_per_split, tiles), best);
-
   Drawn* drawn = p.drawn + static_cast<std::int64_t>(b) * p.splits;
   if (threadIdx.x == 0) {
     drawn[split] = {best.key, best.token, 0};
@@ -268,7 +246,7 @@ __device__ void draw_cta(const Params& p, int cta, Decision& d) {
     is_last = atomicAdd(p.arrived + b, 1u) == static_cast<unsigned>(p.splits) - 1;
   }
   __syncthreads();
-  if (!is_last) return;
+  if (!is_last) return false;
   if (threadIdx.x < 32) {
     __threadfence();  // the count before the others' results
     unsigned long long key = 0;
@@ -296,17 +274,77 @@ __device__ void draw_cta(const Params& p, int cta, Decision& d) {
     }
   }
   __syncthreads();
-  if (best.key == 0 && (source.rest || source.excluded >= 0)) {
-    // A residual without any weight, which rounding alone can leave: the target itself, by this CTA.
+  return true;
+}
+
+template <typename TT, typename TD, bool kPrepared>
+__device__ void draw_cta(const Params& p, int cta, Decision& d) {
+  __shared__ Source<TT, TD> source;
+  __shared__ Best best;
+  const int b = p.batch - 1 - cta / p.splits;  // what was read last is still in the L2
+  const int split = cta % p.splits;
+  const Request request = read_request(p, b);
+  Draft draft = {};
+  if (threadIdx.x < 32) draft = read_draft<TT, TD, kPrepared>(p, b, request);
+  dependency_wait();
+  const bool sharded = kPrepared && p.world > 1;
+  if (sharded) dependency_trigger();  // not while it waits behind an exchange: see launch_local
+  if (request.greedy && split != 0) return;
+  decide<kPrepared>(p, b, request, draft, d);
+  if (request.greedy) {
+    write_results<TT, kPrepared>(p, b, request, d, sharded ? 0 : d.target[d.accepted].argmax);
+    return;
+  }
+  if (threadIdx.x == 0) {
+    const int row = d.accepted;
+    const bool refused = row < d.drafts;
+    source.p = target_row<TT>(p, b, row);
+    source.np = d.target[row];
+    source.rest = refused && p.draft != nullptr;
+    if (source.rest) {
+      source.q = draft_row<TD>(p, b, row);
+      source.nq = d.draft[row];
+    }
+    source.noise = noise_key(p.seed[b], p.step[b], (p.position == nullptr ? 0 : p.position[b]) + row, p.stream);
+    source.scale = request.scale;
+    source.log2_scale = d.log2_scales[row];
+    source.excluded =
+        refused && !source.rest ? static_cast<int>(p.draft_tokens[static_cast<std::int64_t>(b) * p.k + row]) : -1;
+    source.first = 0;
+    if constexpr (kPrepared) {
+      source.first = p.first;
+      if (source.excluded >= 0) source.excluded = max(source.excluded - p.first, -1);  // -1: a lower rank's
+      // Vectors from an odd column are not aligned.
+      if (p.first % 2 != 0) source.p.aligned = source.q.aligned = false;
+    }
+  }
+  __syncthreads();
+  const int tiles = (p.width + (kPrepared ? p.first % 2 : 0) + kTile - 1) / kTile;
+  const int tile = split * p.tiles_per_split;
+  scan_any<kPrepared>(source, tile, min(tile + p.tiles_per_split, tiles), best);
+
+  if (!best_of_splits(p, b, split, best)) return;
+  const bool otherwise = best.key == 0 && d.accepted < d.drafts && !(sharded && d.certain);
+  if (otherwise) {
+    // A residual without any weight, which rounding alone can leave: the target itself, by this CTA. With shards, also
+    // where only this rank's part has none; then what is drawn counts if no rank has any.
     __syncthreads();
     if (threadIdx.x == 0) {
       source.rest = false;
       source.excluded = -1;
     }
     __syncthreads();
-    scan_any(source, 0, tiles, best);
+    scan_any<kPrepared>(source, 0, tiles, best);
   }
-  write_results<TT>(p, b, request, d, best.key == 0 ? 0 : best.token);
+  write_results<TT, kPrepared>(p, b, request, d, sharded || best.key == 0 ? 0 : best.token);
+  if (sharded && threadIdx.x == 0) {
+    Winner w = {best.key, 0, -INFINITY, otherwise};
+    if (best.key != 0) {
+      w.token = best.token + p.first;
+      w.logit = source.p.at(best.token);
+    }
+    p.winners[b] = w;
+  }
 }
 
 }  // namespace verify_detail

@@ -46,7 +46,7 @@ struct Lamport {
 
 // Operations in an AbortRecord.
 constexpr unsigned kOneShot = 0, kTwoShot = 1, kOneShotNorm = 2, kReduceScatter = 3, kAllGather = 4, kMatmul = 5,
-                   kMatmulDecode = 6, kGatherMatmul = 7;
+                   kMatmulDecode = 6, kGatherMatmul = 7, kVerify = 8;
 
 // A 32-bit word that no rank ever sends; a slot holds it where nothing has arrived. One word for all dtypes, because a
 // buffer may serve another dtype in the next call. Words, not elements, are looked at: all accesses are vectors of

@@ -53,6 +53,42 @@ class KVCache:
                 f"{new} more tokens do not fit a KV cache of {self.capacity} tokens that holds {most}; make it larger"
             )
 
+    def keep_path(self, path: torch.Tensor) -> None:
+        """Move the keys and values of an accepted path through a tree to where a chain's would be, in all layers.
+
+        Before a tree's verification the root's token lies at `lens` of its sequence and node j of the tree at
+        lens + 1 + j; afterwards the i-th accepted node lies at lens + 1 + i. Nodes that were not accepted are left
+        behind, or overwritten. `lens` stays: the caller adds the accepted nodes and the root. Keys are not rotated
+        again: node i of a path was rotated for the position lens + 1 + i, if the positions in the model were those of
+        the tree's depths.
+
+        Args:
+            path: int64 [batch, depth] of `fp.verify_tree`: nodes, each after the one before; -1 after the last.
+
+        On the current stream, without host synchronisation; can be captured in CUDA graphs. Positions beyond the
+        capacity are left out, so that a sequence that stands still may lie at its end.
+
+        Raises TypeError, ValueError: another dtype, shape or device.
+        """
+        if path.dtype != torch.int64:
+            raise TypeError(f"keep_path: path has dtype {path.dtype}, expected torch.int64")
+        if path.dim() != 2 or path.shape[0] != self.batch or path.device != self.k.device:
+            raise ValueError(
+                f"keep_path: path has shape {tuple(path.shape)} on {path.device}, expected [{self.batch}, depth] on "
+                f"{self.k.device}"
+            )
+        if path.shape[1] == 0:
+            return
+        root = self.lens.long().unsqueeze(1)
+        to, source = self.positions(path.shape[1]) + 1, root + 1 + path
+        # Where there is no node, or no room, the root's slot is copied onto itself, which nothing else writes.
+        moves = (path >= 0) & (source < self.capacity)
+        root = root.clamp(max=self.capacity - 1)
+        to, source = torch.where(moves, to, root), torch.where(moves, source, root)
+        sequence = torch.arange(self.batch, device=path.device).unsqueeze(1)
+        for cached in (self.k, self.v):
+            cached[:, sequence, to] = cached[:, sequence, source]  # all are read before any is written
+
     def reset(self) -> None:
         """Forget all sequences."""
         self.lens.zero_()

@@ -16,9 +16,6 @@ from collections.abc import Callable
 
 from ..errors import NoFusedKernelError
 
-# The reason given by operations that have no fused kernel in this version.
-NO_KERNEL = "this version has no fused kernel for it"
-
 MODES = ("auto", "fused", "reference")
 _mode: contextvars.ContextVar[str | None] = contextvars.ContextVar("fused_parallel_mode", default=None)
 _log = logging.getLogger("fused_parallel")

@@ -2,38 +2,75 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from .. import _ext
+from ..comm import collectives
+from ..comm.workspace import slot_bytes_for, why_no_workspace, workspace_of
 from ..reference.noise import STREAMS
+from ..reference.vocab_shard import VocabShard
 
 METHODS = ("rejection", "block", "greedy")  # in the order of enum VerifyMethod of csrc/verify.h
+ALL, ROWS, BEYOND, DRAW, FINISH = range(5)  # enum VerifyPart
 
 
-def why_not_fused(target_logits, draft_tokens, draft_logits, top_k, top_p, min_p, group_name: str) -> str | None:
-    """Why the reference must do this call; None if the kernels can. Target [B, k + 1, V], the rest as in `verify`."""
+def _world(part: VocabShard) -> int:
+    return part.pg.size() if part.pg else 1
+
+
+def _why_no_peers(part: VocabShard, records: int) -> str | None:
+    """Why the ranks cannot exchange so many records inside the kernels. The same on all; collective at first."""
+    if (why := why_no_workspace(part.pg)) is not None:
+        return why
+    bytes = records * _ext.extension().verify_record_bytes
+    most = slot_bytes_for(part.pg.size())
+    return None if bytes <= most else f"records of {bytes} bytes do not fit the slots of {most}"
+
+
+def why_not_fused(
+    target_logits, draft_tokens, draft_logits, filters, part: VocabShard, *, tree: bool = False
+) -> str | None:
+    """Why the reference must do this call; None if the kernels can. Target [B, k + 1, width], `filters` top_k, top_p
+    and min_p, the rest as in `verify` or `verify_tree`. The same on all ranks, and collective at a group's first
+    call."""
     if not target_logits.is_cuda:
         return f"there are kernels for CUDA tensors only, not for {target_logits.device.type}"
     if (why := _ext.why_no_kernels()) is not None:
         return why
-    if group_name:
-        return "the kernels need the whole vocabulary on one GPU, and vocab_group is given"
-    for name, option in (("top_k", top_k), ("top_p", top_p), ("min_p", min_p)):
-        if option is not None:
-            return f"the kernels know no filters, and {name} is given"
-    most = _ext.extension().verify_max_draft_tokens
-    if draft_tokens.shape[1] > most:
-        return f"the kernels verify up to {most} drafts a request, not {draft_tokens.shape[1]}"
+    extension, k = _ext.extension(), draft_tokens.shape[1]
+    most = extension.verify_max_tree_nodes if tree else extension.verify_max_draft_tokens
+    if k > most:
+        return f"the kernels verify up to {most} {'nodes' if tree else 'drafts'} a request, not {k}"
     if draft_logits is not None and draft_logits.dtype not in (target_logits.dtype, torch.float32):
         return f"the kernels read draft_logits in {target_logits.dtype} or float32, not in {draft_logits.dtype}"
-    if target_logits.shape[-1] > 2**30:
-        return f"the kernels know vocabularies up to 2**30, not {target_logits.shape[-1]}"
+    if part.vocab_size > 2**30:
+        return f"the kernels know vocabularies up to 2**30, not {part.vocab_size}"
+    if tree and _world(part) > 1:
+        return "the kernels know trees over the whole vocabulary only, and vocab_group is given"
+    if _world(part) > extension.verify_max_shards:
+        return f"the kernels combine up to {extension.verify_max_shards} shards, not {_world(part)}"
+    if _world(part) > 1 and any(f is not None for f in filters):
+        why = _why_no_peers(part, _rows(draft_tokens, draft_logits))
+        if why is not None:
+            return f"filters over shards need the exchange through the peers' memory, and {why}"
     return None
+
+
+def _rows(draft_tokens: torch.Tensor, draft_logits: torch.Tensor | None) -> int:
+    """Rows of target and draft."""
+    batch, k = draft_tokens.shape
+    return batch * (k + 1 + (0 if draft_logits is None else k))
 
 
 def _readable(logits: torch.Tensor) -> torch.Tensor:
     """Rows of contiguous elements: the kernels read any row and batch strides in place."""
     return logits if logits.stride(-1) == 1 else logits.contiguous()
+
+
+def _stream(device: torch.device) -> int:
+    return torch.cuda.current_stream(device).cuda_stream
 
 
 def launch(
@@ -44,8 +81,9 @@ def launch(
     step,
     temperature,
     num_draft_tokens,
+    filters,
     method: str,
-    vocab_size: int,
+    part: VocabShard,
     position: torch.Tensor | None = None,
     stream: str = "residual",
     *,
@@ -53,52 +91,146 @@ def launch(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """tokens, num_accepted and logprobs ([B, 0] unless asked for) as of `verify`, on the current stream.
 
-    `position` int64 [B] is that of row 0 in the noise (None: 0), `stream` that of the last token.
+    `filters`: top_k, top_p and min_p; `position` int64 [B] is that of row 0 in the noise (None: 0), `stream` that of
+    the last token.
     """
-    batch, rows, _ = target_logits.shape
-    extension = _ext.extension()
-    # Kept in names until after the launch: a temporary would give its memory back before the kernels are queued.
-    target_logits = _readable(target_logits)
-    has_draft = draft_logits is not None and rows > 1
-    draft_logits = _readable(draft_logits) if has_draft else None
-    small = [t if t is None else t.contiguous() for t in (draft_tokens, seed, step, position, temperature)]
-    draft_tokens, seed, step, position, temperature = small
-    num_draft_tokens = None if num_draft_tokens is None else num_draft_tokens.contiguous()
-    tokens = seed.new_empty((batch, rows))
-    accepted = seed.new_empty((batch,), dtype=torch.int32)
-    logprobs = temperature.new_empty((batch, rows if return_logprobs else 0))
-    scratch_bytes = extension.verify_scratch_bytes(batch, rows - 1, vocab_size, has_draft)
-    scratch = torch.empty(scratch_bytes, dtype=torch.uint8, device=seed.device)
+    parts = Parts(
+        target_logits, draft_tokens, draft_logits, seed, step, temperature, num_draft_tokens, filters, method, part,
+        position, stream, return_logprobs=return_logprobs,
+    )  # fmt: skip
+    if _world(part) == 1:
+        parts.whole()
+    elif _why_no_peers(part, _rows(draft_tokens, draft_logits)) is None:
+        workspace = workspace_of(part.pg)
+        workspace.check()
+        parts.whole(workspace.native)
+    else:
+        parts.gathered(lambda sent: collectives.all_gather(sent[None], part.pg))
+    return parts.tokens, parts.accepted, parts.logprobs
 
-    def address(t: torch.Tensor | None) -> int:
-        return 0 if t is None else t.data_ptr()
 
-    extension.verify(
-        target=target_logits.data_ptr(),
-        draft=address(draft_logits),
-        draft_tokens=draft_tokens.data_ptr(),
-        seed=seed.data_ptr(),
-        step=step.data_ptr(),
-        position=address(position),
-        temperature=temperature.data_ptr(),
-        num_draft_tokens=address(num_draft_tokens),
-        tokens=tokens.data_ptr(),
-        num_accepted=accepted.data_ptr(),
-        logprobs=logprobs.data_ptr() if return_logprobs else 0,
-        scratch=scratch.data_ptr(),
-        target_batch_stride=target_logits.stride(0),
-        target_row_stride=target_logits.stride(1),
-        draft_batch_stride=draft_logits.stride(0) if has_draft else 0,
-        draft_row_stride=draft_logits.stride(1) if has_draft else 0,
-        num_draft_tokens_bytes=0 if num_draft_tokens is None else num_draft_tokens.element_size(),
-        batch=batch,
-        k=rows - 1,
-        width=vocab_size,
-        method=METHODS.index(method),
-        noise_stream=STREAMS[stream],
-        target_dtype=_ext.DTYPE_CODES[target_logits.dtype],
-        draft_dtype=_ext.DTYPE_CODES[draft_logits.dtype] if has_draft else 0,
-        device=seed.device.index,
-        stream=torch.cuda.current_stream(seed.device).cuda_stream,
-    )
-    return tokens, accepted, logprobs
+def launch_tree(
+    target_logits,
+    draft_tokens,
+    parents,
+    draft_logits,
+    seed,
+    step,
+    temperature,
+    num_draft_tokens,
+    filters,
+    max_depth: int,
+    part: VocabShard,
+    *,
+    return_logprobs: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """tokens, num_accepted, logprobs ([B, 0] unless asked for) and path as of `verify_tree`, on the current stream."""
+    parts = Parts(
+        target_logits, draft_tokens, draft_logits, seed, step, temperature, num_draft_tokens, filters, "rejection",
+        part, return_logprobs=return_logprobs, parents=parents, max_depth=max_depth,
+    )  # fmt: skip
+    parts.whole()
+    return parts.tokens, parts.accepted, parts.logprobs, parts.path
+
+
+class Parts:
+    """A call, ready to be launched, and its outputs. `rank` and `world`: instead of those of `part.pg`. With `parents`
+    [k] or [B, k] a tree of `max_depth`."""
+
+    def __init__(
+        self, target_logits, draft_tokens, draft_logits, seed, step, temperature, num_draft_tokens, filters,
+        method: str, part: VocabShard, position=None, stream: str = "residual", *, return_logprobs: bool = False,
+        rank: int | None = None, world: int | None = None, parents=None, max_depth: int | None = None,
+    ) -> None:  # fmt: skip
+        batch, rows, _ = target_logits.shape
+        columns = rows if parents is None else max_depth + 1
+        self.extension = extension = _ext.extension()
+        world = _world(part) if world is None else world
+        rank = (part.pg.rank() if part.pg else 0) if rank is None else rank
+        first = rank * part.width
+        width = min(max(part.vocab_size - first, 0), part.width)
+        # Kept until after the launch: a temporary would give its memory back before the kernels are queued.
+        target_logits = _readable(target_logits)
+        has_draft = draft_logits is not None and rows > 1
+        draft_logits = _readable(draft_logits) if has_draft else None
+        small = [draft_tokens, seed, step, position, temperature, num_draft_tokens, *filters, parents]
+        small = [t if t is None else t.contiguous() for t in small]
+        draft_tokens, seed, step, position, temperature, num_draft_tokens, top_k, top_p, min_p, parents = small
+        self.tokens = seed.new_empty((batch, columns))
+        self.path = seed.new_empty((batch, 0 if parents is None else max_depth))
+        self.accepted = seed.new_empty((batch,), dtype=torch.int32)
+        self.logprobs = temperature.new_empty((batch, columns if return_logprobs else 0))
+        scratch_bytes = extension.verify_scratch_bytes(batch, rows - 1, width, has_draft, parents is not None)
+        scratch = torch.empty(scratch_bytes, dtype=torch.uint8, device=seed.device)
+        self._kept = (target_logits, draft_logits, small, scratch)
+        self._records = {
+            ROWS: batch * (rows + (rows - 1 if has_draft and method != "greedy" else 0)),
+            BEYOND: batch * (rows - 1),
+            DRAW: batch,
+        }
+        self._sums = has_draft and rows > 2 and method == "block"
+
+        def address(t: torch.Tensor | None) -> int:
+            return 0 if t is None else t.data_ptr()
+
+        self._arguments = dict(
+            target=target_logits.data_ptr(),
+            draft=address(draft_logits),
+            draft_tokens=draft_tokens.data_ptr(),
+            seed=seed.data_ptr(),
+            step=step.data_ptr(),
+            position=address(position),
+            temperature=temperature.data_ptr(),
+            num_draft_tokens=address(num_draft_tokens),
+            tokens=self.tokens.data_ptr(),
+            num_accepted=self.accepted.data_ptr(),
+            logprobs=self.logprobs.data_ptr() if return_logprobs else 0,
+            scratch=scratch.data_ptr(),
+            top_k=address(top_k),
+            top_p=address(top_p),
+            min_p=address(min_p),
+            parents=address(parents),
+            path=0 if parents is None else self.path.data_ptr(),
+            parents_batch_stride=0 if parents is None or parents.dim() == 1 else parents.shape[1],
+            max_depth=0 if parents is None else max_depth,
+            target_batch_stride=target_logits.stride(0),
+            target_row_stride=target_logits.stride(1),
+            draft_batch_stride=draft_logits.stride(0) if has_draft else 0,
+            draft_row_stride=draft_logits.stride(1) if has_draft else 0,
+            num_draft_tokens_bytes=0 if num_draft_tokens is None else num_draft_tokens.element_size(),
+            batch=batch,
+            k=rows - 1,
+            width=width,
+            first=first if width else 0,
+            vocab=part.vocab_size,
+            rank=rank,
+            world=world,
+            method=METHODS.index(method),
+            noise_stream=STREAMS[stream],
+            target_dtype=_ext.DTYPE_CODES[target_logits.dtype],
+            draft_dtype=_ext.DTYPE_CODES[draft_logits.dtype] if has_draft else 0,
+            device=seed.device.index,
+        )
+
+    def _run(self, part: int, sent=None, received=None, peers=None) -> None:
+        self.extension.verify(
+            **self._arguments,
+            part=part,
+            sent=0 if sent is None else sent.data_ptr(),
+            received=0 if received is None else received.data_ptr(),
+            peers=peers,
+            stream=_stream(self.tokens.device),
+        )
+
+    def whole(self, peers=None) -> None:
+        """Everything; `peers`: the extension's workspace of the group that shares the vocabulary."""
+        self._run(ALL, peers=peers)
+
+    def gathered(self, gather: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Everything, with `gather` of int64 records [n, 4] into [world, n, 4] between the kernels."""
+        received = None
+        for part in (ROWS, BEYOND, DRAW) if self._sums else (ROWS, DRAW):
+            sent = self.tokens.new_empty((self._records[part], self.extension.verify_record_bytes // 8))
+            self._run(part, sent, received)
+            received = gather(sent)
+        self._run(FINISH, None, received)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 from ..reference import sample as reference
@@ -20,12 +22,12 @@ def _sample_impl(
     part = shard(logits, vocab_size, group_name)
     if part.pg:
         check_agreement("sample", part.pg, logits, temperature, top_k, top_p, min_p)
-    rows = logits[:, None]
+    rows, filters = logits[:, None], (top_k, top_p, min_p)
     no_drafts = seed.new_empty(seed.shape[0], 0)
-    unsupported = why_not_fused(rows, no_drafts, None, top_k, top_p, min_p, group_name)
+    unsupported = functools.partial(why_not_fused, rows, no_drafts, None, filters, part)
     if choose_fused("sample", unsupported, on_gpu=logits.is_cuda):
         tokens, _, _ = launch(
-            rows, no_drafts, None, seed, step, temperature, None, "rejection", vocab_size, position, stream
+            rows, no_drafts, None, seed, step, temperature, None, filters, "rejection", part, position, stream
         )
         return tokens[:, 0]
     return reference.sample(logits, seed, step, temperature, position, stream, top_k, top_p, min_p, part)

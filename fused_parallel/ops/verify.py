@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -37,11 +38,12 @@ def _verify_impl(
     part = shard(target_logits, vocab_size, group_name)
     if part.pg:
         check_agreement("verify", part.pg, target_logits, draft_logits, draft_tokens, temperature, top_k, top_p, min_p)
-    unsupported = why_not_fused(target_logits, draft_tokens, draft_logits, top_k, top_p, min_p, group_name)
+    filters = (top_k, top_p, min_p)
+    unsupported = functools.partial(why_not_fused, target_logits, draft_tokens, draft_logits, filters, part)
     if choose_fused("verify", unsupported, on_gpu=target_logits.is_cuda):
         return launch(
-            target_logits, draft_tokens, draft_logits, seed, step, temperature, num_draft_tokens, method, vocab_size,
-            return_logprobs=return_logprobs,
+            target_logits, draft_tokens, draft_logits, seed, step, temperature, num_draft_tokens, filters, method,
+            part, return_logprobs=return_logprobs,
         )  # fmt: skip
     tokens, accepted, logprobs = reference.verify(
         target_logits, draft_tokens, draft_logits, seed, step, temperature, num_draft_tokens, top_k, top_p, min_p,
@@ -135,8 +137,8 @@ def verify(
         vocab_size: ids at or above it are padding, masked in target and draft; default: none are.
         vocab_group: ProcessGroup or 1-D DeviceMesh whose ranks hold the vocabulary in rank order. All other arguments
             are the same on its ranks, and so are the results; given the same logits, they are those of the whole
-            vocabulary on one rank. A few float64 numbers a row are exchanged, never the vocabulary; top_k and top_p
-            cost 32 small exchanges each.
+            vocabulary on one rank. A few numbers a row are exchanged, never the vocabulary; top_k and top_p cost more
+            exchanges (docs/verify.md).
         return_logprobs: also return the tokens' log-probabilities.
 
     Returns:
@@ -147,8 +149,9 @@ def verify(
 
     The reference computes in float64; the CUDA kernels decide alike but for near ties (docs/verify.md). All noise is a
     function of (seed, step, position, stream, token id): a request's result does not depend on the rest of the batch.
-    Without filters and vocab_group, at most three kernels. Runs on the current stream without host synchronisation;
-    can be captured in CUDA graphs and traced by torch.compile(fullgraph=True).
+    At most three kernels, and one more each for filters and for each exchange of vocab_group. Runs on the current
+    stream without host synchronisation; can be captured in CUDA graphs (with vocab_group after one call of the group
+    outside a capture, which makes its workspace) and traced by torch.compile(fullgraph=True).
 
     Raises:
         TypeError, ValueError: dtypes, shapes, devices, numbers or names that do not fit; logits that want a gradient.

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 from ..reference import verify_tree as reference
 from ._debug import check_agreement
-from ._dispatch import NO_KERNEL, choose_fused
+from ._dispatch import choose_fused
 from ._library import register
 from ._sampling import check_seed, check_tensor, options, shard, vocabulary
+from ._verify_kernel import launch_tree, why_not_fused
 from .verify import VerifyResult, check_drafts
 
 SIBLINGS = ("without_replacement", "deterministic")
@@ -23,7 +26,13 @@ def _verify_tree_impl(
         check_agreement(
             "verify_tree", part.pg, target_logits, draft_logits, draft_tokens, temperature, top_k, top_p, min_p
         )
-    choose_fused("verify_tree", NO_KERNEL, on_gpu=target_logits.is_cuda)
+    filters = (top_k, top_p, min_p)
+    unsupported = functools.partial(why_not_fused, target_logits, draft_tokens, draft_logits, filters, part, tree=True)
+    if choose_fused("verify_tree", unsupported, on_gpu=target_logits.is_cuda):
+        return launch_tree(
+            target_logits, draft_tokens, parents, draft_logits, seed, step, temperature, num_draft_tokens, filters,
+            max_depth, part, return_logprobs=return_logprobs,
+        )  # fmt: skip
     tokens, accepted, logprobs, path = reference.verify_tree(
         target_logits, draft_tokens, parents.expand_as(draft_tokens), draft_logits, seed, step, temperature,
         num_draft_tokens, top_k, top_p, min_p, max_depth, part,
@@ -101,8 +110,10 @@ def verify_tree(
         VerifyResult(tokens int64 [B, max_depth + 1], num_accepted int32 [B], logprobs or None, path int64
         [B, max_depth] of the accepted nodes, -1 after the last).
 
-    A chain (parents -1, 0, 1, ...) gives the tokens of `fp.verify` with method="rejection". Everything else, streams,
-    graphs and errors included, as there.
+    A chain (parents -1, 0, 1, ...) gives the tokens of `fp.verify` with method="rejection". `KVCache.keep_path` moves
+    the accepted nodes' keys and values together. The CUDA kernels take up to 63 nodes over the whole vocabulary, and
+    differ from the reference as docs/verify.md says. Everything else, streams, graphs and errors included, as in
+    `fp.verify`.
 
     Sources: Miao et al. 2024, "SpecInfer"; Chen et al. 2024, "Sequoia: Scalable, Robust, and Hardware-aware
     Speculative Decoding" (sampling without replacement).

@@ -40,6 +40,20 @@ def case(batch, k, vocab, *, dtype=torch.float32, filters=True, ragged=True, mix
     return out
 
 
+def tree_case(batch, nodes, vocab, siblings, dtype=torch.float32, **options):
+    """Like `case`, with random parents per request; siblings share their draft row."""
+    c = case(batch, nodes, vocab, dtype=dtype, **options)
+    parents = torch.stack([torch.randint(-1, j, (batch,)) for j in range(nodes)], 1) if nodes else c["draft_tokens"]
+    if siblings == "deterministic":
+        return c | {"draft_logits": None, "parents": parents, "siblings": siblings}
+    by_parent = (c["target_logits"].float() + torch.randn(batch, nodes + 1, vocab)).to(dtype)
+    by_parent[torch.rand(by_parent.shape) < 0.3] = float("-inf")  # some siblings have nothing left to be drawn from
+    draft = by_parent.take_along_dim(parents[..., None] + 1, 1)
+    drawn = (draft.float() - torch.empty(draft.shape).exponential_().log()).argmax(-1)
+    tokens = torch.where(torch.rand(drawn.shape) < 0.8, drawn, c["draft_tokens"])
+    return c | {"draft_logits": draft, "draft_tokens": tokens, "parents": parents, "siblings": siblings}
+
+
 def targets(c, b, rows, vocab_size):
     """The oracle's target distributions of request b of a case."""
     options = [c[name][b].item() if name in c else 0 for name in ("top_k", "top_p", "min_p")]

@@ -154,6 +154,32 @@ def test_kv_cache_lengths(seed):
     assert cache.lens.tolist() == [0, 0, 0]
 
 
+def test_kv_cache_keeps_a_path(seed):
+    layers, capacity, depth = 2, 12, 4
+    cache = fp.nn.KVCache(layers, 5, capacity, 2, 4, dtype=torch.float32)
+    cache.k.normal_()
+    cache.v.normal_()
+    lens = [0, 3, 6, 9, 12]  # the last two have no room for all of the tree, and stand still
+    cache.lens.copy_(torch.tensor(lens))
+    path = torch.tensor([[1, 2, 5, 7], [0, 1, -1, -1], [2, 3, 4, -1], [1, 5, 6, 7], [0, 2, -1, -1]])
+    before = cache.k.clone(), cache.v.clone()
+    cache.keep_path(path)
+    assert cache.lens.tolist() == lens
+    for was, now in zip(before, (cache.k, cache.v), strict=True):
+        expected = was.clone()
+        for b in range(5):
+            for i in range(depth):
+                node = int(path[b, i])
+                if node >= 0 and lens[b] + 1 + node < capacity:
+                    expected[:, b, lens[b] + 1 + i] = was[:, b, lens[b] + 1 + node]
+        assert torch.equal(now, expected)
+    cache.keep_path(path[:, :0])
+    with pytest.raises(TypeError, match="int32"):
+        cache.keep_path(path.int())
+    with pytest.raises(ValueError, match=r"expected \[5, depth\]"):
+        cache.keep_path(path[:3])
+
+
 def rank_attention(mesh):
     torch.manual_seed(5)
     attention = fp.nn.ParallelAttention(12, 4, 2, 6, group=mesh["tp"])

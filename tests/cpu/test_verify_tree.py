@@ -4,25 +4,12 @@ import _verify_cases as cases
 import _verify_oracle as oracle
 import pytest
 import torch
+from _verify_cases import tree_case
 
 from fused_parallel.ops.verify import verify
 from fused_parallel.ops.verify_tree import SIBLINGS, verify_tree
 
 NAN, INF = float("nan"), float("inf")
-
-
-def tree_case(batch, nodes, vocab, siblings, dtype=torch.float32, **options):
-    """Like cases.case, with random parents per request; siblings share their draft row."""
-    case = cases.case(batch, nodes, vocab, dtype=dtype, **options)
-    parents = torch.stack([torch.randint(-1, j, (batch,)) for j in range(nodes)], 1) if nodes else case["draft_tokens"]
-    if siblings == "deterministic":
-        return case | {"draft_logits": None, "parents": parents, "siblings": siblings}
-    by_parent = (case["target_logits"].float() + torch.randn(batch, nodes + 1, vocab)).to(dtype)
-    by_parent[torch.rand(by_parent.shape) < 0.3] = -INF  # so that some siblings have nothing left to be drawn from
-    draft = by_parent.take_along_dim(parents[..., None] + 1, 1)
-    drawn = (draft.float() - torch.empty(draft.shape).exponential_().log()).argmax(-1)
-    tokens = torch.where(torch.rand(drawn.shape) < 0.8, drawn, case["draft_tokens"])
-    return case | {"draft_logits": draft, "draft_tokens": tokens, "parents": parents, "siblings": siblings}
 
 
 def check(case, vocab_size=None, max_depth=None):

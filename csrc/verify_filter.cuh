@@ -1,0 +1,131 @@
+// Top-k, top-p and min-p: the least logit of a row that they keep, and the normaliser of what is kept.
+#pragma once
+
+#include "verify_select.cuh"
+
+namespace fp {
+namespace verify_detail {
+
+// In the reference's own terms. Every warp finds the same. Not inlined: its doubles would take registers from the
+// loops.
+template <typename T>
+__device__ __noinline__ unsigned key_of_min_p(float maximum, float temperature, float min_p) {
+  const double divisor = fminf(temperature, FLT_MAX);
+  const double floor = maximum / divisor + log(fmin(static_cast<double>(min_p), 1.0));
+  return least_key(order_key<T>(-FLT_MAX), order_key<T>(maximum),
+                   [&](unsigned key) { return of_order_key<T>(key) / divisor >= floor; });
+}
+
+// One row. False after a failed wait.
+template <typename TT, typename TD, bool kSharded>
+__device__ __forceinline__ bool filter_row(const ExchangeParams& p, int b, int row, Rounds<TT, kSharded>& rounds,
+                                           FilterShared& sh) {
+  const Request request = read_request(p, b);
+  if (row > request.limit) return true;  // the same on all ranks
+  Prepared* out = p.prepared + static_cast<std::int64_t>(b) * rows_per_request(p) + row;
+  const Row<TT> logits = target_row<TT>(p, b, row);
+  if constexpr (kSharded) {
+    if (threadIdx.x == 0) sh.row = out->row;
+  } else if (threadIdx.x < 32) {
+    const Normaliser n =
+        normaliser(combine(request_statistics(p, b) + row * p.target_chunks, p.target_chunks, request.scale));
+    if (threadIdx.x == 0) {
+      sh.row = n;
+      sh.logit = -INFINITY;
+      if (row < request.limit && p.parents == nullptr) {
+        sh.logit = logits.at(static_cast<int>(p.draft_tokens[static_cast<std::int64_t>(b) * p.k + row]));
+      }
+    }
+  }
+  __syncthreads();
+  const std::int64_t top_k = p.top_k == nullptr ? 0 : p.top_k[b];
+  const float top_p = p.top_p == nullptr ? 0.0f : p.top_p[b], min_p = p.min_p == nullptr ? 0.0f : p.min_p[b];
+  if (!request.greedy && !sh.row.empty && (top_k > 0 || (top_p > 0.0f && top_p < 1.0f) || min_p > 0.0f)) {
+    const Weight weight = {sh.row.maximum, request.scale_f};
+    unsigned least = 0;
+    double kept = -1.0;
+    if (top_k > 0) {
+      const Selected s = select<false>(logits, weight, least, static_cast<double>(top_k), rounds, sh);
+      if (!s.came) return false;
+      least = s.key;
+    }
+    if (top_p > 0.0f && top_p < 1.0f) {
+      const Selected s = select<true>(logits, weight, least, static_cast<double>(top_p), rounds, sh);
+      if (!s.came) return false;
+      least = s.key;
+      kept = s.kept;
+    }
+    if (min_p > 0.0f) {
+      const unsigned of_min = key_of_min_p<TT>(weight.maximum, p.temperature[b], min_p);
+      if (of_min > least) {
+        least = of_min;
+        kept = -1.0;
+      }
+    }
+    // Keys between two logits are of no logit: that of the lower bound keeps the same ones.
+    const float threshold = least == 0 ? -INFINITY : of_order_key<TT>(least);
+    if (kept < 0.0) {
+      double mine = 0.0;
+      for_each_logit<kInFlight<kSharded>>(logits, [&](float x) {
+        if (x >= threshold) mine += static_cast<double>(exp2_fast(-weight(x)));
+      });
+      kept = rounds.total(sh, mine);
+      if (isnan(kept)) return false;
+    }
+    if (threadIdx.x == 0) {
+      sh.row.log2_sum = log2(kept);
+      sh.row.threshold = threshold;
+    }
+  }
+  if (threadIdx.x == 0) {
+    out->row = sh.row;
+    if (!kSharded) out->logit = sh.logit;
+  }
+  __syncthreads();  // before the next row's sh.row
+  return true;
+}
+
+// All target rows of one GPU's vocabulary, a CTA each, and all draft rows, a warp each, which are only combined.
+template <typename TT, typename TD>
+__device__ __forceinline__ void filter_whole(const ExchangeParams& p, FilterShared& sh) {
+  const int target_rows = p.batch * (p.k + 1), cta = blockIdx.x;
+  if (cta < target_rows) {
+    Rounds<TT, false> rounds = {p, 0, 0};
+    filter_row<TT, TD, false>(p, cta / (p.k + 1), cta % (p.k + 1), rounds, sh);
+    return;
+  }
+  const int r = (cta - target_rows) * kFilterWarps + static_cast<int>(threadIdx.x) / 32;
+  if (r >= p.batch * p.k) return;
+  const int b = r / p.k, row = r % p.k;
+  const Request request = read_request(p, b);
+  if (request.greedy || row >= request.limit) return;
+  const Statistic* chunks = request_statistics(p, b) + (p.k + 1) * p.target_chunks + row * p.draft_chunks;
+  const Normaliser n = normaliser(combine(chunks, p.draft_chunks, kLog2E));
+  if (threadIdx.x % 32 == 0) {
+    const std::int64_t token = p.draft_tokens[static_cast<std::int64_t>(b) * p.k + row];
+    const float logit = p.parents == nullptr ? draft_row<TD>(p, b, row).at(static_cast<int>(token)) : -INFINITY;
+    p.prepared[static_cast<std::int64_t>(b) * rows_per_request(p) + p.k + 1 + row] = {n, logit};
+  }
+}
+
+// The target rows filter_first and up, of a shard, by a grid whose CTAs are all resident.
+template <typename TT, typename TD>
+__device__ __forceinline__ void filter_shards(const ExchangeParams& p, FilterShared& sh) {
+  const Lamport& l = p.lamport;
+  const unsigned long long epoch = begin_kernel(l);
+  const Call call = begin_call(l, epoch, static_cast<unsigned long long>(p.filter_rows) * kRowBytes<TT>);
+  if (call.failed) return;
+  clear_previous(l, call, blockIdx.x * blockDim.x + threadIdx.x, gridDim.x * blockDim.x);
+  Rounds<TT, true> rounds = {p, 0, 0};
+  if (threadIdx.x == 0) sh.call = call;
+  __syncthreads();
+  for (int item = blockIdx.x; item < p.filter_rows; item += gridDim.x) {
+    rounds.item = item;
+    rounds.round = 0;
+    const int row = p.filter_first + item;
+    if (!filter_row<TT, TD, true>(p, row / (p.k + 1), row % (p.k + 1), rounds, sh)) return;
+  }
+}
+
+}  // namespace verify_detail
+}  // namespace fp

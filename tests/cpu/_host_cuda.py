@@ -1,0 +1,116 @@
+"""The verification kernels on the host: their sources, compiled by the host's compiler over tests/cpu/host_cuda, behind
+the interface of the extension. It shows that decisions, thresholds and exchanges are right, not that the GPU's memory
+order and arithmetic are; those are for tests/gpu."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+HOST = Path(__file__).resolve().parent / "host_cuda"
+
+# (file, pattern, replacement): instructions in PTX.
+REPLACED = [
+    ("verify_common.cuh", r'asm\("ex2\.approx.*?\);\n', "y = std::exp2(x);\nif (y < 0x1p-126f) y = 0.0f;\n"),
+    ("verify_common.cuh", r'asm volatile\("prefetch.*?\);\n', ";\n"),
+    ("common/vec.cuh", r'asm volatile\("ld\.global.*?\);\n', "v.raw = *reinterpret_cast<const uint4*>(p);\n"),
+    ("common/vec.cuh", r'asm volatile\("prefetch.*?\);\n', "(void)p;\n"),
+    ("common/vec.cuh", r"__cvta_generic_to_shared\(p\)", "0"),
+]
+
+
+def cuda_include() -> Path | None:
+    """Where the toolkit's headers are, as nvcc says."""
+    if shutil.which("nvcc") is None:
+        return None
+    command = ["nvcc", "--dryrun", "-x", "cu", "-c", os.devnull]
+    said = subprocess.run(command, capture_output=True, text=True, check=False).stderr
+    found = re.search(r'INCLUDES="-I([^"]+)"', said)
+    return Path(found[1].strip()) if found and Path(found[1].strip(), "cuda_bf16.h").exists() else None
+
+
+def make_library(into: Path) -> ctypes.CDLL:
+    include = cuda_include() or pytest.skip("the CUDA toolkit's headers were not found")
+    compiler = shutil.which("c++") or pytest.skip("no C++ compiler in PATH")
+    shutil.copytree(ROOT / "csrc", into, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.cpp"))
+    for name, pattern, replacement in REPLACED:
+        text = (into / name).read_text()
+        changed, count = re.subn(pattern, replacement, text, flags=re.DOTALL)
+        assert count, f"{name} has nothing like {pattern}"
+        (into / name).write_text(changed)
+    shutil.copytree(HOST, into, dirs_exist_ok=True)
+    library = into / "verify_host.so"
+    # -ffp-contract=off: sums and products are fused only where the source says so, so that results are the host's own.
+    flags = ["-std=c++17", "-O2", "-ffp-contract=off", "-fno-strict-aliasing", "-w", "-shared", "-fPIC", "-pthread"]
+    command = [compiler, *flags, f"-I{into}", f"-I{include}", str(into / "verify_host.cpp"), "-o", str(library)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return ctypes.CDLL(str(library))
+
+
+_KINDS = {"int": ctypes.c_int, "unsigned": ctypes.c_uint, "std::int64_t": ctypes.c_int64}
+
+
+def argument_fields() -> list[tuple[str, type]]:
+    """The fields of VerifyArguments, from the header."""
+    text = (ROOT / "csrc" / "verify.h").read_text()
+    body = re.sub(r"//.*", "", text[text.index("struct VerifyArguments {") :].split("{", 1)[1].split("};")[0])
+    fields = []
+    for declaration in filter(None, (" ".join(d.split()) for d in body.split(";"))):
+        kind, names = re.fullmatch(r"(?:const )?([\w:]+(?:\*| \*)?) (.*)", declaration).groups()
+        for name in names.split(", "):
+            fields.append((name, ctypes.c_void_p if kind.endswith("*") else _KINDS[kind]))
+    return fields
+
+
+class HostExtension:
+    """What ops/_verify_kernel.py takes of the extension."""
+
+    verify_max_draft_tokens = 32
+    verify_max_shards = 16
+    verify_max_tree_nodes = 63
+    verify_record_bytes = 32
+
+    def __init__(self, into: Path) -> None:
+        self.library = make_library(into)
+        self.library.scratch_bytes.restype = ctypes.c_size_t
+        self.library.argument_bytes.restype = ctypes.c_size_t
+        self.library.last_error.restype = ctypes.c_char_p
+        self.library.verify_ranks.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int]
+
+        class Arguments(ctypes.Structure):
+            _fields_ = argument_fields()
+
+        self.Arguments = Arguments
+        assert ctypes.sizeof(Arguments) == self.library.argument_bytes()
+
+    def verify_scratch_bytes(self, batch, k, width, has_draft, tree) -> int:
+        return self.library.scratch_bytes(batch, k, width, int(has_draft), int(tree))
+
+    def arguments(self, *, noise_stream, device, stream, peers, **fields):
+        return self.Arguments(**fields, stream=noise_stream)
+
+    def raise_if(self, failed: int) -> None:
+        if failed:
+            raise RuntimeError(self.library.last_error().decode())
+
+    def verify(self, **fields) -> None:
+        self.raise_if(self.library.verify(ctypes.byref(self.arguments(**fields))))
+
+    def row(self, arguments, row: int) -> tuple[float, float]:
+        """Least logit kept and log2 of the sum of a target row, after a float32 call without draft logits."""
+        threshold, log2_sum = ctypes.c_float(), ctypes.c_double()
+        self.library.row_of(ctypes.byref(arguments), row, ctypes.byref(threshold), ctypes.byref(log2_sum))
+        return threshold.value, log2_sum.value
+
+    def verify_ranks(self, calls: list, rounds: int = 1, slot_bytes: int = 1 << 20, absent: int = -1) -> None:
+        """The prepared `calls` of all ranks at once, through memory they share."""
+        array = (self.Arguments * len(calls))(*calls)
+        self.raise_if(self.library.verify_ranks(array, len(calls), rounds, slot_bytes, absent))

@@ -1,0 +1,120 @@
+// The kernels and launchers of csrc/verify.cu on the host, for tests: what `make_library` of _host_cuda.py puts beside
+// this file are copies of the sources, with the instructions that the host lacks replaced.
+#include "cuda_on_host.h"
+//
+#include "verify.cu"
+
+namespace fp {
+
+// Of csrc/all_reduce.cu, with one CTA: those of a grid run one after the other here, and may not wait for each other.
+AllReduceWorkspace::AllReduceWorkspace(int rank_, std::vector<std::uintptr_t> bases_, std::int64_t slot_bytes_,
+                                       std::uintptr_t control_, std::uintptr_t record_, double timeout, int, int)
+    : rank(rank_),
+      world(static_cast<int>(bases_.size())),
+      device(0),
+      max_threads(512),
+      hopper(true),
+      bases(std::move(bases_)),
+      slot_bytes(slot_bytes_),
+      control(control_),
+      record(record_),
+      timeout_ns(static_cast<unsigned long long>(timeout)) {}
+
+void AllReduceWorkspace::order(void*) {}
+
+Grid grid_for(const AllReduceWorkspace&, std::int64_t, int threads, int) {
+  return {1, threads, true};
+}
+
+Lamport lamport_of(const AllReduceWorkspace& w, unsigned operation, bool early) {
+  Lamport l = {};
+  for (int r = 0; r < w.world; ++r) l.bases[r] = reinterpret_cast<unsigned char*>(w.bases[r]);
+  l.control = reinterpret_cast<Control*>(w.control);
+  l.bound = {&l.control->aborted, reinterpret_cast<AbortRecord*>(w.record), w.timeout_ns};
+  l.slot_bytes = w.slot_bytes;
+  l.rank = w.rank;
+  l.world = w.world;
+  l.operation = operation;
+  l.early = early;
+  return l;
+}
+
+}  // namespace fp
+
+namespace {
+
+std::string error;
+
+int guarded(const std::function<void()>& call) {
+  try {
+    call();
+    return 0;
+  } catch (const std::exception& e) {
+    error = e.what();
+    return 1;
+  }
+}
+
+}  // namespace
+
+extern "C" {
+
+const char* last_error() {
+  return error.c_str();
+}
+std::size_t argument_bytes() {
+  return sizeof(fp::VerifyArguments);
+}
+std::size_t scratch_bytes(int batch, int k, int width, int has_draft, int tree) {
+  return fp::verify_scratch_bytes(batch, k, width, has_draft, tree);
+}
+int verify(const fp::VerifyArguments* a) {
+  return guarded([&] { fp::verify(*a, nullptr, 0, nullptr); });
+}
+
+// Where a row's normaliser is, after a call of one rank with filters: least logit kept and log2 of the sum, of target
+// rows in float32 with no draft.
+void row_of(const fp::VerifyArguments* a, int row, float* threshold, double* log2_sum) {
+  fp::Run<float, float> run(*a, nullptr, 0, nullptr);
+  const fp::verify_detail::Normaliser n = run.p.prepared[row].row;
+  *threshold = n.threshold;
+  *log2_sum = n.log2_sum;
+}
+
+// `world` calls in threads of their own, `rounds` times, exchanging through memory that is made here: several calls in
+// a row go through all generations of the slots. Rank `absent`, if there is one, never comes: the others must say so.
+int verify_ranks(const fp::VerifyArguments* a, int world, int rounds, std::int64_t slot_bytes, int absent) {
+  return guarded([&] {
+    const std::size_t words = 3ull * (world - 1) * slot_bytes / 4;
+    std::vector<std::vector<unsigned>> buffers(world, std::vector<unsigned>(words + 4, fp::kSentinel));
+    std::vector<std::vector<unsigned long long>> controls(world, std::vector<unsigned long long>(32)),
+        records = controls;
+    std::vector<std::uintptr_t> bases;
+    for (auto& b : buffers) bases.push_back((reinterpret_cast<std::uintptr_t>(b.data()) + 15) / 16 * 16);
+    std::vector<std::thread> threads;
+    std::vector<std::string> errors(world);
+    for (int rank = 0; rank < world; ++rank) {
+      if (rank == absent) continue;
+      threads.emplace_back([&, rank] {
+        try {
+          fp::AllReduceWorkspace w(rank, bases, slot_bytes, reinterpret_cast<std::uintptr_t>(controls[rank].data()),
+                                   reinterpret_cast<std::uintptr_t>(records[rank].data()), absent < 0 ? 1e5 : 1e3, 0,
+                                   0);
+          for (int i = 0; i < rounds; ++i) fp::verify(a[rank], &w, 0, nullptr);
+          if (reinterpret_cast<const fp::AbortRecord*>(records[rank].data())->status != 0) {
+            errors[rank] = "rank " + std::to_string(rank) + " waited in vain for rank " +
+                           std::to_string(reinterpret_cast<const fp::AbortRecord*>(records[rank].data())->rank);
+          }
+        } catch (const std::exception& e) {
+          errors[rank] = e.what();
+        }
+      });
+    }
+    for (auto& t : threads) t.join();
+    for (auto& e : errors) {
+      if (!e.empty()) throw std::runtime_error(e);
+    }
+  });
+}
+
+}  // extern "C"

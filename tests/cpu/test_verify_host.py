@@ -1,0 +1,363 @@
+"""The verification kernels, compiled for the host, against the float64 reference: filters, shards, exchanges."""
+
+import _host_cuda as host
+import _verify_cases as cases
+import _verify_ranks as ranks
+import pytest
+import torch
+from _verify_cases import tree_case
+
+from fused_parallel import _ext
+from fused_parallel.ops import _verify_kernel as kernel
+from fused_parallel.ops.verify_tree import SIBLINGS
+from fused_parallel.reference import verify as reference
+from fused_parallel.reference import verify_tree as tree_reference
+from fused_parallel.reference.filters import target_weights
+from fused_parallel.reference.vocab_shard import VocabShard
+
+FILTERS = ("top_k", "top_p", "min_p")
+NEAR = 3e-5
+SETS = {
+    "none": (),
+    "top_k": ("top_k",),
+    "top_p": ("top_p",),
+    "min_p": ("min_p",),
+    "all": FILTERS,
+}
+
+
+@pytest.fixture(scope="module")
+def extension(tmp_path_factory):
+    return host.HostExtension(tmp_path_factory.mktemp("host_cuda"))
+
+
+@pytest.fixture(autouse=True)
+def _kernels(extension, monkeypatch):
+    monkeypatch.setattr(_ext, "extension", lambda: extension)
+    monkeypatch.setattr(kernel, "_stream", lambda device: 0)
+
+
+def make_case(batch, k, vocab, filters=FILTERS, **options):
+    c = cases.case(batch, k, vocab, **options)
+    c["num_draft_tokens"] = c.get("num_draft_tokens")
+    for name in FILTERS:
+        if name not in filters:
+            c[name] = None
+    return c
+
+
+def arguments(c, method, part, **options):
+    tensors = [c[name] for name in ("target_logits", "draft_tokens", "draft_logits", "seed", "step", "temperature")]
+    filters = [None if c[n] is None else c[n].long() if n == "top_k" else c[n].float() for n in FILTERS]
+    return kernel.Parts(
+        *tensors, c["num_draft_tokens"], filters, method, part, return_logprobs=True, **options
+    )  # fmt: skip
+
+
+def results(parts):
+    return parts.tokens, parts.accepted, parts.logprobs
+
+
+def expected(c, method, vocab):
+    names = ("target_logits", "draft_tokens", "draft_logits", "seed", "step", "temperature", "num_draft_tokens")
+    part = VocabShard(c["target_logits"].shape[-1], vocab)
+    return reference.verify(*(c[n] for n in (*names, *FILTERS)), method, part)
+
+
+def near_tie(c, request, tokens, method, vocab):
+    """Whether the reference itself gives `tokens` for logits and filters that are off by NEAR or less."""
+    one = {name: t if t is None else t[request : request + 1] for name, t in c.items()}
+    for _ in range(64):
+        moved = dict(one)
+        for name in ("target_logits", "draft_logits"):
+            if one[name] is not None:
+                moved[name] = one[name].float() + NEAR * (2 * torch.rand(one[name].shape) - 1)
+        if one["top_p"] is not None:
+            moved["top_p"] = one["top_p"] * (1 + 1e-6 * (2 * torch.rand(1) - 1))
+        if torch.equal(expected(moved, method, vocab)[0][0], tokens):
+            return True
+    return False
+
+
+def check(c, got, method, vocab):
+    want = expected(c, method, vocab)
+    differ = (got[0] != want[0]).any(1).nonzero()[:, 0].tolist()
+    assert len(differ) <= 1, f"{len(differ)} of {len(got[0])} requests differ: {differ[:20]}"
+    for request in differ:
+        assert near_tie(c, request, got[0][request], method, vocab), (
+            f"request {request}: {got[0][request].tolist()}, expected {want[0][request].tolist()}"
+        )
+    same = torch.ones(len(got[0]), dtype=torch.bool)
+    same[differ] = False
+    assert torch.equal(got[1][same], want[1][same])
+    torch.testing.assert_close(got[2][same], want[2][same], rtol=2e-6, atol=2e-5)
+
+
+def run_whole(c, method, vocab):
+    part = VocabShard(c["target_logits"].shape[-1], vocab)
+    parts = arguments(c, method, part)
+    for t in results(parts):
+        t.fill_(-77)
+    parts.whole()
+    return results(parts)
+
+
+def shards(c, world, vocab, method):
+    """The ranks' calls: of a vocabulary padded to equal shards, with what must not matter in the padding."""
+    calls = []
+    for rank in range(world):
+        mine = ranks.share(c, world, rank, vocab)
+        mine.pop("vocab_size")
+        part = VocabShard(mine["target_logits"].shape[-1], vocab)
+        calls.append(arguments(mine, method, part, rank=rank, world=world))
+        for t in results(calls[-1]):
+            t.fill_(-77)
+    return calls
+
+
+def same_on_all_ranks(calls):
+    for call in calls[1:]:
+        for a, b in zip(results(call), results(calls[0]), strict=True):
+            assert torch.equal(a, b)
+    return results(calls[0])
+
+
+@pytest.mark.parametrize("filters", SETS)
+@pytest.mark.parametrize("full", [True, False], ids=["full", "onehot"])
+@pytest.mark.parametrize("method", ["rejection", "block", "greedy"])
+def test_one_rank(seed, method, full, filters):
+    for vocab, dtype in ((5, torch.float32), (1003, torch.bfloat16), (4999, torch.float32), (2048, torch.float16)):
+        c = make_case(12, 3, vocab, SETS[filters], dtype=dtype, full_q=full)
+        check(c, run_whole(c, method, vocab), method, vocab)
+
+
+@pytest.mark.parametrize("full", [True, False], ids=["full", "onehot"])
+@pytest.mark.parametrize("method", ["rejection", "block", "greedy"])
+def test_shards_that_the_caller_gathers(seed, method, full):
+    # Shards of odd widths, of one and a half tiles, and of padding alone (9 over 4: the last holds ids 9 to 11).
+    for vocab, world, dtype in ((9, 4, torch.float32), (1003, 3, torch.bfloat16), (6151, 2, torch.float16)):
+        c = make_case(10, 3, vocab, (), dtype=dtype, full_q=full)
+        calls = shards(c, world, vocab, method)
+        gather_all(calls)
+        check(c, same_on_all_ranks(calls), method, vocab)
+
+
+def gather_all(calls):
+    """What `Parts.gathered` does on every rank, in step: all send, then all receive."""
+    steps = (kernel.ROWS, kernel.BEYOND, kernel.DRAW) if calls[0]._sums else (kernel.ROWS, kernel.DRAW)
+    received = None
+    for step in steps:
+        sent = [torch.full((call._records[step], 4), -1) for call in calls]
+        for call, mine in zip(calls, sent, strict=True):
+            call._run(step, mine, received)
+        received = torch.stack(sent)
+    for call in calls:
+        call._run(kernel.FINISH, None, received)
+
+
+def prepared(extension, call):
+    return extension.arguments(**call._arguments, part=kernel.ALL, sent=0, received=0, peers=None, stream=0)
+
+
+@pytest.mark.parametrize("filters", SETS)
+@pytest.mark.parametrize("full", [True, False], ids=["full", "onehot"])
+@pytest.mark.parametrize("method", ["rejection", "block", "greedy"])
+def test_shards_through_the_peers_memory(seed, extension, method, full, filters):
+    for vocab, world, dtype in ((9, 4, torch.float32), (1003, 2, torch.bfloat16)):
+        c = make_case(6, 3, vocab, SETS[filters], dtype=dtype, full_q=full)
+        calls = shards(c, world, vocab, method)
+        extension.verify_ranks([prepared(extension, call) for call in calls], rounds=2)
+        check(c, same_on_all_ranks(calls), method, vocab)
+
+
+def odd_case(k, vocab, full, dtype=torch.float32):
+    """Rows that only care survives; the drafts are mostly the argmax, so that later rows matter."""
+    c = make_case(18, k, vocab, full_q=full, mixed=False, invalid=False, ragged=False, dtype=dtype)
+    target, kind = c["target_logits"], torch.arange(18)
+    c["draft_tokens"][:, 0] = target[:, 0].argmax(-1)
+    target[0, :, ::7] = float("nan")
+    target[1, :, 3] = float("inf")
+    target[2, 1] = float("-inf")
+    target[3] = float("-inf")
+    target[4, :, 4:] = float("-inf")
+    target[5] = float("nan")
+    target[6] = 1.0
+    c["temperature"][kind == 7] = 1e-6
+    c["temperature"][kind == 8] = float("inf")
+    c["temperature"][kind == 9] = float("nan")
+    target[10] = target[10].round()  # ties
+    target[11] = (target[11] * 3).round() / 64
+    c["top_p"][kind == 11], c["top_k"][kind == 11], c["min_p"][kind == 11] = 0.5, 0, 0.0
+    c["top_k"][kind == 12], c["top_k"][kind == 13] = 1, vocab + 5
+    c["top_p"][kind == 14] = 1e-30
+    c["min_p"][kind == 15] = 1.0
+    target[16] = torch.where(target[16] > 0, 0.0, -0.0)  # equal
+    target[17] *= 1e30
+    return c
+
+
+@pytest.mark.parametrize("world", [1, 3])
+@pytest.mark.parametrize("full", [True, False], ids=["full", "onehot"])
+@pytest.mark.parametrize("method", ["rejection", "block", "greedy"])
+def test_odd_rows(seed, extension, method, full, world):
+    vocab = 301
+    c = odd_case(2, vocab, full)
+    if world == 1:
+        got = run_whole(c, method, vocab)
+    else:
+        calls = shards(c, world, vocab, method)
+        extension.verify_ranks([prepared(extension, call) for call in calls], rounds=3)
+        got = same_on_all_ranks(calls)
+    check(c, got, method, vocab)
+    length = torch.arange(3)
+    assert torch.equal((got[0] >= 0) & (got[0] < vocab), length <= got[1][:, None])
+
+
+def test_the_sentinel_of_the_exchange_is_a_maximum(seed, extension):
+    """The one word that no rank may send, as the maximum, as the draft's logit, and in a sum's low half."""
+    vocab = 64
+    sentinel = torch.tensor([-0x7FFF8000], dtype=torch.int32).view(torch.float32).item()
+    c = make_case(8, 2, vocab, (), full_q=False, mixed=False, invalid=False, ragged=False)
+    c["target_logits"][:] = float("-inf")
+    c["target_logits"][:, :, 5] = sentinel
+    c["target_logits"][:, :, 40] = sentinel
+    c["draft_tokens"][:] = 5
+    calls = shards(c, 2, vocab, "rejection")
+    extension.verify_ranks([prepared(extension, call) for call in calls], rounds=2)
+    check(c, same_on_all_ranks(calls), "rejection", vocab)
+
+
+@pytest.mark.parametrize("spread", ["distinct", "ties", "flat"])
+def test_filters_keep_the_reference_s_set(seed, extension, spread):
+    """The least logit kept, and the normaliser, of each row; only where the mass is a near tie may the sets differ."""
+    batch, vocab = 60, 2500
+    c = make_case(batch, 0, vocab, full_q=False, mixed=False, ragged=False)
+    if spread == "ties":
+        c["target_logits"] = c["target_logits"].bfloat16().float()
+    elif spread == "flat":  # thousands of tokens in an interval: its sum needs more than 32 bits
+        c["target_logits"] *= 0.02
+    got = arguments(c, "rejection", VocabShard(vocab, vocab))
+    got.whole()
+    filters = [c[n] for n in FILTERS]
+    weights, _ = target_weights(c["target_logits"], c["temperature"], *filters, VocabShard(vocab, vocab))
+    for b in range(batch):
+        threshold, log2_sum = extension.row(prepared(extension, got), b)
+        x, kept = c["target_logits"][b, 0], weights[b, 0] > float("-inf")
+        least = x[kept].min()
+        if not torch.equal(x >= threshold, kept):
+            mass = (weights[b, 0] - weights[b, 0].max()).exp()
+            edge = x == min(least, x[x >= threshold].min())
+            assert mass[edge].sum() / mass.sum() < 1e-2 and (c["top_p"][b] > 0), (b, threshold, least)
+            before = mass[x > x[edge].max()].sum()
+            assert abs(before / (c["top_p"][b] * mass.sum()) - 1) < 3e-6
+            continue
+        top = weights[b, 0].max()
+        assert abs(log2_sum - (weights[b, 0] - top).exp().sum().log2().item()) < 2e-6
+
+
+def test_a_rank_that_never_comes_ends_the_call(seed, extension):
+    c = make_case(4, 2, 100, ("top_p",), mixed=False)
+    calls = shards(c, 3, 100, "rejection")
+    with pytest.raises(RuntimeError, match="waited in vain for rank 1"):
+        extension.verify_ranks([prepared(extension, call) for call in calls], rounds=2, absent=1)
+    for rank in (0, 2):  # nothing that is no token
+        tokens = calls[rank].tokens
+        assert ((tokens >= -1) & (tokens < 100)).all()
+
+
+def run_tree(c, vocab, max_depth):
+    tensors = [c[name] for name in ("target_logits", "draft_tokens", "draft_logits", "seed", "step", "temperature")]
+    filters = [None if c[n] is None else c[n].long() if n == "top_k" else c[n].float() for n in FILTERS]
+    part = VocabShard(c["target_logits"].shape[-1], vocab)
+    call = kernel.Parts(
+        *tensors, c["num_draft_tokens"], filters, "rejection", part, return_logprobs=True,
+        parents=c["parents"], max_depth=max_depth,
+    )  # fmt: skip
+    for t in (call.tokens, call.accepted, call.path):
+        t.fill_(-77)
+    call.logprobs.fill_(float("nan"))
+    call.whole()
+    return call.tokens, call.accepted, call.logprobs, call.path
+
+
+def expected_tree(c, vocab, max_depth):
+    names = ("seed", "step", "temperature", "num_draft_tokens")
+    part = VocabShard(c["target_logits"].shape[-1], vocab)
+    return tree_reference.verify_tree(
+        c["target_logits"], c["draft_tokens"], c["parents"].expand_as(c["draft_tokens"]), c["draft_logits"],
+        *(c[n] for n in (*names, *FILTERS)), max_depth, part,
+    )  # fmt: skip
+
+
+def near_tie_of_tree(c, request, tokens, vocab, max_depth):
+    one = {name: t[request : request + 1] if isinstance(t, torch.Tensor) else t for name, t in c.items()}
+    one["parents"] = c["parents"].expand_as(c["draft_tokens"])[request : request + 1]
+    for _ in range(64):
+        moved = dict(one)
+        for name in ("target_logits", "draft_logits"):
+            if one[name] is not None:
+                moved[name] = one[name].float() + NEAR * (2 * torch.rand(one[name].shape) - 1)
+        if torch.equal(expected_tree(moved, vocab, max_depth)[0][0], tokens):
+            return True
+    return False
+
+
+def check_tree(c, vocab, max_depth=None):
+    """Returns how many accepted nodes are not their parent's first child."""
+    c = {**dict.fromkeys((*FILTERS, "num_draft_tokens")), **c}
+    max_depth = c["draft_tokens"].shape[1] if max_depth is None else max_depth
+    got, want = run_tree(c, vocab, max_depth), expected_tree(c, vocab, max_depth)
+    differ = (got[0] != want[0]).any(1).nonzero()[:, 0].tolist()
+    assert len(differ) <= 1, f"{len(differ)} of {len(got[0])} requests differ: {differ[:20]}"
+    for request in differ:
+        assert near_tie_of_tree(c, request, got[0][request], vocab, max_depth), (
+            f"request {request}: {got[0][request].tolist()}, expected {want[0][request].tolist()}"
+        )
+    same = torch.ones(len(got[0]), dtype=torch.bool)
+    same[differ] = False
+    assert torch.equal(got[1][same], want[1][same])
+    assert torch.equal(got[3][same], want[3][same])
+    torch.testing.assert_close(got[2][same], want[2][same], rtol=2e-6, atol=2e-5)
+    parents = c["parents"].expand_as(c["draft_tokens"]).tolist()
+    return sum(parents[b].index(parents[b][n]) != n for b, path in enumerate(got[3].tolist()) for n in path if n >= 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("siblings", SIBLINGS)
+def test_trees(seed, siblings, dtype):
+    others = check_tree(tree_case(40, 8, 11, siblings, dtype), 9)
+    others += check_tree(
+        tree_case(80, 8, 4, siblings, dtype, filters=False, mixed=False, invalid=False, ragged=False), 4
+    )
+    assert others > 0  # later siblings are accepted, too
+    check_tree(tree_case(20, 6, 5, siblings, dtype), 5, max_depth=2)
+    check_tree(tree_case(6, 5, 5003, siblings, dtype), 5000)
+    check_tree(tree_case(6, 3, 2500, siblings, dtype, filters=False), 2500, max_depth=0)
+    c = tree_case(10, 6, 40, siblings, dtype)
+    check_tree(c | {"parents": torch.tensor([-1, -1, 0, 0, 1, 1])}, 40)  # one tree for all
+    check_tree(tree_case(5, 0, 30, siblings, dtype), 30)
+
+
+@pytest.mark.parametrize("siblings", SIBLINGS)
+def test_trees_of_odd_rows(seed, siblings):
+    """Nearly certain tokens, equal tokens among siblings, rows of one token, NaN, infinities, no logit at all."""
+    c = tree_case(24, 6, 50, siblings, invalid=False, ragged=False, mixed=False)
+    target, kind = c["target_logits"], torch.arange(24)
+    c["parents"][:] = -1  # six siblings each
+    target[kind % 8 == 0, 0] *= 20.0
+    c["draft_tokens"][kind % 8 == 1] = 7
+    target[kind % 8 == 2, :, 1:] = float("-inf")
+    target[kind % 8 == 3, :, ::3] = float("nan")
+    target[kind % 8 == 4, :, 5] = float("inf")
+    target[kind % 8 == 5] = float("-inf")
+    c["temperature"][kind % 8 == 6] = float("inf")
+    if c["draft_logits"] is not None:
+        c["draft_logits"][kind == 7] = float("-inf")
+        c["draft_logits"][kind == 15] = target[kind == 15, :1] / c["temperature"][kind == 15, None, None]
+    check_tree(c, 50)
+    check_tree({**c, **dict.fromkeys(FILTERS)}, 50)
+
+
+def test_63_nodes(seed):
+    for siblings in SIBLINGS:
+        check_tree(tree_case(4, 63, 6, siblings), 6)
