@@ -269,9 +269,13 @@ int AllReduceWorkspace::failed_rank() const {
 std::string AllReduceWorkspace::failure() const {
   if (failed_rank() < 0) return "";
   const volatile AbortRecord* r = reinterpret_cast<const AbortRecord*>(record);
-  static const char* const names[] = {
-      "all_reduce (one-shot)", "all_reduce (two-shot)", "all_reduce_add_rms_norm", "reduce_scatter", "all_gather",
-      "matmul_all_reduce", "verify"};
+  static const char* const names[] = {"all_reduce (one-shot)",
+                                      "all_reduce (two-shot)",
+                                      "all_reduce_add_rms_norm",
+                                      "reduce_scatter",
+                                      "all_gather",
+                                      "matmul_all_reduce",
+                                      "verify"};
   const char* name = r->operation < 7 ? names[r->operation] : "an operation";
   return std::string(name) + " on rank " + std::to_string(rank) + " waited in vain for rank " +
          std::to_string(r->rank) + " (call " + std::to_string(static_cast<unsigned long long>(r->epoch)) + ")";

@@ -82,7 +82,8 @@ void row_of(const fp::VerifyArguments* a, int row, float* threshold, double* log
 }
 
 // Rounds of `world` calls, [rounds, world], in threads of their own, exchanging through memory that is made here:
-// several in a row go through all generations of the slots. Rank `absent`, if there is one, never comes: the others must say so.
+// several in a row go through all generations of the slots. Rank `absent`, if there is one, never comes: the others
+// must say so.
 int verify_ranks(const fp::VerifyArguments* a, int world, int rounds, std::int64_t slot_bytes, int absent) {
   return guarded([&] {
     const std::size_t words = 3ull * (world - 1) * slot_bytes / 4;
