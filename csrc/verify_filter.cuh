@@ -22,10 +22,9 @@ __device__ __forceinline__ bool filter_row(const ExchangeParams& p, int b, int r
                                            FilterShared& sh) {
   const Request request = read_request(p, b);
   if (row > request.limit) return true;  // the same on all ranks
-  Prepared* out = p.prepared + static_cast<std::int64_t>(b) * rows_per_request(p) + row;
   const Row<TT> logits = target_row<TT>(p, b, row);
   if constexpr (kSharded) {
-    if (threadIdx.x == 0) sh.row = out->row;
+    if (threadIdx.x == 0) sh.row = p.prepared[static_cast<std::int64_t>(b) * rows_per_request(p) + row].row;
   } else if (threadIdx.x < 32) {
     const Normaliser n =
         normaliser(combine(request_statistics(p, b) + row * p.target_chunks, p.target_chunks, request.scale));
@@ -38,25 +37,28 @@ __device__ __forceinline__ bool filter_row(const ExchangeParams& p, int b, int r
     }
   }
   __syncthreads();
-  const std::int64_t top_k = p.top_k == nullptr ? 0 : p.top_k[b];
-  const float top_p = p.top_p == nullptr ? 0.0f : p.top_p[b], min_p = p.min_p == nullptr ? 0.0f : p.min_p[b];
-  if (!request.greedy && !sh.row.empty && (top_k > 0 || (top_p > 0.0f && top_p < 1.0f) || min_p > 0.0f)) {
+  // Asked for again and again: they would take registers from the loops.
+  auto top_k = [&] { return p.top_k == nullptr ? 0 : p.top_k[b]; };
+  auto top_p = [&] { return p.top_p == nullptr ? 0.0f : p.top_p[b]; };
+  auto min_p = [&] { return p.min_p == nullptr ? 0.0f : p.min_p[b]; };
+  auto cuts_mass = [&] { return top_p() > 0.0f && top_p() < 1.0f; };
+  if (!request.greedy && !sh.row.empty && (top_k() > 0 || cuts_mass() || min_p() > 0.0f)) {
     const Weight weight = {sh.row.maximum, request.scale_f};
     unsigned least = 0;
     double kept = -1.0;
-    if (top_k > 0) {
-      const Selected s = select<false>(logits, weight, least, static_cast<double>(top_k), rounds, sh);
+    if (top_k() > 0) {
+      const Selected s = select<false>(logits, weight, least, static_cast<double>(top_k()), rounds, sh);
       if (!s.came) return false;
       least = s.key;
     }
-    if (top_p > 0.0f && top_p < 1.0f) {
-      const Selected s = select<true>(logits, weight, least, static_cast<double>(top_p), rounds, sh);
+    if (cuts_mass()) {
+      const Selected s = select<true>(logits, weight, least, static_cast<double>(top_p()), rounds, sh);
       if (!s.came) return false;
       least = s.key;
       kept = s.kept;
     }
-    if (min_p > 0.0f) {
-      const unsigned of_min = key_of_min_p<TT>(weight.maximum, p.temperature[b], min_p);
+    if (min_p() > 0.0f) {
+      const unsigned of_min = key_of_min_p<TT>(weight.maximum, p.temperature[b], min_p());
       if (of_min > least) {
         least = of_min;
         kept = -1.0;
@@ -78,8 +80,9 @@ __device__ __forceinline__ bool filter_row(const ExchangeParams& p, int b, int r
     }
   }
   if (threadIdx.x == 0) {
-    out->row = sh.row;
-    if (!kSharded) out->logit = sh.logit;
+    Prepared& out = p.prepared[static_cast<std::int64_t>(b) * rows_per_request(p) + row];
+    out.row = sh.row;
+    if (!kSharded) out.logit = sh.logit;
   }
   __syncthreads();  // before the next row's sh.row
   return true;
@@ -113,7 +116,7 @@ template <typename TT, typename TD>
 __device__ __forceinline__ void filter_shards(const ExchangeParams& p, FilterShared& sh) {
   const Lamport& l = p.lamport;
   const unsigned long long epoch = begin_kernel(l);
-  const Call call = begin_call(l, epoch, static_cast<unsigned long long>(p.filter_rows) * kRowBytes<TT>);
+  const Call call = begin_call(l, epoch, 0);  // this call clears what it fills
   if (call.failed) return;
   clear_previous(l, call, blockIdx.x * blockDim.x + threadIdx.x, gridDim.x * blockDim.x);
   Rounds<TT, true> rounds = {p, 0, 0};

@@ -127,7 +127,21 @@ __device__ __forceinline__ void for_each_logit(const Row<T>& row, Function&& f) 
 // The exchange between ranks within a row. Every round has its own place in the slots, which the row and the round
 // alone decide; CTAs take rows in rising order, so that the lowest row that some rank has not finished is under way on
 // all of them: nobody waits for a row that is behind another. A wait that fails ends the call, so each may have a bound
-// of its own. Both are not inlined: the loops over the row need the registers.
+// of its own. Not inlined: the loops over the row need the registers.
+//
+// A thread that has taken a vector fills its place with the sentinel at once, and the call says that it filled no
+// slots: how many rounds rows take is not known before, and the next call would clear the places of all that there
+// could be. It is earlier than clear_previous would be, by a call, so the argument there holds: a peer writes there
+// again in call e + 3, for which it must have received this rank's push of call e + 2, issued after this kernel has
+// completed.
+__device__ __forceinline__ bool take(const ExchangeParams& p, const Call& call, int source, int place, uint4& v) {
+  unsigned long long start = 0;
+  if (!poll(p.lamport, call, start, source, place, v)) return false;
+  // Every vector is written once in a call, and all of this one has come: nothing comes after it.
+  p.lamport.slot(p.lamport.rank, call.epoch % 3, source)[place] =
+      make_uint4(kSentinel, kSentinel, kSentinel, kSentinel);
+  return true;
+}
 
 constexpr unsigned long long kNeverCame = ~0ull;
 
@@ -140,11 +154,10 @@ __device__ __noinline__ ulonglong2 bins_of_ranks(const ExchangeParams& p, const 
   const uint4 mine = make_uint4(static_cast<unsigned>(a) & kHalf, static_cast<unsigned>(a >> 31),
                                 static_cast<unsigned>(b) & kHalf, static_cast<unsigned>(b >> 31));
   push<0>(p.lamport, call.epoch % 3, place, mine);
-  unsigned long long start = 0;
   for (int source = 0; source < p.world; ++source) {
     if (source == p.lamport.rank) continue;
     uint4 v;
-    if (!poll(p.lamport, call, start, source, place, v)) return make_ulonglong2(kNeverCame, kNeverCame);
+    if (!take(p, call, source, place, v)) return make_ulonglong2(kNeverCame, kNeverCame);
     a += static_cast<unsigned long long>(v.y) << 31 | v.x;
     b += static_cast<unsigned long long>(v.w) << 31 | v.z;
   }
@@ -163,8 +176,7 @@ __device__ __noinline__ double sum_of_ranks(const ExchangeParams& p, const Call&
   v.z = __shfl_sync(kAllLanes, v.z, lane % 2);
   v.w = __shfl_sync(kAllLanes, v.w, lane % 2);
   bool came = true;
-  unsigned long long start = 0;
-  if (source < p.world && source != p.lamport.rank) came = poll(p.lamport, call, start, source, at, v);
+  if (source < p.world && source != p.lamport.rank) came = take(p, call, source, at, v);
   const Share share = {unescaped(v)};
   double sum = 0.0;
 #pragma unroll 1

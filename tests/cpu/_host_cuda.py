@@ -110,7 +110,8 @@ class HostExtension:
         self.library.row_of(ctypes.byref(arguments), row, ctypes.byref(threshold), ctypes.byref(log2_sum))
         return threshold.value, log2_sum.value
 
-    def verify_ranks(self, calls: list, rounds: int = 1, slot_bytes: int = 1 << 20, absent: int = -1) -> None:
-        """The prepared `calls` of all ranks at once, through memory they share."""
-        array = (self.Arguments * len(calls))(*calls)
-        self.raise_if(self.library.verify_ranks(array, len(calls), rounds, slot_bytes, absent))
+    def verify_ranks(self, *rounds: list, slot_bytes: int = 1 << 20, absent: int = -1) -> None:
+        """Rounds of prepared calls, one for each rank, of all ranks at once, through memory they share."""
+        world = len(rounds[0])
+        array = (self.Arguments * (len(rounds) * world))(*(call for calls in rounds for call in calls))
+        self.raise_if(self.library.verify_ranks(array, world, len(rounds), slot_bytes, absent))

@@ -81,8 +81,9 @@ void row_of(const fp::VerifyArguments* a, int row, float* threshold, double* log
   *log2_sum = n.log2_sum;
 }
 
-// `world` calls in threads of their own, `rounds` times, exchanging through memory that is made here: several calls in
-// a row go through all generations of the slots. Rank `absent`, if there is one, never comes: the others must say so.
+// Rounds of `world` calls, [rounds, world], in threads of their own, exchanging through memory that is made here:
+// several in a row go through all generations of the slots. Rank `absent`, if there is one, never comes: the others
+// must say so.
 int verify_ranks(const fp::VerifyArguments* a, int world, int rounds, std::int64_t slot_bytes, int absent) {
   return guarded([&] {
     const std::size_t words = 3ull * (world - 1) * slot_bytes / 4;
@@ -100,7 +101,7 @@ int verify_ranks(const fp::VerifyArguments* a, int world, int rounds, std::int64
           fp::AllReduceWorkspace w(rank, bases, slot_bytes, reinterpret_cast<std::uintptr_t>(controls[rank].data()),
                                    reinterpret_cast<std::uintptr_t>(records[rank].data()), absent < 0 ? 1e5 : 1e3, 0,
                                    0);
-          for (int i = 0; i < rounds; ++i) fp::verify(a[rank], &w, 0, nullptr);
+          for (int i = 0; i < rounds; ++i) fp::verify(a[i * world + rank], &w, 0, nullptr);
           if (reinterpret_cast<const fp::AbortRecord*>(records[rank].data())->status != 0) {
             errors[rank] = "rank " + std::to_string(rank) + " waited in vain for rank " +
                            std::to_string(reinterpret_cast<const fp::AbortRecord*>(records[rank].data())->rank);
