@@ -10,7 +10,7 @@ from . import collectives
 from .messages import HEADER_BYTES, Layout, layout_of_header
 
 # Larger messages go by the copy engine, which takes no multiprocessor but needs three nodes of a graph instead of one.
-PUSH_BYTES = 2 << 20
+PUSH_BYTES = 4 << 20
 
 
 def _raw_stream(device: int) -> int:

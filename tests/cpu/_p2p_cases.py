@@ -94,7 +94,9 @@ def mismatch(mesh, sent, spec):
     if rank == 0:
         channel.send(sent)
         return None
-    return messages_of([lambda: channel.recv(spec), lambda: channel.recv(spec)])
+    told = messages_of([lambda: channel.recv(spec), lambda: channel.recv(spec)])
+    channel.close()  # or fp.check() in this process would go on telling of it
+    return told
 
 
 STEPS = ("before", "header", "payload", "received", "released")
