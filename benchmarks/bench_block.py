@@ -10,7 +10,7 @@ norm, each rank its share of random weights, M tokens, in one graph. Rows:
     fused_sequence_parallel  split, and every rank holds its rows of what is between (M divisible by the ranks)
     nccl                     split, cuBLAS, NCCL (or Gloo) and the add_rms_norm kernel
 
-`bytes`: one rank's weights. `floor_us` = launch + the longer of reading a rank's share of them and computing with it.
+`bytes`: one rank's weights. `floor_us` = launch + the longer of reading them and computing.
 """
 
 from __future__ import annotations
@@ -111,9 +111,9 @@ def _run(bench: Bench, arguments: argparse.Namespace) -> int:
                 impl,
                 function,
                 inputs,
-                shape={"model": arguments.model, "M": m},
+                shape={"model": arguments.model, "tp": ranks, "M": m},
                 bytes=weights * itemsize // ranks,
-                floor_us=c and c.launch_us + c.matmul_us(m, hidden, weights // hidden // world, itemsize),
+                floor_us=c and c.launch_us + c.matmul_us(m, hidden, weights // hidden // ranks, itemsize),
                 check=check,
                 tolerance=TOLERANCE,
                 calls=4 if m <= 512 else 2,
