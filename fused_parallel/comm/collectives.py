@@ -29,7 +29,8 @@ class CommunicationTimer:
     """Counts the time this rank spends in collectives within `with timer:`, waiting for slower peers included.
 
     On CPUs it is wall time of the blocking calls; on GPUs the time between events around each call on its stream
-    (calls captured in CUDA graphs are not counted). `seconds()` synchronises the device.
+    (calls captured in CUDA graphs are not counted, nor kernels that multiply and exchange: there is no telling which
+    part of their time is which). `seconds()` synchronises the device.
     """
 
     host_seconds: float = 0.0

@@ -34,7 +34,7 @@ class GenerationStats:
     rounds: int
     drafted: int
     accepted: int
-    communication_seconds: float | None
+    communication_seconds: float | None  # as comm.CommunicationTimer counts; None: in CUDA graphs
     rounds_by_length: dict[int, int]  # how many rounds drafted 0, 1, ... tokens
     streamed_bytes: int  # of offloaded weights, copied to the device by passes that were not captured
     stream_seconds: float  # for how long those copies ran
