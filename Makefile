@@ -7,16 +7,18 @@
 ENVIRONMENT := build/environment
 export PYTHON TORCH
 python = "$$(cat $(ENVIRONMENT))"
+# Options of pytest for $(1) workers, where pytest-xdist is installed.
+workers = $$($(python) -c 'import importlib.util as u, torch; print(f"-n {$(1)} --dist $(2)" if u.find_spec("xdist") else "")')
 
 demo: $(ENVIRONMENT)
 	$(python) -m fused_parallel demo
 
 test: $(ENVIRONMENT)
-	$(python) -m pytest tests/cpu
+	$(python) -m pytest tests/cpu $(call workers,2,loadfile)
 
 gpu-test: $(ENVIRONMENT)
 	@$(python) -c 'import sys, torch; torch.cuda.is_available() or sys.exit("make gpu-test: torch sees no CUDA device")'
-	$(python) -m pytest tests/gpu $$($(python) -c 'import torch; print("-n", torch.cuda.device_count())')
+	$(python) -m pytest tests/gpu $(call workers,torch.cuda.device_count(),load)
 	$(python) -m pytest tests/multigpu
 
 bench: $(ENVIRONMENT)

@@ -88,10 +88,15 @@ def test_an_interrupt_leaves_nothing_pinned(monkeypatch):
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(0.2)
 
+    # A worker of pytest-xdist ignores interrupts, which are its parent's to handle.
+    usual = signal.signal(signal.SIGINT, signal.default_int_handler)
     gc.collect()  # Python swallows an interrupt that finds it deleting something, as other tests' blocks
     registrar = Registrar(monkeypatch, at=3, action=interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        HostBlocks([1_000_000] * 40, GPU, "mine")
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            HostBlocks([1_000_000] * 40, GPU, "mine")
+    finally:
+        signal.signal(signal.SIGINT, usual)
     assert registrar.most > 0 and not registrar.pinned and registrar.calls < 40
 
 
