@@ -64,7 +64,8 @@ void matmul_only(const void* x, const void* weight, void* out, std::int64_t m, s
 // The same product for few rows, bound by reading the weight; with `residual`, out = rms_norm(new_residual) *
 // norm_weight, new_residual = residual + the sum, as all_reduce_add_rms_norm; bias, residual, norm_weight, new_residual
 // may be null. [m, n] fits a slot of the workspace. Unless fresh_weight, the weight must not be written by the
-// kernel before this one in the stream: reading begins before that has ended.
+// kernels before this one since the last ordinary launch, copy or event wait of the stream: reading begins before they
+// have ended.
 struct MatmulDecode {
   const void *x, *weight, *bias, *residual, *norm_weight;
   void *out, *new_residual;

@@ -111,6 +111,15 @@ __device__ __forceinline__ void filter_whole(const ExchangeParams& p, FilterShar
   }
 }
 
+// A vector of zeros to and from every rank, by the last of a slot's places, which no row takes. That nobody is two
+// calls ahead rests on every call's having heard of every rank: also of one in which no row filters.
+__device__ __noinline__ void hear_of_all(const ExchangeParams& p, const Call& call) {
+  const int source = threadIdx.x, place = static_cast<int>(p.lamport.slot_bytes / 16) - 1;
+  if (source == p.lamport.rank) push<0>(p.lamport, call.epoch % 3, place, make_uint4(0, 0, 0, 0));
+  uint4 v;
+  if (source < p.world && source != p.lamport.rank) take(p, call, source, place, v);  // a failed wait is recorded
+}
+
 // The target rows filter_first and up, of a shard, by a grid whose CTAs are all resident.
 template <typename TT, typename TD>
 __device__ __forceinline__ void filter_shards(const ExchangeParams& p, FilterShared& sh) {
@@ -119,6 +128,7 @@ __device__ __forceinline__ void filter_shards(const ExchangeParams& p, FilterSha
   const Call call = begin_call(l, epoch, 0);  // this call clears what it fills
   if (call.failed) return;
   clear_previous(l, call, blockIdx.x * blockDim.x + threadIdx.x, gridDim.x * blockDim.x);
+  if (blockIdx.x == 0) hear_of_all(p, call);
   Rounds<TT, true> rounds = {p, 0, 0};
   if (threadIdx.x == 0) sh.call = call;
   __syncthreads();

@@ -154,7 +154,9 @@ class RingTransport:
         )
 
     def close(self, patience: float | None) -> None:
-        """Nothing to hand over: what was sent is in the peer's memory."""
+        """Wait until what was sent is in the peer's memory: a process that ends takes its kernels along. Their waits
+        are bounded by the channel's timeout."""
+        torch.cuda.synchronize(self.device)
         self._views.clear()
 
 

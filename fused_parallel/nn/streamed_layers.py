@@ -100,7 +100,10 @@ class StreamedLayers(nn.Module):
         self._ahead = False  # whether the first layers' copies have been started already
         self._captured = False  # a graph's replays write the slots, too, without a word: nothing is copied ahead then
         self._ahead_in_capture = False
-        self.register_load_state_dict_pre_hook(lambda *_: setattr(self, "_ahead", False))
+        if self._stream is not None:
+            for slot in self._slots:
+                slot.record_stream(self._stream)  # not another tensor's memory while a copy into it may be under way
+        self.register_load_state_dict_pre_hook(self._before_loading)
         self._fillers: dict[int, Callable[[torch.Tensor], None]] = {}  # by the parameter's id
         self._disk: DiskReader | None = None
         if in_files:
@@ -235,6 +238,11 @@ class StreamedLayers(nn.Module):
             self._synchronize()
             took.append(time.perf_counter() - begin)
         return min(took)
+
+    def _before_loading(self, *_) -> None:
+        """Copies that are queued, by passes or replays, still read the old weights."""
+        self._synchronize()
+        self._ahead = False
 
     def _synchronize(self) -> None:
         if self._stream is not None:

@@ -84,9 +84,9 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
         [..., N], summed in fp32 and rounded once.
 
     For up to 64 rows of fp16 or bf16 on a Hopper GPU, with N and K multiples of 8, a kernel that begins to read the
-    weight before the kernel before it in the stream has ended: that one must not write the weight. Everything else is
-    torch's. A local operation that knows no group. Runs on the current stream; capturable in CUDA graphs; traced by
-    torch.compile as one node.
+    weight before the kernels before it in the stream have ended: none since the last ordinary launch, copy or event
+    wait may write the weight. Everything else is torch's. A local operation that knows no group. Runs on the current
+    stream; capturable in CUDA graphs; traced by torch.compile as one node.
 
     Raises:
         TypeError, ValueError: bad dtype or shape, or a gradient wanted while grad mode is on.

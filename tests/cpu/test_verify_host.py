@@ -172,6 +172,18 @@ def test_shards_through_the_peers_memory(seed, extension, method, full, filters)
             check(c, same_on_all_ranks(calls), method, vocab)
 
 
+def test_shards_where_no_row_filters(seed, extension):
+    """Greedy requests with filters given: that launch has nothing to find, and the calls around it must not meet."""
+    for vocab, world in ((9, 4), (1003, 2)):
+        made = [make_case(6, 3, vocab, SETS["top_p"], full_q=True) for _ in range(3)]
+        for c in made:
+            c["temperature"].zero_()
+        rounds = [shards(c, world, vocab, "rejection") for c in made]
+        extension.verify_ranks(*([prepared(extension, call) for call in calls] for calls in rounds))
+        for c, calls in zip(made, rounds, strict=True):
+            check(c, same_on_all_ranks(calls), "rejection", vocab)
+
+
 def odd_case(k, vocab, full, dtype=torch.float32):
     """Rows that only care survives; the drafts are mostly the argmax, so that later rows matter."""
     c = make_case(18, k, vocab, full_q=full, mixed=False, invalid=False, ragged=False, dtype=dtype)
