@@ -6,6 +6,7 @@ import dataclasses
 from pathlib import Path
 
 from ..models.config import LlamaConfig
+from .apply import Planned, init, planned
 from .cluster import CLUSTERS, Cluster, from_profile, load_cluster
 from .explain import explain, wall
 from .model import ModelShape, load_model
@@ -14,7 +15,7 @@ from .search import Search
 from .workload import Workload
 
 __all__ = ["CLUSTERS", "Candidate", "Cluster", "ModelShape", "Plan", "WallRow", "Workload", "from_profile"]
-__all__ += ["load_cluster", "load_model", "plan"]
+__all__ += ["Planned", "init", "load_cluster", "load_model", "plan", "planned"]
 
 KEPT = 50  # ranked plans an answer keeps
 
@@ -66,6 +67,7 @@ def plan(
     rows, texts = wall(model, where, asked)
     return Plan(
         model=model.name,
+        shape=dataclasses.asdict(model),
         cluster=where.name,
         rank=asked.rank,
         request=_request(asked),

@@ -17,8 +17,9 @@ PRESETS = {
 }
 
 # Bytes a parameter of the decoder layers takes; the embedding, the head and the norms stay in bf16.
-# int4: 4 bits, and a bf16 scale and a bf16 zero point for each group of 128.
-WEIGHT_BYTES = {"bf16": 2.0, "fp8": 1.0, "int4": 0.5 + 4 / 128}
+# int8 and int4 are this library's (nn.quantize_): int4 has a bf16 scale for each group of 128, int8 one a row, which is
+# less than a thousandth and not counted.
+WEIGHT_BYTES = {"bf16": 2.0, "fp8": 1.0, "int8": 1.0, "int4": 0.5 + 2 / 128}
 ACTIVATION_BYTES = 2  # activations, the KV cache and what is communicated are bf16
 
 

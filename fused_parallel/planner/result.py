@@ -9,7 +9,7 @@ from pathlib import Path
 
 from .._table import print_table
 
-PLAN_VERSION = 1
+PLAN_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,8 @@ class Candidate:
     """One plan and its prediction.
 
     tp, pp, dp: tensor-parallel ranks, pipeline stages, replicas; stages: layers of each stage; batch: requests in
-    flight over all replicas; microbatches a replica's are cut into; resident: share of the layers on the GPU; drafted:
+    flight over all replicas; microbatches a replica's are cut into; prefill_chunk: tokens of a prompt that pass at once
+    (None: whole); resident: share of the layers on the GPU; drafted:
     tokens a round of speculation (0: none). ttft_ms, tpot_ms: time to the first token of a prompt alone, and a token of
     each request after it. tokens_per_s: output tokens over all replicas, their prefills included. memory_gb: of the
     fullest rank. shares: of a decoding step's time on all stages; they add up to 1.
@@ -30,6 +31,7 @@ class Candidate:
     dtype: str
     batch: int
     microbatches: int
+    prefill_chunk: int | None
     resident: float
     drafted: int
     gpus: int
@@ -74,10 +76,12 @@ class WallRow:
 
 @dataclass(frozen=True)
 class Plan:
-    """The answer of fp.plan. entries: the best plans, best first; frontier: of all plans those that no other beats in
-    both TPOT and throughput; wall and wall_text: where another GPU stops paying."""
+    """The answer of fp.plan. shape: the model's, field by field of ModelShape; entries: the best plans, best first;
+    frontier: of all plans those that no other beats in both TPOT and throughput; wall and wall_text: where another GPU
+    stops paying."""
 
     model: str
+    shape: dict[str, object]
     cluster: str
     rank: str
     request: dict[str, object]

@@ -54,7 +54,7 @@ class Search:
         self.model, self.cluster, self.workload = model, cluster, workload
         self.least_missing: tuple[float, str] | None = None  # GB and the sentence of the plan closest to fitting
         self._costs: dict[tuple, StageCost] = {}
-        self._prefills: dict[tuple, tuple[float, float]] = {}
+        self._prefills: dict[tuple, tuple[float, float, int | None]] = {}
         self._decodes: dict[tuple, tuple[Schedule, list[StageCost], list[float]]] = {}
         self._drafts: dict[int, float] = {}
 
@@ -103,7 +103,7 @@ class Search:
                 accepted = expected_tokens(self.workload.acceptance, drafted) if drafted else 1.0
                 options.append((schedule.period / accepted, drafted, micro, schedule, costs, drafts))
         tpot, drafted, micro, schedule, costs, drafts = min(options, key=lambda o: o[:3])
-        ttft, occupied = self._prefill(dtype, tp, stages, streamed)
+        ttft, occupied, chunk = self._prefill(dtype, tp, stages, streamed)
         rounds_us = self.workload.output * tpot + share * occupied
         throughput = batch * self.workload.output / rounds_us * 1e6
         gpus = tp * len(stages) * dp
@@ -123,6 +123,7 @@ class Search:
             dtype=dtype,
             batch=batch,
             microbatches=micro,
+            prefill_chunk=chunk,
             resident=1 - streamed / self.model.layers,
             drafted=drafted,
             gpus=gpus,
@@ -224,9 +225,9 @@ class Search:
             self._drafts[batch] = cost.us
         return self._drafts[batch]
 
-    def _prefill(self, dtype, tp, stages, streamed) -> tuple[float, float]:
-        """(time to the first token of a prompt alone, time a prompt keeps the slowest stage): over the number of
-        chunks that gives the first token soonest."""
+    def _prefill(self, dtype, tp, stages, streamed) -> tuple[float, float, int | None]:
+        """(time to the first token of a prompt alone, time a prompt keeps the slowest stage, tokens of a chunk or None
+        where it passes whole): over the number of chunks that gives the first token soonest."""
         key = (dtype, tp, len(stages), streamed)
         if key not in self._prefills:
             length, results = self.workload.input, []
@@ -235,9 +236,10 @@ class Search:
                 size = math.ceil(length / chunks)
                 costs = self._stages(dtype, tp, stages, Step(1, size, (length - size) // 2, 1), streamed)
                 times = [c.us for c in costs]
-                results.append((simulate(times, self._hops(tp, stages, size), chunks).last, chunks * max(times)))
+                last = simulate(times, self._hops(tp, stages, size), chunks).last
+                results.append((last, chunks * max(times), size if chunks > 1 else None))
                 chunks *= 2
-            self._prefills[key] = min(results)
+            self._prefills[key] = min(results, key=lambda r: r[:2])
         return self._prefills[key]
 
 

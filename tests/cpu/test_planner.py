@@ -51,7 +51,7 @@ def test_memory_of_70b_by_hand():
     assert first == 41 * 855_654_400 * 2 + 128256 * 8192 * 2
     assert last == 39 * 855_654_400 * 2 + 128256 * 8192 * 2 + 8192 * 2
     assert M70.layer_bytes(1, "fp8") == 855_638_016 + 16384 * 2
-    assert M70.layer_bytes(1, "int4") == 855_638_016 * (0.5 + 4 / 128) + 16384 * 2
+    assert M70.layer_bytes(1, "int4") == 855_638_016 * (0.5 + 2 / 128) + 16384 * 2
     best = plan("llama-3-70b", "2xh200", {"batch": 4}).best
     assert best.memory_gb["weights"] == pytest.approx(rank / 1e9)
     assert best.memory_gb["kv"] == pytest.approx(4 * 1280 * 163_840 / 1e9)

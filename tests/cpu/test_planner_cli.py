@@ -143,7 +143,7 @@ def test_probe_profiles(tmp_path):
         ({"batch": ()}, "at least one number"),
         ({"input": 1.5}, "input must be"),
         ({"rank": "fame"}, "rank must be one of latency, throughput, cost, got 'fame'"),
-        ({"dtypes": ("fp4",)}, "dtypes must be out of bf16, fp8, int4"),
+        ({"dtypes": ("fp4",)}, "dtypes must be out of bf16, fp8, int8, int4"),
         ({"slo_tpot_ms": 0}, "slo_tpot_ms"),
         ({"acceptance": 0.5}, "belong together"),
         ({"draft": "llama-3-8b", "acceptance": 2}, "between 0 and 1, got 2"),
@@ -175,7 +175,7 @@ def test_json_round_trip():
     with pytest.raises(ValueError, match="plan_version is 7"):
         Plan.from_json('{"plan_version": 7}')
     with pytest.raises(ValueError, match="incomplete"):
-        Plan.from_json('{"plan_version": 1}')
+        Plan.from_json('{"plan_version": 2}')
 
 
 def test_command_prints_a_table(capsys):
