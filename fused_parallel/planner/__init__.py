@@ -64,6 +64,7 @@ def plan(
         "cost": lambda c: (c.gpu_s_per_token, c.tpot_ms, c.gpus),
     }
     allowed.sort(key=ranks[asked.rank])
+    firsts = {c.tp: c for c in reversed(allowed)}  # of each degree the one that is ranked first
     rows, texts = wall(model, where, asked)
     return Plan(
         model=model.name,
@@ -74,6 +75,7 @@ def plan(
         searched=len(found),
         entries=tuple(dataclasses.replace(c, explanation=explain(c, where, asked)) for c in allowed[:KEPT]),
         frontier=tuple(dataclasses.replace(c, explanation=explain(c, where, asked)) for c in _frontier(allowed)),
+        by_tp=tuple(dataclasses.replace(c, explanation=explain(c, where, asked)) for c in firsts.values()),
         wall=rows,
         wall_text=texts,
     )

@@ -131,6 +131,8 @@ class Search:
             tpot_ms=tpot / 1e3,
             tokens_per_s=throughput,
             gpu_s_per_token=gpus / throughput,
+            stage_ms=tuple((c.us + d) / 1e3 for c, d in zip(costs, drafts, strict=True)),
+            hop_ms=tuple(us / 1e3 for us in self._hops(tp, stages, math.ceil(share / micro) * (drafted + 1))),
             memory_gb={k: getattr(memory, k) for k in ("weights", "kv", "activations", "reserved", "total")},
             shares=shares,
         )

@@ -168,6 +168,7 @@ def test_a_model_that_fits_nowhere_says_what_is_missing():
 def test_json_round_trip():
     answer = plan("llama-3-70b", "8xh100", {"batch": (1, 64), "draft": "llama-3-8b", "acceptance": 0.8})
     again = Plan.from_json(answer.to_json())
+    assert again.by_tp == answer.by_tp and again.shape == answer.shape
     assert again.entries == answer.entries and again.frontier == answer.frontier and again.wall == answer.wall
     assert again.to_json() == answer.to_json()
     with pytest.raises(ValueError, match="must be JSON"):
@@ -193,6 +194,38 @@ def test_command_prints_json_and_plots(capsys, tmp_path):
     answer = Plan.from_json(capsys.readouterr().out)
     assert answer.rank == "throughput" and answer.request["batch"] == [1, 32]
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_picture_shows_the_plan(tmp_path):
+    """What is drawn, read back from matplotlib: the frontier's labels, the bars' parts and heights, the timeline."""
+    pytest.importorskip("matplotlib")
+    from fused_parallel.planner import plot
+
+    answer = plan("llama-3-405b", "2x8xh100-eth100", {"batch": (1, 64), "dtypes": ("int4",), "rank": "throughput"})
+    drawn = []
+    figure = plot._figure
+    try:
+        plot._figure = lambda *args: drawn.append(figure(*args)) or drawn[-1]
+        answer.plot(tmp_path / "plan.png")
+    finally:
+        plot._figure = figure
+    frontier, by_tp, *walls, timeline = drawn[0].axes
+    assert len(walls) == 2
+    texts = [text.get_text() for text in frontier.get_legend().get_texts()]
+    assert texts[-1] == f"best by throughput: {answer.best.label}"
+    assert {text.split("  ")[1] for text in texts[1:-1]} <= {c.label for c in answer.frontier}
+    assert {c.tp for c in answer.by_tp} == {1, 2, 4, 8, 16}
+    tops = {}
+    for bar in by_tp.patches:
+        x = round(bar.get_x() + bar.get_width() / 2)
+        tops[x] = tops.get(x, 0) + bar.get_height()
+    assert [tops[i] for i in range(5)] == pytest.approx([c.tpot_ms for c in sorted(answer.by_tp, key=lambda c: c.tp)])
+    piped = next(c for c in answer.entries if c.pp > 1)
+    assert piped.label in timeline.get_title()
+    spans = sorted((bar.get_y(), bar.get_x(), bar.get_width()) for bar in timeline.patches)
+    assert len(spans) == 3 * piped.pp * piped.microbatches
+    for (row, start, width), (next_row, next_start, _) in zip(spans, spans[1:], strict=False):
+        assert row != next_row or start + width <= next_start + 1e-9  # a stage does one thing at a time
 
 
 def test_errors_are_one_line_of_the_command(capsys):
