@@ -148,7 +148,11 @@ def run(args: argparse.Namespace) -> int:
         print(describe(result.stats), file=sys.stderr)
         if model.device.type == "cuda":
             peak = torch.cuda.max_memory_allocated() / 2**30
-            print(f"GPU memory at its highest on rank 0: {peak:.2f} GiB", file=sys.stderr)
+            planned_gib = ""
+            if plan is not None:  # what CUDA and NCCL take is not torch's
+                gib = (plan.best.stage_gb[0] - plan.best.memory_gb["reserved"]) * 1e9 / 2**30
+                planned_gib = f", planned for {plan.best.batch} request(s): {gib:.2f} GiB"
+            print(f"GPU memory at its highest on rank 0: {peak:.2f} GiB{planned_gib}", file=sys.stderr)
     finalize()
     return 0
 

@@ -161,8 +161,7 @@ class Planned:
         micro = min(entry.microbatches, max(1, prompts))
         if micro > SLOTS:
             raise ValueError(
-                f"the plan decodes in {entry.microbatches} micro-batches; fp.generate has at most {SLOTS}: plan for a "
-                "smaller batch or cluster"
+                f"the plan decodes in {entry.microbatches} micro-batches; fp.generate has at most {SLOTS}: plan anew"
             )
         options: dict[str, object] = {"microbatches": micro, "prefill_chunk": entry.prefill_chunk}
         return {**options, "num_draft_tokens": entry.drafted} if entry.drafted else options

@@ -82,12 +82,12 @@ def wall(model: ModelShape, cluster: Cluster, workload: Workload) -> tuple[tuple
         for tp in degrees:
             c = cost(tp, batch)
             share = math.ceil(batch * tp / degrees[-1])  # of a replica, where the largest group is cut into several
-            memory, streamed = search.fit(dtype, tp, [model.layers], batch, 1, False)
+            memory, streamed = search.fit(dtype, tp, [model.layers], batch, 1, 0)
             busy = min(batch, degrees[-1] // tp)
             rate = batch / cost(tp, share).us * 1e6 / (busy * tp)
             compute = c.weights + c.compute + c.kv
             fits = memory is not None and streamed == 0
-            memory, streamed = search.fit(dtype, tp, [model.layers], share, 1, False)
+            memory, streamed = search.fit(dtype, tp, [model.layers], share, 1, 0)
             share_fits = memory is not None and streamed == 0
             ms = [v / 1e3 for v in (c.us, compute, c.communication, c.host)]
             here.append(WallRow(batch, tp, *ms, tokens_per_s_per_gpu=rate, fits=fits, share_fits=share_fits))

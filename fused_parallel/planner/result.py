@@ -17,12 +17,12 @@ class Candidate:
     """One plan and its prediction.
 
     tp, pp, dp: tensor-parallel ranks, pipeline stages, replicas; stages: layers of each stage; batch: requests in
-    flight over all replicas; microbatches a replica's are cut into; prefill_chunk: tokens of a prompt that pass at once
-    (None: whole); resident: share of the layers on the GPU; drafted: tokens a round of speculation (0: none). ttft_ms,
-    tpot_ms: time to the first token of a prompt alone, and a token of each request after it. tokens_per_s: output tokens
-    over all replicas, their prefills included. stage_ms, hop_ms: what a micro-batch takes on each stage in decoding, and
-    from each to the next. memory_gb: of the fullest rank. shares: of a decoding step's time on all stages; they add up
-    to 1.
+    flight over all replicas; microbatches a replica's are cut into; prefill_chunk: tokens of a prompt that pass at
+    once (None: whole); resident: share of the layers on the GPU; drafted: tokens a round of speculation (0: none).
+    ttft_ms, tpot_ms: time to the first token of a prompt alone, and a token of each request after it. tokens_per_s:
+    output tokens over all replicas, their prefills included. stage_ms, hop_ms: what a micro-batch takes on each stage
+    in decoding, and from each to the next. stage_gb: memory of a rank of each stage; memory_gb: of the fullest, by what
+    it holds. shares: of a decoding step's time on all stages; they add up to 1.
     """
 
     tp: int
@@ -42,6 +42,7 @@ class Candidate:
     gpu_s_per_token: float
     stage_ms: tuple[float, ...]
     hop_ms: tuple[float, ...]
+    stage_gb: tuple[float, ...]
     memory_gb: dict[str, float]
     shares: dict[str, float]
     explanation: tuple[str, ...] = ()
@@ -115,7 +116,7 @@ class Plan:
         if version != PLAN_VERSION:
             raise ValueError(f"plan_version is {version!r}, this library reads {PLAN_VERSION}; plan again")
         try:
-            lists = ("stages", "stage_ms", "hop_ms", "explanation")
+            lists = ("stages", "stage_ms", "hop_ms", "stage_gb", "explanation")
             for name in ("entries", "frontier", "by_tp"):
                 data[name] = tuple(Candidate(**{**c, **{k: tuple(c[k]) for k in lists}}) for c in data[name])
             data["wall"] = tuple(WallRow(**row) for row in data["wall"])

@@ -1,6 +1,7 @@
 """Descriptions of clusters, plans as JSON, plots, the command line, and what the planner refuses."""
 
 import argparse
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -220,11 +221,12 @@ def test_the_picture_shows_the_plan(tmp_path):
         x = round(bar.get_x() + bar.get_width() / 2)
         tops[x] = tops.get(x, 0) + bar.get_height()
     assert [tops[i] for i in range(5)] == pytest.approx([c.tpot_ms for c in sorted(answer.by_tp, key=lambda c: c.tp)])
+    assert max(c.microbatches for c in answer.entries) <= 8 < max(c.pp for c in answer.entries)  # fp.generate's most
     piped = next(c for c in answer.entries if c.pp > 1)
     assert piped.label in timeline.get_title()
     spans = sorted((bar.get_y(), bar.get_x(), bar.get_width()) for bar in timeline.patches)
     assert len(spans) == 3 * piped.pp * piped.microbatches
-    for (row, start, width), (next_row, next_start, _) in zip(spans, spans[1:], strict=False):
+    for (row, start, width), (next_row, next_start, _) in itertools.pairwise(spans):
         assert row != next_row or start + width <= next_start + 1e-9  # a stage does one thing at a time
 
 
