@@ -48,7 +48,8 @@ def explain(c: Candidate, cluster: Cluster, workload: Workload) -> tuple[str, ..
     if c.pp > 1:
         sentences.append(
             f"{c.pp} stages of {', '.join(map(str, c.stages))} layers pass {c.microbatches} micro-batch(es); they wait "
-            f"{c.shares['bubble']:.0%} of the time, for each other and for transfers."
+            f"{c.shares['bubble']:.0%} of the time, for each other and for transfers. Their GPUs hold "
+            f"{', '.join(f'{gb:.1f}' for gb in c.stage_gb)} GB."
         )
     if c.resident < 1:
         sentences.append(

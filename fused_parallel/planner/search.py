@@ -58,6 +58,11 @@ class Search:
         self._prefills: dict[tuple, tuple[float, float, int | None]] = {}
         self._decodes: dict[tuple, tuple[Schedule, list[StageCost], list[float]]] = {}
         self._drafts: dict[int, float] = {}
+        self._sizes: dict[tuple, list[tuple[float, float]]] = {}  # GB of weights and of a token's KV, by stage
+        self._draft_gb = (0.0, 0.0)  # the same of the draft
+        if draft := workload.draft:
+            kv = draft.kv_bytes_per_token(draft.layers, 1) / 1e9
+            self._draft_gb = (draft.stage_bytes(0, [draft.layers], 1, "bf16") / 1e9, kv)
 
     def run(self) -> Iterator[Candidate]:
         """Every plan that fits, in no order."""
@@ -156,19 +161,18 @@ class Search:
         tokens = batch * (workload.input + workload.output + margin)
         queries = batch * (drafted + 1)
         activations = model.activation_bytes(max(min(workload.input, MAX_CHUNK), queries), queries, tp) / 1e9
-        layer = model.layer_bytes(tp, dtype) / 1e9
-        ranks = []
-        for s, layers in enumerate(stages):
-            weights = model.stage_bytes(s, stages, tp, dtype) / 1e9
-            if streamed:
-                weights -= (streamed - SLOTS) * layer
-            kv = tokens * model.kv_bytes_per_token(layers, tp) / 1e9
-            if drafted:  # every rank holds the draft, those of the last stage run it
-                draft = workload.draft
-                weights += draft.stage_bytes(0, [draft.layers], 1, "bf16") / 1e9
-                if s == len(stages) - 1:
-                    kv += tokens * draft.kv_bytes_per_token(draft.layers, 1) / 1e9
-            ranks.append(Memory(weights, kv, activations, RESERVED_GB))
+        key = (dtype, tp, tuple(stages))
+        if key not in self._sizes:
+            self._sizes[key] = [
+                (model.stage_bytes(s, stages, tp, dtype) / 1e9, model.kv_bytes_per_token(layers, tp) / 1e9)
+                for s, layers in enumerate(stages)
+            ]
+        more = -(streamed - SLOTS) * model.layer_bytes(tp, dtype) / 1e9 if streamed else 0.0
+        more += self._draft_gb[0] if drafted else 0.0  # every rank holds the draft
+        ranks = [Memory(gb + more, tokens * kv, activations, RESERVED_GB) for gb, kv in self._sizes[key]]
+        if drafted:  # which those of the last stage run
+            last = ranks[-1]
+            ranks[-1] = Memory(last.weights, last.kv + tokens * self._draft_gb[1], activations, RESERVED_GB)
         return ranks
 
     def fit(
