@@ -16,8 +16,8 @@ def add_parser(subparsers) -> None:
     parser = subparsers.add_parser(
         "wall",
         help="compute against communication of a layer, by batch and TP degree",
-        description="Time one decoder layer on 1, 2, 4, ... ranks of this machine, by this library's kernels and by "
-        "torch with NCCL (CPU: Gloo), and say at which degree another GPU stops paying. With --cluster, predict it "
+        description="Time one decoder layer on 1, 2, 4, ... ranks of this machine, by this library and with "
+        "NCCL's all-reduce (CPU: Gloo's), and say at which degree another GPU stops paying. With --cluster, predict it "
         "for another machine instead.",
     )
     parser.add_argument(

@@ -10,33 +10,37 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
+from torch import nn
 
 from .._table import print_table
-from ..comm.groups import local_group
+from ..comm import collectives
+from ..comm.groups import init, local_group, resolve_group
 from ..comm.launch import RankPool
 from ..comm.probe_collectives import rank_environment
 from ..models.config import LlamaConfig
 from ..models.llama import LlamaDecoderLayer
-from ..nn import KVCache, RotaryEmbedding
+from ..nn import KVCache, RMSNorm, RotaryEmbedding, RowParallelLinear
 from ..nn.attention import lens_after
-from ..ops import use
+from ..ops import add_rms_norm
 from ..testing.timer import ROTATION_BYTES, time_collective
-from . import apply
 from .cluster import Cluster
 from .cost import Step, stage_cost
 from .model import ModelShape, load_model
 
 _TIMEOUT_S = 120
 _MOST_LAYERS = 32  # of a stack that is timed; small layers are several, so that no call finds its weights in a cache
-OURS, NCCL, GLOO = "fused_parallel", "torch + NCCL", "torch + Gloo"
+# Who adds up what the ranks computed. All else in a layer is this library's in both.
+OURS, NCCL, GLOO = "fused_parallel", "NCCL", "Gloo"
 
 
 @dataclass(frozen=True)
 class LayerTime:
     """Microseconds of one layer's decoding step of `batch` sequences on `tp` ranks, the slowest rank's median.
 
-    backend: who computed and communicated. compute_us: the layer with a rank's sizes and no peers. communication_us:
-    what the whole layer takes beyond that; slightly negative where the two do not differ by more than they vary.
+    backend: who added up what the ranks computed. compute_us: the layer with a rank's sizes and no peers.
+    communication_us: what the whole layer takes beyond that; slightly negative where the two do not differ by more than
+    they vary.
     """
 
     backend: str
@@ -94,7 +98,7 @@ class LayerWall:
                 parts.append(text)
             texts.append(f"Batch {batch}: " + ". ".join(parts) + ".")
         if GLOO in self.backends:
-            texts.append("On CPUs both run torch and Gloo: what lies between them is noise.")
+            texts.append("On CPUs this library's all-reduce is Gloo's, too: what lies between them is noise.")
         return texts
 
     def table(self) -> None:
@@ -129,7 +133,7 @@ def _share(row: LayerTime) -> str:
 def predict_wall(
     model: ModelShape, cluster: Cluster, batches: Sequence[int], context: int, degrees: Sequence[int] | None = None
 ) -> LayerWall:
-    """The cost model's layer on `cluster`: torch's kernels and NCCL, of which its constants are.
+    """The cost model's layer on `cluster`: NCCL, and torch's kernels for all else, of which its constants are.
 
     degrees: default 1, 2, 4, ... up to what the cluster and the model allow. Raises ValueError for a degree that the
     model or the cluster does not have.
@@ -165,8 +169,9 @@ def measure_wall(
     rounds: int = 20,
     progress: Callable[[str], object] = lambda what: None,
 ) -> LayerWall:
-    """Time one layer of `config`, random weights, on 1, 2, 4, ... ranks of this machine: by this library
-    (`fp.use("auto")`) and by torch and torch.distributed (`fp.use("reference")`: NCCL, Gloo).
+    """Time one layer of `config`, random weights, on 1, 2, 4, ... ranks of this machine: with this library's
+    row-parallel layers, and with torch's matmul, torch.distributed's all-reduce (NCCL, Gloo) and `fp.add_rms_norm` in
+    their place.
 
     Args:
         batches, context: sequences that are decoded by one token each, after so many cached ones.
@@ -211,34 +216,49 @@ def rank_config(config: LlamaConfig, tp: int) -> LlamaConfig:
 
 def _time_layers(config: LlamaConfig, device: str, batch: int, context: int, rounds: int) -> list[tuple]:
     """On every rank: (backend, us of a layer without peers, us of the whole layer) of each backend."""
-    group = apply.init(device=device, timeout=_TIMEOUT_S)["tp"].get_group()
-    alone = _Stack(rank_config(config, group.size()), local_group(), device, batch, context)
-    stacks = {"own": alone, "whole": alone if group.size() == 1 else _Stack(config, group, device, batch, context)}
+    pg = init(device=device, timeout=_TIMEOUT_S)["tp"].get_group()
     found = []
-    for backend, mode in ((NCCL if device == "cuda" else GLOO, "reference"), (OURS, "auto")):
+    for backend in (NCCL if device == "cuda" else GLOO, OURS):
         us = {}
-        for kind, stack in stacks.items():
-            if kind == "whole" and stack is alone:
-                us[kind] = us["own"]
+        # The layer without peers first, alone in memory.
+        for of, members in ((rank_config(config, pg.size()), local_group()), (config, pg)):
+            if members is pg and pg.size() == 1:
+                us[pg] = us[local_group()]
                 continue
-            with use(mode):
-                timing = time_collective(
-                    stack,
-                    inputs=stack.inputs,
-                    group=group,
-                    mode="graph" if device == "cuda" else "eager",
-                    calls=max(1, 8 // stack.count),
-                    rounds=rounds,
-                )
-            us[kind] = timing.us_p50 / stack.count
-        found.append((backend, us["own"], us["whole"]))
+            stack = _Stack(of, members, device, batch, context, by_torch=backend != OURS)
+            timing = time_collective(
+                stack,
+                inputs=stack.inputs,
+                group=pg,
+                mode="graph" if device == "cuda" else "eager",
+                calls=max(1, 8 // stack.count),
+                rounds=rounds,
+            )
+            us[members] = timing.us_p50 / stack.count
+            del stack
+        found.append((backend, us[local_group()], us[pg]))
     return found
+
+
+class _TorchRow(nn.Module):
+    """In a RowParallelLinear's place: torch's matmul and torch.distributed's all-reduce, then add_rms_norm."""
+
+    def __init__(self, row: RowParallelLinear) -> None:
+        super().__init__()
+        self.weight, self.bias, self.pg = row.weight, row.bias, resolve_group(row.group)
+
+    def forward(self, x: torch.Tensor, residual: torch.Tensor, norm: RMSNorm) -> tuple[torch.Tensor, torch.Tensor]:
+        out = collectives.all_reduce_(F.linear(x, self.weight), self.pg)
+        out = out if self.bias is None else out.add_(self.bias)
+        return add_rms_norm(out, residual, norm.weight, norm.variance_epsilon)
 
 
 class _Stack:
     """Layers of random weights that run one after the other, as many as make their weights larger than caches."""
 
-    def __init__(self, config: LlamaConfig, group, device: str, batch: int, context: int) -> None:
+    def __init__(
+        self, config: LlamaConfig, group, device: str, batch: int, context: int, *, by_torch: bool = False
+    ) -> None:
         on_gpu = device == "cuda"
         where = torch.device(device, torch.cuda.current_device()) if on_gpu else torch.device("cpu")
         self.dtype, self.where, self.batch, self.hidden = (
@@ -252,6 +272,10 @@ class _Stack:
         size = sum(p.numel() * p.element_size() for p in self.layers[0].parameters())
         self.count = min(_MOST_LAYERS, max(2, math.ceil(ROTATION_BYTES / size))) if on_gpu else 1
         self.layers += [LlamaDecoderLayer(config, i, **kwargs) for i in range(1, self.count)]
+        if by_torch:
+            for layer in self.layers:
+                layer.self_attn.o_proj = _TorchRow(layer.self_attn.o_proj)
+                layer.mlp.down_proj = _TorchRow(layer.mlp.down_proj)
         generator = torch.Generator(where).manual_seed(0)
         for p in (p for layer in self.layers for p in layer.parameters()):
             p.requires_grad_(False)
