@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from ..pipeline.stage_links import SLOTS
 from ..reference.quantized_matmul import KINDS
 from .model import load_model
 from .result import Candidate, Plan
+from .search import MAX_CHUNK
 
 
 def init(
@@ -141,7 +143,8 @@ class Planned:
         """Keywords of `fp.generate` on this rank's replica: num_draft_tokens, microbatches and prefill_chunk.
 
         Args:
-            prompts: how many this replica continues; micro-batches are at most as many.
+            prompts: how many this replica continues; micro-batches are at most as many, and chunks of the prompts as
+                long as the planned memory allows.
             draft: what `fp.generate` is given as draft. Only whether there is one matters here.
 
         Raises ValueError where the plan drafts and there is no draft, or the other way round, and for more
@@ -163,7 +166,9 @@ class Planned:
             raise ValueError(
                 f"the plan decodes in {entry.microbatches} micro-batches; fp.generate has at most {SLOTS}: plan anew"
             )
-        options: dict[str, object] = {"microbatches": micro, "prefill_chunk": entry.prefill_chunk}
+        # The activations were planned for so many tokens in a pass, over all prompts that pass together.
+        most = max(1, MAX_CHUNK // math.ceil(max(1, prompts) / micro))
+        options: dict[str, object] = {"microbatches": micro, "prefill_chunk": min(entry.prefill_chunk or most, most)}
         return {**options, "num_draft_tokens": entry.drafted} if entry.drafted else options
 
     def replica_prompts(self, prompts: int) -> range:

@@ -4,6 +4,7 @@ degree; measured on this machine's ranks, or predicted for others."""
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -197,10 +198,9 @@ def measure_wall(
     rows: list[LayerTime] = []
     for tp in chosen:
         with RankPool(tp, rank_environment()) as pool:
-            for batch in batches:
-                progress(f"TP{tp}, batch {batch}")
-                times = pool.run(_time_layers, config, device, batch, context, rounds, timeout=600)[0]
-                rows += [LayerTime(backend, batch, tp, own, whole - own) for backend, own, whole in times]
+            progress(f"TP{tp}")
+            seconds = 300 * (1 + len(batches))
+            rows += pool.run(_time_layers, config, device, tuple(batches), context, rounds, timeout=seconds)[0]
     return LayerWall(name, machine, context, True, tuple(rows))
 
 
@@ -214,11 +214,11 @@ def rank_config(config: LlamaConfig, tp: int) -> LlamaConfig:
     )
 
 
-def _time_layers(config: LlamaConfig, device: str, batch: int, context: int, rounds: int) -> list[tuple]:
-    """On every rank: (backend, us of a layer without peers, us of the whole layer) of each backend."""
+def _time_layers(config: LlamaConfig, device: str, batches: tuple[int, ...], context: int, rounds: int):
+    """On every rank: the rows of this degree, the same on all."""
     pg = init(device=device, timeout=_TIMEOUT_S)["tp"].get_group()
     found = []
-    for backend in (NCCL if device == "cuda" else GLOO, OURS):
+    for batch, backend in itertools.product(batches, (NCCL if device == "cuda" else GLOO, OURS)):
         us = {}
         # The layer without peers first, alone in memory.
         for of, members in ((rank_config(config, pg.size()), local_group()), (config, pg)):
@@ -236,7 +236,8 @@ def _time_layers(config: LlamaConfig, device: str, batch: int, context: int, rou
             )
             us[members] = timing.us_p50 / stack.count
             del stack
-        found.append((backend, us[local_group()], us[pg]))
+        own = us[local_group()]
+        found.append(LayerTime(backend, batch, pg.size(), own, us[pg] - own))
     return found
 
 

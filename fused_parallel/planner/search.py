@@ -16,7 +16,7 @@ from .workload import Workload
 
 # Not for weights and KV: CUDA context, NCCL's buffers, the allocator's gaps. An assumption.
 RESERVED_GB = 2.0
-MAX_CHUNK = 8192  # tokens of a prompt in one pass; bounds the activations
+MAX_CHUNK = 8192  # tokens of prompts in one pass; bounds the activations
 MIN_CHUNK = 256
 DRAFTED = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32)
 SLOTS = 2  # device blocks of a streamed layer (fused_parallel.nn.StreamedLayers)
@@ -160,7 +160,8 @@ class Search:
         margin = (drafted + 1) * (2 if len(stages) == 1 else 3)
         tokens = batch * (workload.input + workload.output + margin)
         queries = batch * (drafted + 1)
-        activations = model.activation_bytes(max(min(workload.input, MAX_CHUNK), queries), queries, tp) / 1e9
+        passed = max(min(batch * workload.input, MAX_CHUNK), queries)
+        activations = model.activation_bytes(passed, queries, tp) / 1e9
         key = (dtype, tp, tuple(stages))
         if key not in self._sizes:
             self._sizes[key] = [

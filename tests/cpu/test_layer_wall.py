@@ -23,7 +23,7 @@ def test_measured_on_gloo_ranks():
     config = LlamaConfig.from_pretrained(TARGET)
     told = []
     wall = measure(config, "tiny", (1, 32), 16, device="cpu", rounds=5, progress=told.append)
-    assert told == ["TP1, batch 1", "TP1, batch 32", "TP2, batch 1", "TP2, batch 32"]
+    assert told == ["TP1", "TP2"]
     assert [(r.backend, r.batch, r.tp) for r in wall.rows] == [
         (backend, batch, tp) for tp in (1, 2) for batch in (1, 32) for backend in (GLOO, OURS)
     ]
@@ -118,7 +118,7 @@ def test_command(tmp_path, capsys):
     picture.unlink()
     assert main([*measured, "--plot", str(picture)]) == 0
     told = capsys.readouterr()
-    assert "measured on this CPU (Gloo, float32)" in told.out and "measuring TP2, batch 2" in told.err
+    assert "measured on this CPU (Gloo, float32)" in told.out and "measuring TP2 ..." in told.err
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert main([*measured, "--cluster", "8xl40s"]) == 1
     assert "give one of them" in capsys.readouterr().err

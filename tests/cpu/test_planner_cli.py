@@ -64,6 +64,31 @@ def test_cluster_from_yaml_and_json(tmp_path):
         load_cluster(file)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("nics: 4", "nics: none"), r"two\.yaml:6: nics must be a positive integer, got 'none'"),
+        (("nics: 4", "hosts: 4"), r"two\.yaml:6: the key hosts stands on line 1 already"),
+        (
+            ("gpu: {preset: h100, memory_gb: 94}", "gpu:\n  preset: h100\n  memory: 94"),
+            r"two\.yaml:5: gpu: unknown key mem",
+        ),
+        (("memory_gb: 94", "memory_gb: many"), r"two\.yaml:3: gpu: memory_gb must be a number"),
+        (("intra: nvlink4", "intra: nvlink"), r"two\.yaml:4: intra 'nvlink' is unknown"),
+        (("inter: ib-ndr\n", ""), r"two\.yaml:1: 2 hosts need an inter link"),
+        (("hosts: 2\n", ""), r"two\.yaml:4: inter is given, the link between hosts, but hosts is 1"),
+        (("nics: 4", "nic: 4"), r"two\.yaml:6: unknown keys nic"),
+        (("gpus_per_host: 4\n", ""), r"two\.yaml: the key gpus_per_host is missing"),
+    ],
+)
+def test_yaml_errors_name_the_line(tmp_path, change, message):
+    pytest.importorskip("yaml")
+    assert change[0] in YAML
+    (tmp_path / "two.yaml").write_text(YAML.replace(*change))
+    with pytest.raises(ValueError, match=message):
+        load_cluster(tmp_path / "two.yaml")
+
+
 def test_yaml_without_pyyaml(tmp_path, monkeypatch):
     file = tmp_path / "two.yaml"
     file.write_text(YAML)
