@@ -5,7 +5,7 @@ Importing needs neither a GPU nor Triton nor the compiled extension; `fused-para
 
 from . import comm, nn
 from ._version import __version__
-from .comm.groups import finalize, init
+from .comm.groups import finalize
 from .comm.workspace import check
 from .errors import MessageMismatchError, NoFusedKernelError, PeerTimeoutError
 from .models.config import LlamaConfig
@@ -32,7 +32,7 @@ from .ops import (
     verify_attention,
     verify_tree,
 )
-from .planner import Plan, Workload, plan
+from .planner import Plan, Workload, init, plan, planned
 from .speculative import Generation, GenerationStats, generate
 
 __all__ = [
@@ -64,6 +64,7 @@ __all__ = [
     "nn",
     "parallelize",
     "plan",
+    "planned",
     "quantized_matmul",
     "reduce_scatter",
     "rms_norm",

@@ -10,7 +10,7 @@ import traceback
 
 from .._version import __version__
 
-COMMANDS = ("demo", "generate", "plan", "probe", "bench", "doctor")
+COMMANDS = ("demo", "generate", "plan", "wall", "probe", "bench", "doctor")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -9,11 +9,12 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from ..comm.groups import finalize, init
+from ..comm.groups import finalize
 from ..models.config import DTYPES, LlamaConfig
 from ..models.llama import LlamaForCausalLM
 from ..models.tokenizer import load_tokenizer
 from ..offload import Offload
+from ..planner.apply import Planned, init, planned, read_plan
 from ..reference.quantized_matmul import KINDS
 from ..speculative import generate
 
@@ -31,13 +32,12 @@ def add_parser(subparsers) -> None:
         "--draft", help='directory of a smaller model, or "ngram" (the text itself): speculative decoding'
     )
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--prompt", help="text to continue")
+    source.add_argument("--prompt", action="append", help="text to continue; several times: several texts at once")
     source.add_argument("--prompt-file", type=Path, help="file with the text to continue")
     parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.add_argument(
         "--num-draft-tokens",
         type=_length,
-        default=4,
         help='tokens drafted a round (default 4), or "auto": as many as pay',
     )
     parser.add_argument("--method", choices=("rejection", "block"), default="rejection", help="rule of verification")
@@ -46,8 +46,14 @@ def add_parser(subparsers) -> None:
     parser.add_argument("--top-p", type=float)
     parser.add_argument("--min-p", type=float)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--plan",
+        metavar="FILE",
+        help="run the best plan in this file (fused-parallel plan --json): tp, pp and its split, replicas, offload, "
+        "quantisation, drafted tokens, micro-batches, chunks of the prompt",
+    )
     parser.add_argument("--tp", type=int, help="tensor parallel size (default: the ranks that pp leaves)")
-    parser.add_argument("--pp", type=int, default=1, help="pipeline stages (default 1)")
+    parser.add_argument("--pp", type=int, help="pipeline stages (default 1)")
     parser.add_argument("--cuda-graph", action="store_true", help="capture a round in a CUDA graph (GPUs of one host)")
     parser.add_argument(
         "--offload",
@@ -89,47 +95,82 @@ def run(args: argparse.Namespace) -> int:
         raise FileNotFoundError(f"--draft {args.draft}: there is no such directory (or --draft ngram, without a model)")
     if args.prompt_file is not None and not args.prompt_file.is_file():
         raise FileNotFoundError(f"--prompt-file {args.prompt_file}: there is no such file")
-    prompt = args.prompt if args.prompt is not None else args.prompt_file.read_text()
+    prompts = args.prompt if args.prompt is not None else [args.prompt_file.read_text()]
     if (args.host_memory is not None or args.offload_cpu) and args.offload is None:
         raise ValueError("--host-memory and --offload-cpu say what --offload does: give --offload GB, too")
-    mesh = init(tp=args.tp, pp=args.pp, timeout=args.timeout, device=args.device)
+    plan = None if args.plan is None else read_plan(args.plan)
+    mesh = init(tp=args.tp, pp=args.pp, plan=plan, timeout=args.timeout, device=args.device)
     dtype = DTYPES[args.dtype] if args.dtype else None
     tokenizer = load_tokenizer(args.model)
-    ids = tokenizer.encode(prompt).ids
-    if not ids:
+    ids = [tokenizer.encode(prompt).ids for prompt in prompts]
+    if not all(ids):
         raise ValueError("the prompt is empty: give at least one token")
-    offload, shown = None, sys.stderr.isatty()
-    if args.offload is not None:
-        host = None if args.host_memory is None else int(args.host_memory * 1e9)
-        offload = Offload(resident_bytes=int(args.offload * 1e9), host_bytes=host, cpu=args.offload_cpu)
-    options = {"offload": offload, "quantize": args.quantize, "progress": shown}
-    model = LlamaForCausalLM.from_pretrained(args.model, mesh=mesh, dtype=dtype, **options)
+    mine, shown = range(len(ids)), sys.stderr.isatty()
+    if plan is None:
+        offload = None
+        if args.offload is not None:
+            host = None if args.host_memory is None else int(args.host_memory * 1e9)
+            offload = Offload(resident_bytes=int(args.offload * 1e9), host_bytes=host, cpu=args.offload_cpu)
+        model_options: dict[str, object] = {"offload": offload, "quantize": args.quantize}
+        options: dict[str, object] = {"num_draft_tokens": 4 if args.num_draft_tokens is None else args.num_draft_tokens}
+    else:
+        mine = planned(mesh).replica_prompts(len(ids))
+        model_options, options = _of_plan(args, planned(mesh), dtype, len(mine))
+    model = LlamaForCausalLM.from_pretrained(args.model, mesh=mesh, dtype=dtype, progress=shown, **model_options)
     draft = args.draft
     if draft is not None and draft != "ngram":
         draft = LlamaForCausalLM.from_pretrained(draft, mesh=None, dtype=dtype)
     result = generate(
         model,
-        [ids],
+        ids[mine.start : mine.stop],
         args.max_new_tokens,
         draft=draft,
-        num_draft_tokens=args.num_draft_tokens,
         method=args.method,
         temperature=args.temperature,
         top_k=args.top_k,
         top_p=args.top_p,
         min_p=args.min_p,
-        seed=args.seed,
+        seed=[args.seed + i for i in mine],  # the same noise for a prompt whichever replica it is on
         cuda_graph=args.cuda_graph,
         progress=shown,
+        **options,
     )
+    tokens = result.tokens
+    if len(mine) < len(ids):
+        replicas: list = [None] * plan.best.dp
+        dist.all_gather_object(replicas, tokens, group=mesh.get_group("dp"))
+        tokens = [row for rows in replicas for row in rows]
     if dist.get_rank() == 0:
-        print(prompt + tokenizer.decode(result.tokens[0]))
+        for prompt, row in zip(prompts, tokens, strict=True):
+            print(prompt + tokenizer.decode(row))
+        if plan is not None:
+            print(f"plan: {plan.best.label}, rank 0 of {plan.best.gpus}", file=sys.stderr)
         print(describe(result.stats), file=sys.stderr)
         if model.device.type == "cuda":
             peak = torch.cuda.max_memory_allocated() / 2**30
-            print(f"GPU memory at its highest on rank 0: {peak:.2f} GiB", file=sys.stderr)
+            planned_gib = ""
+            if plan is not None:  # what CUDA and NCCL take is not torch's
+                gib = (plan.best.stage_gb[0] - plan.best.memory_gb["reserved"]) * 1e9 / 2**30
+                planned_gib = f", planned for {plan.best.batch} request(s): {gib:.2f} GiB"
+            print(f"GPU memory at its highest on rank 0: {peak:.2f} GiB{planned_gib}", file=sys.stderr)
     finalize()
     return 0
+
+
+def _of_plan(args: argparse.Namespace, run: Planned, dtype: torch.dtype | None, prompts: int) -> tuple[dict, dict]:
+    """Options of the model and of the generation as the plan has them; ValueError for flags that say otherwise."""
+    model_options = run.model_options(args.model, dtype)
+    options = run.generate_options(prompts, args.draft)
+    if args.offload is not None:
+        raise ValueError("--plan says what stays on the device: leave --offload out")
+    given = {
+        "--quantize": (args.quantize, model_options["quantize"]),
+        "--num-draft-tokens": (args.num_draft_tokens, options.get("num_draft_tokens")),
+    }
+    for flag, (value, of_plan) in given.items():
+        if value is not None and value != of_plan:
+            raise ValueError(f"{flag} {value} contradicts the plan ({run.entry.label}): leave it out, or plan anew")
+    return model_options, options
 
 
 def describe(stats) -> str:

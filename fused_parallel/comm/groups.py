@@ -39,6 +39,14 @@ def _environment() -> tuple[int, int, int]:
     return rank, world, local
 
 
+def rank_and_world() -> tuple[int, int, int]:
+    """(rank, world size, local rank) of torch.distributed where it runs, else of the environment it will start from."""
+    rank, world, local = _environment()
+    if dist.is_initialized():
+        rank, world = dist.get_rank(), dist.get_world_size()
+    return rank, world, local
+
+
 def _choose_device(device: str | torch.device | None, local_rank: int) -> torch.device:
     kind = torch.device(device).type if device is not None else ("cuda" if torch.cuda.is_available() else "cpu")
     if kind == "cpu":
@@ -82,25 +90,9 @@ def init(
     timeout: float | datetime.timedelta = DEFAULT_TIMEOUT_S,
     device: str | torch.device | None = None,
 ) -> DeviceMesh:
-    """Start torch.distributed from torchrun's environment (if it is not running yet) and make the device mesh.
-
-    Args:
-        tp, pp, dp: sizes of tensor, pipeline and data parallelism; their product must be the world size. `tp=None`
-            takes what is left of the world.
-        timeout: seconds (or a timedelta) that bound every wait for a peer, in every group of the mesh.
-        device: "cuda" (NCCL) or "cpu" (Gloo); default: cuda when a GPU is visible.
-
-    Returns:
-        A DeviceMesh with the dimensions ("dp", "pp", "tp"); `mesh["tp"]` is what operations take as `group=`. Ranks of
-        one tp group are neighbours. Without torchrun's environment: a world of one.
-
-    Raises:
-        ValueError: sizes that do not fit the world, or a rank without a GPU.
-        RuntimeError: the rendezvous failed; the message says what to do.
-    """
-    rank, world, local_rank = _environment()
-    if dist.is_initialized():
-        rank, world = dist.get_rank(), dist.get_world_size()
+    """The mesh of these sizes, `tp=None` taking what is left of the world: `fp.init` (planner/apply.py) without a
+    plan, where arguments, result and errors are described."""
+    rank, world, local_rank = rank_and_world()
     tp = _check_sizes(world, tp, pp, dp)
     if not isinstance(timeout, datetime.timedelta):
         if not timeout > 0:

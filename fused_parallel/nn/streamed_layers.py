@@ -74,7 +74,7 @@ class StreamedLayers(nn.Module):
         # Of each streamed layer, by its index: the block, or None for one in files, and the parameters in it.
         self._blocks: dict[int, torch.Tensor | None] = {}
         self._views: dict[int, list[tuple[nn.Parameter, int, torch.Size, torch.dtype]]] = {}
-        sizes = [sum(_padded(p) for p in layer.parameters() if p.dim() > 1) for layer in layers.values()]
+        sizes = [streamed_bytes(layer) for layer in layers.values()]
         resident = _spread(sizes, resident_bytes)
         self._order = [index for index, size in enumerate(sizes) if size and index not in resident]
         in_files = _beyond([sizes[i] for i in self._order], host_bytes)
@@ -380,6 +380,11 @@ def _move(parameter: nn.Parameter, to: torch.Tensor) -> None:
         torch.utils.swap_tensors(parameter, nn.Parameter(to, requires_grad=parameter.requires_grad))
     else:
         parameter.data = to.copy_(parameter.data)
+
+
+def streamed_bytes(layer: nn.Module) -> int:
+    """Bytes of a block that holds a layer's matrices: what it counts of `resident_bytes` and `host_bytes`."""
+    return sum(_padded(p) for p in layer.parameters() if p.dim() > 1)
 
 
 def _padded(parameter: nn.Parameter) -> int:

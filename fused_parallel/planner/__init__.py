@@ -6,6 +6,7 @@ import dataclasses
 from pathlib import Path
 
 from ..models.config import LlamaConfig
+from .apply import Planned, init, planned
 from .cluster import CLUSTERS, Cluster, from_profile, load_cluster
 from .explain import explain, wall
 from .model import ModelShape, load_model
@@ -14,7 +15,7 @@ from .search import Search
 from .workload import Workload
 
 __all__ = ["CLUSTERS", "Candidate", "Cluster", "ModelShape", "Plan", "WallRow", "Workload", "from_profile"]
-__all__ += ["load_cluster", "load_model", "plan"]
+__all__ += ["Planned", "init", "load_cluster", "load_model", "plan", "planned"]
 
 KEPT = 50  # ranked plans an answer keeps
 
@@ -63,15 +64,18 @@ def plan(
         "cost": lambda c: (c.gpu_s_per_token, c.tpot_ms, c.gpus),
     }
     allowed.sort(key=ranks[asked.rank])
+    firsts = {c.tp: c for c in reversed(allowed)}  # of each degree the one that is ranked first
     rows, texts = wall(model, where, asked)
     return Plan(
         model=model.name,
+        shape=dataclasses.asdict(model),
         cluster=where.name,
         rank=asked.rank,
         request=_request(asked),
         searched=len(found),
         entries=tuple(dataclasses.replace(c, explanation=explain(c, where, asked)) for c in allowed[:KEPT]),
         frontier=tuple(dataclasses.replace(c, explanation=explain(c, where, asked)) for c in _frontier(allowed)),
+        by_tp=tuple(dataclasses.replace(c, explanation=explain(c, where, asked)) for c in firsts.values()),
         wall=rows,
         wall_text=texts,
     )

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..comm.probe import load_profile, probe
 from .hardware import GPU, GPUS, LINKS, Link
+
+
+def _check_count(value: object, key: str, where: str) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{where}: {key} must be a positive integer, got {value!r}")
 
 
 @dataclass(frozen=True)
@@ -31,9 +37,7 @@ class Cluster:
 
     def __post_init__(self) -> None:
         for name in ("hosts", "gpus_per_host", "nics"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"cluster {self.name!r}: {name} must be a positive integer, got {value!r}")
+            _check_count(getattr(self, name), name, f"cluster {self.name!r}")
         if self.hosts > 1 and self.inter is None:
             raise ValueError(f"cluster {self.name!r}: {self.hosts} hosts need an inter link; known: {', '.join(LINKS)}")
 
@@ -78,12 +82,12 @@ def load_cluster(source: str | Path | dict | Cluster) -> Cluster:
 
     A description has the keys hosts, gpus_per_host, gpu, intra and, with several hosts, inter and nics; gpu, intra and
     inter are names of presets, or mappings of {preset: name} and the fields to change. Raises ValueError that names
-    the file, the key and the value; ImportError for YAML without pyyaml.
+    the file (of YAML the line, too), the key and the value; ImportError for YAML without pyyaml.
     """
     if isinstance(source, Cluster):
         return source
     if isinstance(source, dict):
-        return _describe(source, "cluster")
+        return _describe(source, "cluster", {})
     if str(source) == "this":
         return from_profile(probe(quick=True), "this")
     if str(source) in CLUSTERS:
@@ -93,8 +97,9 @@ def load_cluster(source: str | Path | dict | Cluster) -> Cluster:
         raise ValueError(
             f"cluster {str(source)!r} is neither 'this', a file nor a preset; presets: {', '.join(CLUSTERS)}"
         )
+    lines: dict[tuple[str, ...], int] = {}
     if path.suffix in (".yaml", ".yml"):
-        content = _yaml(path)
+        content, lines = _yaml(path)
     else:
         try:
             content = json.loads(path.read_text())
@@ -102,61 +107,84 @@ def load_cluster(source: str | Path | dict | Cluster) -> Cluster:
             raise ValueError(f"{path} is not JSON ({error}); name YAML files *.yaml") from error
     if isinstance(content, dict) and "schema_version" in content:
         return from_profile(load_profile(path), path.stem)
-    return _describe(content, str(path))
+    return _describe(content, str(path), lines)
 
 
-def _yaml(path: Path) -> object:
+def _yaml(path: Path) -> tuple[object, dict[tuple[str, ...], int]]:
+    """(content, the line of each key, which is the path to it)."""
     try:
         import yaml
     except ImportError as error:
         raise ImportError(f"{path}: reading YAML needs the package pyyaml; install it or write JSON") from error
     try:
-        return yaml.safe_load(path.read_text())
+        text = path.read_text()
+        content, lines = yaml.safe_load(text), {}
+        waiting = [((), yaml.compose(text, Loader=yaml.SafeLoader))]
     except yaml.YAMLError as error:
         raise ValueError(f"{path}: {error}") from error
+    while waiting:
+        above, node = waiting.pop()
+        for key, value in node.value if isinstance(node, yaml.MappingNode) else ():
+            name, line = (*above, str(key.value)), key.start_mark.line + 1
+            if name in lines:  # of which YAML would silently take the last
+                raise ValueError(f"{path}:{line}: the key {'.'.join(name)} stands on line {lines[name]} already")
+            lines[name] = line
+            waiting.append((name, value))
+    return content, lines
 
 
-def _describe(content: object, where: str) -> Cluster:
+def _describe(content: object, file: str, lines: dict[tuple[str, ...], int]) -> Cluster:
+    def at(*key: str) -> str:
+        """The file, and where it is known the line of a key (or of what it is in)."""
+        found = lines.get(key) or lines.get(key[:1])
+        return f"{file}:{found}" if found else file
+
+    where = file
     if not isinstance(content, dict):
         raise ValueError(f"{where}: expected a mapping with the keys {', '.join(_KEYS)}, got {content!r}")
     unknown = [str(key) for key in content if key not in _KEYS]
     if unknown:
-        raise ValueError(f"{where}: unknown keys {', '.join(unknown)}; known: {', '.join(_KEYS)}")
+        raise ValueError(f"{at(unknown[0])}: unknown keys {', '.join(unknown)}; known: {', '.join(_KEYS)}")
     given = dict(content)
     for key in ("gpu", "gpus_per_host"):
         if key not in given:
             raise ValueError(f"{where}: the key {key} is missing")
-    given["gpu"] = _part(given["gpu"], GPUS, f"{where}: gpu")
+    given["gpu"] = _part(given["gpu"], GPUS, "gpu", at)
     if given["gpus_per_host"] != 1 and "intra" not in given:
         raise ValueError(f"{where}: the key intra is missing, the link between the {given['gpus_per_host']} GPUs")
-    given["intra"] = _part(given.get("intra", "pcie4"), LINKS, f"{where}: intra")
+    given["intra"] = _part(given.get("intra", "pcie4"), LINKS, "intra", at)
     if given.get("inter") is not None:
         if given.get("hosts", 1) == 1:
-            raise ValueError(f"{where}: inter is given, the link between hosts, but hosts is 1")
-        given["inter"] = _part(given["inter"], LINKS, f"{where}: inter")
+            raise ValueError(f"{at('inter')}: inter is given, the link between hosts, but hosts is 1")
+        given["inter"] = _part(given["inter"], LINKS, "inter", at)
     for key in ("host_memory_gb", "layer_us"):
         value = given.get(key)
         if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float)) or value < 0):
-            raise ValueError(f"{where}: {key} must be a number of at least 0, got {value!r}")
+            raise ValueError(f"{at(key)}: {key} must be a number of at least 0, got {value!r}")
+    for key in ("hosts", "gpus_per_host", "nics"):
+        _check_count(given.get(key, 1), key, at(key))
+    if given.get("hosts", 1) > 1 and given.get("inter") is None:
+        raise ValueError(f"{at('hosts')}: {given['hosts']} hosts need an inter link; known: {', '.join(LINKS)}")
     given.setdefault("name", Path(where).stem)
     return Cluster(**given)
 
 
-def _part(value: object, presets: dict, where: str):
-    """A preset by name, or a preset with some fields changed."""
+def _part(value: object, presets: dict, part: str, at: Callable[..., str]):
+    """A preset by name, or a preset with some fields changed; `at(key, ...)` tells where a key stands."""
     changes = {}
     if isinstance(value, dict):
         changes = {key: v for key, v in value.items() if key != "preset"}
         value = value.get("preset")
     if not isinstance(value, str) or value not in presets:
-        raise ValueError(f"{where} {value!r} is unknown; known: {', '.join(presets)}")
+        raise ValueError(f"{at(part)}: {part} {value!r} is unknown; known: {', '.join(presets)}")
     preset = presets[value]
     fields = {f.name: getattr(preset, f.name) for f in dataclasses.fields(preset)}
     for key, v in changes.items():
         if key not in fields or key == "table":
-            raise ValueError(f"{where}: unknown key {key}; known: {', '.join(f for f in fields if f != 'table')}")
+            known = ", ".join(f for f in fields if f != "table")
+            raise ValueError(f"{at(part, key)}: {part}: unknown key {key}; known: {known}")
         if key != "name" and (isinstance(v, bool) or not isinstance(v, (int, float)) or v < 0):
-            raise ValueError(f"{where}: {key} must be a number of at least 0, got {v!r}")
+            raise ValueError(f"{at(part, key)}: {part}: {key} must be a number of at least 0, got {v!r}")
     return dataclasses.replace(preset, **changes)
 
 

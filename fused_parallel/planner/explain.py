@@ -48,7 +48,8 @@ def explain(c: Candidate, cluster: Cluster, workload: Workload) -> tuple[str, ..
     if c.pp > 1:
         sentences.append(
             f"{c.pp} stages of {', '.join(map(str, c.stages))} layers pass {c.microbatches} micro-batch(es); they wait "
-            f"{c.shares['bubble']:.0%} of the time, for each other and for transfers."
+            f"{c.shares['bubble']:.0%} of the time, for each other and for transfers. Their GPUs hold "
+            f"{', '.join(f'{gb:.1f}' for gb in c.stage_gb)} GB."
         )
     if c.resident < 1:
         sentences.append(
@@ -82,12 +83,12 @@ def wall(model: ModelShape, cluster: Cluster, workload: Workload) -> tuple[tuple
         for tp in degrees:
             c = cost(tp, batch)
             share = math.ceil(batch * tp / degrees[-1])  # of a replica, where the largest group is cut into several
-            memory, streamed = search.fit(dtype, tp, [model.layers], batch, 1, False)
+            memory, streamed = search.fit(dtype, tp, [model.layers], batch, 1, 0)
             busy = min(batch, degrees[-1] // tp)
             rate = batch / cost(tp, share).us * 1e6 / (busy * tp)
             compute = c.weights + c.compute + c.kv
             fits = memory is not None and streamed == 0
-            memory, streamed = search.fit(dtype, tp, [model.layers], share, 1, False)
+            memory, streamed = search.fit(dtype, tp, [model.layers], share, 1, 0)
             share_fits = memory is not None and streamed == 0
             ms = [v / 1e3 for v in (c.us, compute, c.communication, c.host)]
             here.append(WallRow(batch, tp, *ms, tokens_per_s_per_gpu=rate, fits=fits, share_fits=share_fits))

@@ -17,8 +17,9 @@ PRESETS = {
 }
 
 # Bytes a parameter of the decoder layers takes; the embedding, the head and the norms stay in bf16.
-# int4: 4 bits, and a bf16 scale and a bf16 zero point for each group of 128.
-WEIGHT_BYTES = {"bf16": 2.0, "fp8": 1.0, "int4": 0.5 + 4 / 128}
+# int8 and int4 are this library's (nn.quantize_): int4 has a bf16 scale for each group of 128, int8 one a row, which is
+# less than a thousandth and not counted.
+WEIGHT_BYTES = {"bf16": 2.0, "fp8": 1.0, "int8": 1.0, "int4": 0.5 + 2 / 128}
 ACTIVATION_BYTES = 2  # activations, the KV cache and what is communicated are bf16
 
 
@@ -102,26 +103,28 @@ def load_model(source: str | Path | dict | LlamaConfig | ModelShape) -> ModelSha
 
     Raises ValueError for an unknown name (listing the presets) and for a configuration that LlamaConfig refuses.
     """
-    if isinstance(source, ModelShape):
-        return source
+    return source if isinstance(source, ModelShape) else _shape(*load_config(source))
+
+
+def load_config(source: str | Path | dict | LlamaConfig) -> tuple[LlamaConfig, str]:
+    """(configuration, name) of a model, named as for load_model; the same errors."""
     if isinstance(source, LlamaConfig):
-        return _shape(source, f"llama-{source.hidden_size}x{source.num_hidden_layers}")
+        return source, f"llama-{source.hidden_size}x{source.num_hidden_layers}"
     if isinstance(source, dict):
-        name = str(source.get("_name_or_path") or "config")
-        return _shape(LlamaConfig.from_dict(source), name)
+        return LlamaConfig.from_dict(source), str(source.get("_name_or_path") or "config")
     if str(source) in PRESETS:
         config = dict(PRESETS[str(source)], vocab_size=128256, num_key_value_heads=8, dtype="bfloat16")
-        return _shape(LlamaConfig.from_dict(config), str(source))
+        return LlamaConfig.from_dict(config), str(source)
     path = Path(source)
     if path.is_dir():
-        return _shape(LlamaConfig.from_pretrained(path), path.name)
+        return LlamaConfig.from_pretrained(path), path.name
     if not path.is_file():
         raise ValueError(
             f"model {str(source)!r} is neither a file, a directory nor a preset; presets: {', '.join(PRESETS)}"
         )
     try:
         config = json.loads(path.read_text())
-        return _shape(LlamaConfig.from_dict(config), path.parent.name or path.stem)
+        return LlamaConfig.from_dict(config), path.parent.name or path.stem
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: {error}") from error
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from .._table import print_table
 
-PLAN_VERSION = 1
+PLAN_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -17,10 +17,12 @@ class Candidate:
     """One plan and its prediction.
 
     tp, pp, dp: tensor-parallel ranks, pipeline stages, replicas; stages: layers of each stage; batch: requests in
-    flight over all replicas; microbatches a replica's are cut into; resident: share of the layers on the GPU; drafted:
-    tokens a round of speculation (0: none). ttft_ms, tpot_ms: time to the first token of a prompt alone, and a token of
-    each request after it. tokens_per_s: output tokens over all replicas, their prefills included. memory_gb: of the
-    fullest rank. shares: of a decoding step's time on all stages; they add up to 1.
+    flight over all replicas; microbatches a replica's are cut into; prefill_chunk: tokens of a prompt that pass at
+    once (None: whole); resident: share of the layers on the GPU; drafted: tokens a round of speculation (0: none).
+    ttft_ms, tpot_ms: time to the first token of a prompt alone, and a token of each request after it. tokens_per_s:
+    output tokens over all replicas, their prefills included. stage_ms, hop_ms: what a micro-batch takes on each stage
+    in decoding, and from each to the next. stage_gb: memory of a rank of each stage; memory_gb: of the fullest, by what
+    it holds. shares: of a decoding step's time on all stages; they add up to 1.
     """
 
     tp: int
@@ -30,6 +32,7 @@ class Candidate:
     dtype: str
     batch: int
     microbatches: int
+    prefill_chunk: int | None
     resident: float
     drafted: int
     gpus: int
@@ -37,6 +40,9 @@ class Candidate:
     tpot_ms: float
     tokens_per_s: float
     gpu_s_per_token: float
+    stage_ms: tuple[float, ...]
+    hop_ms: tuple[float, ...]
+    stage_gb: tuple[float, ...]
     memory_gb: dict[str, float]
     shares: dict[str, float]
     explanation: tuple[str, ...] = ()
@@ -74,16 +80,19 @@ class WallRow:
 
 @dataclass(frozen=True)
 class Plan:
-    """The answer of fp.plan. entries: the best plans, best first; frontier: of all plans those that no other beats in
-    both TPOT and throughput; wall and wall_text: where another GPU stops paying."""
+    """The answer of fp.plan. shape: the model's, field by field of ModelShape; entries: the best plans, best first;
+    frontier: of all plans those that no other beats in both TPOT and throughput; by_tp: the best plan of each
+    tensor-parallel degree; wall and wall_text: where another GPU stops paying."""
 
     model: str
+    shape: dict[str, object]
     cluster: str
     rank: str
     request: dict[str, object]
     searched: int
     entries: tuple[Candidate, ...]
     frontier: tuple[Candidate, ...]
+    by_tp: tuple[Candidate, ...]
     wall: tuple[WallRow, ...]
     wall_text: tuple[str, ...]
 
@@ -107,11 +116,9 @@ class Plan:
         if version != PLAN_VERSION:
             raise ValueError(f"plan_version is {version!r}, this library reads {PLAN_VERSION}; plan again")
         try:
-            for name in ("entries", "frontier"):
-                data[name] = tuple(
-                    Candidate(**{**c, "stages": tuple(c["stages"]), "explanation": tuple(c["explanation"])})
-                    for c in data[name]
-                )
+            lists = ("stages", "stage_ms", "hop_ms", "stage_gb", "explanation")
+            for name in ("entries", "frontier", "by_tp"):
+                data[name] = tuple(Candidate(**{**c, **{k: tuple(c[k]) for k in lists}}) for c in data[name])
             data["wall"] = tuple(WallRow(**row) for row in data["wall"])
             data["wall_text"] = tuple(data["wall_text"])
             return cls(**data)
@@ -131,7 +138,8 @@ class Plan:
             print(f"- {text}")
 
     def plot(self, path: str | Path) -> None:
-        """Draw TPOT against throughput, the frontier labelled, and the wall as bars. Needs matplotlib."""
+        """Draw throughput against TPOT with the frontier labelled, the step of each TP degree's best plan, the wall,
+        and the timeline of a pipeline. Needs matplotlib."""
         from .plot import draw
 
         draw(self, path)

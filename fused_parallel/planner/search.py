@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from ..pipeline.stage_links import SLOTS as MOST_MICROBATCHES  # of fp.generate
 from .cluster import Cluster
 from .cost import StageCost, Step, expected_tokens, send_us, stage_cost
 from .model import ACTIVATION_BYTES, ModelShape
@@ -15,7 +16,7 @@ from .workload import Workload
 
 # Not for weights and KV: CUDA context, NCCL's buffers, the allocator's gaps. An assumption.
 RESERVED_GB = 2.0
-MAX_CHUNK = 8192  # tokens of a prompt in one pass; bounds the activations
+MAX_CHUNK = 8192  # tokens of prompts in one pass; bounds the activations
 MIN_CHUNK = 256
 DRAFTED = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32)
 SLOTS = 2  # device blocks of a streamed layer (fused_parallel.nn.StreamedLayers)
@@ -54,9 +55,14 @@ class Search:
         self.model, self.cluster, self.workload = model, cluster, workload
         self.least_missing: tuple[float, str] | None = None  # GB and the sentence of the plan closest to fitting
         self._costs: dict[tuple, StageCost] = {}
-        self._prefills: dict[tuple, tuple[float, float]] = {}
+        self._prefills: dict[tuple, tuple[float, float, int | None]] = {}
         self._decodes: dict[tuple, tuple[Schedule, list[StageCost], list[float]]] = {}
         self._drafts: dict[int, float] = {}
+        self._sizes: dict[tuple, list[tuple[float, float]]] = {}  # GB of weights and of a token's KV, by stage
+        self._draft_gb = (0.0, 0.0)  # the same of the draft
+        if draft := workload.draft:
+            kv = draft.kv_bytes_per_token(draft.layers, 1) / 1e9
+            self._draft_gb = (draft.stage_bytes(0, [draft.layers], 1, "bf16") / 1e9, kv)
 
     def run(self) -> Iterator[Candidate]:
         """Every plan that fits, in no order."""
@@ -87,23 +93,29 @@ class Search:
         share = math.ceil(batch / dp)
         draft_counts = (0, *DRAFTED) if self.workload.draft else (0,)
         for drafting in (False, True) if self.workload.draft else (False,):
-            memory, streamed = self.fit(dtype, tp, stages, share, dp, drafting)
-            if memory is None:
-                continue
             counts = [k for k in draft_counts if (k > 0) == drafting]
-            groups = {1, pp} if share >= pp else {1, share}
-            yield self._best(dtype, tp, stages, dp, batch, share, memory, streamed, counts, groups)
+            most = self.fit(dtype, tp, stages, share, dp, counts[-1])
+            whole = most[0] is not None and most[1] == 0  # beside all layers; then fewer drafted tokens fit, too
+            fits = [(k, most if whole else self.fit(dtype, tp, stages, share, dp, k)) for k in counts]
+            streamed = {k: layers for k, (memory, layers) in fits if memory is not None}
+            if not streamed:
+                continue
+            groups = {1, min(pp, share, MOST_MICROBATCHES)}
+            yield self._best(dtype, tp, stages, dp, batch, share, streamed, groups)
 
-    def _best(self, dtype, tp, stages, dp, batch, share, memory, streamed, counts, groups) -> Candidate:
+    def _best(self, dtype, tp, stages, dp, batch, share, streamed_by_drafted, groups) -> Candidate:
         """Of draft lengths and micro-batch counts the one that decodes fastest, all else equal."""
         options = []
-        for drafted in counts:
+        for drafted, streamed in streamed_by_drafted.items():
             for micro in groups:
                 schedule, costs, drafts = self._decode(dtype, tp, stages, share, micro, streamed, drafted)
                 accepted = expected_tokens(self.workload.acceptance, drafted) if drafted else 1.0
                 options.append((schedule.period / accepted, drafted, micro, schedule, costs, drafts))
         tpot, drafted, micro, schedule, costs, drafts = min(options, key=lambda o: o[:3])
-        ttft, occupied = self._prefill(dtype, tp, stages, streamed)
+        streamed = streamed_by_drafted[drafted]
+        ranks = self.memory(dtype, tp, stages, share, drafted, streamed)
+        memory = max(ranks, key=lambda m: m.total)
+        ttft, occupied, chunk = self._prefill(dtype, tp, stages, streamed)
         rounds_us = self.workload.output * tpot + share * occupied
         throughput = batch * self.workload.output / rounds_us * 1e6
         gpus = tp * len(stages) * dp
@@ -123,6 +135,7 @@ class Search:
             dtype=dtype,
             batch=batch,
             microbatches=micro,
+            prefill_chunk=chunk,
             resident=1 - streamed / self.model.layers,
             drafted=drafted,
             gpus=gpus,
@@ -130,33 +143,46 @@ class Search:
             tpot_ms=tpot / 1e3,
             tokens_per_s=throughput,
             gpu_s_per_token=gpus / throughput,
+            stage_ms=tuple((c.us + d) / 1e3 for c, d in zip(costs, drafts, strict=True)),
+            hop_ms=tuple(us / 1e3 for us in self._hops(tp, stages, math.ceil(share / micro) * (drafted + 1))),
+            stage_gb=tuple(m.total for m in ranks),
             memory_gb={k: getattr(memory, k) for k in ("weights", "kv", "activations", "reserved", "total")},
             shares=shares,
         )
 
+    def memory(
+        self, dtype: str, tp: int, stages: list[int], batch: int, drafted: int, streamed: int = 0
+    ) -> list[Memory]:
+        """Of a rank of each stage, for a replica's `batch` requests; `streamed` layers are in host memory."""
+        model, workload = self.model, self.workload
+        # fp.generate leaves room for what a round may take a sequence too far, and for one more round (in
+        # micro-batches two) while it stands still.
+        margin = (drafted + 1) * (2 if len(stages) == 1 else 3)
+        tokens = batch * (workload.input + workload.output + margin)
+        queries = batch * (drafted + 1)
+        passed = max(min(batch * workload.input, MAX_CHUNK), queries)
+        activations = model.activation_bytes(passed, queries, tp) / 1e9
+        key = (dtype, tp, tuple(stages))
+        if key not in self._sizes:
+            self._sizes[key] = [
+                (model.stage_bytes(s, stages, tp, dtype) / 1e9, model.kv_bytes_per_token(layers, tp) / 1e9)
+                for s, layers in enumerate(stages)
+            ]
+        more = -(streamed - SLOTS) * model.layer_bytes(tp, dtype) / 1e9 if streamed else 0.0
+        more += self._draft_gb[0] if drafted else 0.0  # every rank holds the draft
+        ranks = [Memory(gb + more, tokens * kv, activations, RESERVED_GB) for gb, kv in self._sizes[key]]
+        if drafted:  # which those of the last stage run
+            last = ranks[-1]
+            ranks[-1] = Memory(last.weights, last.kv + tokens * self._draft_gb[1], activations, RESERVED_GB)
+        return ranks
+
     def fit(
-        self, dtype: str, tp: int, stages: list[int], batch: int, dp: int, drafting: bool
+        self, dtype: str, tp: int, stages: list[int], batch: int, dp: int, drafted: int
     ) -> tuple[Memory | None, int]:
         """(memory of the fullest rank, layers streamed from the host), or (None, 0) where it does not fit. Layers are
         streamed, as few as possible, only without a pipeline and where they would not fit otherwise."""
         model, workload, room = self.model, self.workload, self.cluster.gpu.memory_gb
-        tokens = batch * (workload.input + workload.output)
-        step = min(workload.input, MAX_CHUNK)
-        queries = batch * ((max(DRAFTED) if drafting else 0) + 1)
-        activations = model.activation_bytes(max(step, queries), queries, tp) / 1e9
-        draft = kv_draft = 0.0
-        if drafting:
-            draft = workload.draft.stage_bytes(0, [workload.draft.layers], 1, "bf16") / 1e9
-            kv_draft = tokens * workload.draft.kv_bytes_per_token(workload.draft.layers, 1) / 1e9
-        ranks = [
-            Memory(
-                model.stage_bytes(s, stages, tp, dtype) / 1e9 + draft,
-                tokens * model.kv_bytes_per_token(layers, tp) / 1e9 + kv_draft,
-                activations,
-                RESERVED_GB,
-            )
-            for s, layers in enumerate(stages)
-        ]
+        ranks = self.memory(dtype, tp, stages, batch, drafted)
         fullest = max(ranks, key=lambda m: m.total)
         missing = fullest.total - room
         if missing <= 0:
@@ -169,8 +195,7 @@ class Search:
             on_host = streamed * layer * min(tp, self.cluster.gpus_per_host) * replicas
             host = self.cluster.host_memory_gb
             if streamed <= model.layers and (host is None or on_host <= host):
-                left = fullest.weights - (streamed - SLOTS) * layer
-                return Memory(left, fullest.kv, fullest.activations, RESERVED_GB), streamed
+                return self.memory(dtype, tp, stages, batch, drafted, streamed)[0], streamed
             if streamed > model.layers:
                 missing -= max(0, model.layers - SLOTS) * layer
                 where = f"on its fullest GPU (a {self.cluster.gpu.name} has {room:.1f}) even with every layer streamed"
@@ -224,9 +249,9 @@ class Search:
             self._drafts[batch] = cost.us
         return self._drafts[batch]
 
-    def _prefill(self, dtype, tp, stages, streamed) -> tuple[float, float]:
-        """(time to the first token of a prompt alone, time a prompt keeps the slowest stage): over the number of
-        chunks that gives the first token soonest."""
+    def _prefill(self, dtype, tp, stages, streamed) -> tuple[float, float, int | None]:
+        """(time to the first token of a prompt alone, time a prompt keeps the slowest stage, tokens of a chunk or None
+        where it passes whole): over the number of chunks that gives the first token soonest."""
         key = (dtype, tp, len(stages), streamed)
         if key not in self._prefills:
             length, results = self.workload.input, []
@@ -235,9 +260,10 @@ class Search:
                 size = math.ceil(length / chunks)
                 costs = self._stages(dtype, tp, stages, Step(1, size, (length - size) // 2, 1), streamed)
                 times = [c.us for c in costs]
-                results.append((simulate(times, self._hops(tp, stages, size), chunks).last, chunks * max(times)))
+                last = simulate(times, self._hops(tp, stages, size), chunks).last
+                results.append((last, chunks * max(times), size if chunks > 1 else None))
                 chunks *= 2
-            self._prefills[key] = min(results)
+            self._prefills[key] = min(results, key=lambda r: r[:2])
         return self._prefills[key]
 
 

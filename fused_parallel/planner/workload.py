@@ -17,7 +17,7 @@ class Workload:
     rank: "latency" (the whole request's time), "throughput" (output tokens a second over all replicas) or "cost"
     (GPU-seconds an output token). slo_tpot_ms, slo_ttft_ms: plans beyond these are left out. draft, acceptance: a
     smaller model (anything load_model takes) and the probability that a token it drafts is accepted. dtypes: of the
-    weights, out of bf16, fp8, int4. offload: whether layers may stay in host memory where they do not fit.
+    weights, out of bf16, fp8, int8, int4. offload: whether layers may stay in host memory where they do not fit.
     """
 
     input: int = 1024

@@ -51,10 +51,10 @@ def test_memory_of_70b_by_hand():
     assert first == 41 * 855_654_400 * 2 + 128256 * 8192 * 2
     assert last == 39 * 855_654_400 * 2 + 128256 * 8192 * 2 + 8192 * 2
     assert M70.layer_bytes(1, "fp8") == 855_638_016 + 16384 * 2
-    assert M70.layer_bytes(1, "int4") == 855_638_016 * (0.5 + 4 / 128) + 16384 * 2
+    assert M70.layer_bytes(1, "int4") == 855_638_016 * (0.5 + 2 / 128) + 16384 * 2
     best = plan("llama-3-70b", "2xh200", {"batch": 4}).best
     assert best.memory_gb["weights"] == pytest.approx(rank / 1e9)
-    assert best.memory_gb["kv"] == pytest.approx(4 * 1280 * 163_840 / 1e9)
+    assert best.memory_gb["kv"] == pytest.approx(4 * 1282 * 163_840 / 1e9)  # and two more tokens: fp.generate's margin
     assert best.memory_gb["total"] == pytest.approx(
         sum(best.memory_gb[k] for k in ("weights", "kv", "activations", "reserved"))
     )
@@ -270,7 +270,7 @@ def test_rankings_and_slos():
 
 
 def test_1024_gpus_take_seconds():
-    start = time.monotonic()
+    start = time.process_time()  # of this process alone: others may keep the machine busy
     answer = plan(
         "llama-3-405b",
         "128x8xh100-ndr",
@@ -281,8 +281,8 @@ def test_1024_gpus_take_seconds():
             "acceptance": 0.8,
         },
     )
-    assert answer.searched > 1000
-    assert time.monotonic() - start < 60  # seconds on an idle machine
+    assert answer.searched > 20000
+    assert time.process_time() - start < 30  # 7 where this was written
 
 
 def test_published_405b_throughput():

@@ -1,6 +1,7 @@
 """Descriptions of clusters, plans as JSON, plots, the command line, and what the planner refuses."""
 
 import argparse
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -61,6 +62,31 @@ def test_cluster_from_yaml_and_json(tmp_path):
     file.write_text("hosts: [1\n")
     with pytest.raises(ValueError, match=r"two\.yaml.*\n?.*line"):
         load_cluster(file)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("nics: 4", "nics: none"), r"two\.yaml:6: nics must be a positive integer, got 'none'"),
+        (("nics: 4", "hosts: 4"), r"two\.yaml:6: the key hosts stands on line 1 already"),
+        (
+            ("gpu: {preset: h100, memory_gb: 94}", "gpu:\n  preset: h100\n  memory: 94"),
+            r"two\.yaml:5: gpu: unknown key mem",
+        ),
+        (("memory_gb: 94", "memory_gb: many"), r"two\.yaml:3: gpu: memory_gb must be a number"),
+        (("intra: nvlink4", "intra: nvlink"), r"two\.yaml:4: intra 'nvlink' is unknown"),
+        (("inter: ib-ndr\n", ""), r"two\.yaml:1: 2 hosts need an inter link"),
+        (("hosts: 2\n", ""), r"two\.yaml:4: inter is given, the link between hosts, but hosts is 1"),
+        (("nics: 4", "nic: 4"), r"two\.yaml:6: unknown keys nic"),
+        (("gpus_per_host: 4\n", ""), r"two\.yaml: the key gpus_per_host is missing"),
+    ],
+)
+def test_yaml_errors_name_the_line(tmp_path, change, message):
+    pytest.importorskip("yaml")
+    assert change[0] in YAML
+    (tmp_path / "two.yaml").write_text(YAML.replace(*change))
+    with pytest.raises(ValueError, match=message):
+        load_cluster(tmp_path / "two.yaml")
 
 
 def test_yaml_without_pyyaml(tmp_path, monkeypatch):
@@ -143,7 +169,7 @@ def test_probe_profiles(tmp_path):
         ({"batch": ()}, "at least one number"),
         ({"input": 1.5}, "input must be"),
         ({"rank": "fame"}, "rank must be one of latency, throughput, cost, got 'fame'"),
-        ({"dtypes": ("fp4",)}, "dtypes must be out of bf16, fp8, int4"),
+        ({"dtypes": ("fp4",)}, "dtypes must be out of bf16, fp8, int8, int4"),
         ({"slo_tpot_ms": 0}, "slo_tpot_ms"),
         ({"acceptance": 0.5}, "belong together"),
         ({"draft": "llama-3-8b", "acceptance": 2}, "between 0 and 1, got 2"),
@@ -168,6 +194,7 @@ def test_a_model_that_fits_nowhere_says_what_is_missing():
 def test_json_round_trip():
     answer = plan("llama-3-70b", "8xh100", {"batch": (1, 64), "draft": "llama-3-8b", "acceptance": 0.8})
     again = Plan.from_json(answer.to_json())
+    assert again.by_tp == answer.by_tp and again.shape == answer.shape
     assert again.entries == answer.entries and again.frontier == answer.frontier and again.wall == answer.wall
     assert again.to_json() == answer.to_json()
     with pytest.raises(ValueError, match="must be JSON"):
@@ -175,7 +202,7 @@ def test_json_round_trip():
     with pytest.raises(ValueError, match="plan_version is 7"):
         Plan.from_json('{"plan_version": 7}')
     with pytest.raises(ValueError, match="incomplete"):
-        Plan.from_json('{"plan_version": 1}')
+        Plan.from_json('{"plan_version": 2}')
 
 
 def test_command_prints_a_table(capsys):
@@ -193,6 +220,39 @@ def test_command_prints_json_and_plots(capsys, tmp_path):
     answer = Plan.from_json(capsys.readouterr().out)
     assert answer.rank == "throughput" and answer.request["batch"] == [1, 32]
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_picture_shows_the_plan(tmp_path):
+    """What is drawn, read back from matplotlib: the frontier's labels, the bars' parts and heights, the timeline."""
+    pytest.importorskip("matplotlib")
+    from fused_parallel.planner import plot
+
+    answer = plan("llama-3-405b", "2x8xh100-eth100", {"batch": (1, 64), "dtypes": ("int4",), "rank": "throughput"})
+    drawn = []
+    figure = plot._figure
+    try:
+        plot._figure = lambda *args: drawn.append(figure(*args)) or drawn[-1]
+        answer.plot(tmp_path / "plan.png")
+    finally:
+        plot._figure = figure
+    frontier, by_tp, *walls, timeline = drawn[0].axes
+    assert len(walls) == 2
+    texts = [text.get_text() for text in frontier.get_legend().get_texts()]
+    assert texts[-1] == f"best by throughput: {answer.best.label}"
+    assert {text.split("  ")[1] for text in texts[1:-1]} <= {c.label for c in answer.frontier}
+    assert {c.tp for c in answer.by_tp} == {1, 2, 4, 8, 16}
+    tops = {}
+    for bar in by_tp.patches:
+        x = round(bar.get_x() + bar.get_width() / 2)
+        tops[x] = tops.get(x, 0) + bar.get_height()
+    assert [tops[i] for i in range(5)] == pytest.approx([c.tpot_ms for c in sorted(answer.by_tp, key=lambda c: c.tp)])
+    assert max(c.microbatches for c in answer.entries) <= 8 < max(c.pp for c in answer.entries)  # fp.generate's most
+    piped = next(c for c in answer.entries if c.pp > 1)
+    assert piped.label in timeline.get_title()
+    spans = sorted((bar.get_y(), bar.get_x(), bar.get_width()) for bar in timeline.patches)
+    assert len(spans) == 3 * piped.pp * piped.microbatches
+    for (row, start, width), (next_row, next_start, _) in itertools.pairwise(spans):
+        assert row != next_row or start + width <= next_start + 1e-9  # a stage does one thing at a time
 
 
 def test_errors_are_one_line_of_the_command(capsys):
