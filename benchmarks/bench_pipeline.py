@@ -20,6 +20,7 @@ Printed beside them: time over that of compute_only, and for micro-batches the s
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable
 
 import torch
@@ -243,7 +244,7 @@ def _case(bench: Bench, mesh, model, make: Callable, shape: dict, rows: int, gra
 def run(arguments: argparse.Namespace) -> int:
     bench = Bench(arguments)
     if bench.world != 2 or bench.device.type != "cuda":
-        raise SystemExit("bench_pipeline: two GPUs")
+        sys.exit(f"bench_pipeline: needs two GPUs, here are {bench.world} ranks on {bench.device.type}")
     config = _config(arguments.model, arguments.layers)
     mesh = fp.init(pp=2, device="cuda", timeout=120)
     with torch.no_grad():

@@ -98,6 +98,8 @@ def run(args: argparse.Namespace) -> int:
     prompts = args.prompt if args.prompt is not None else [args.prompt_file.read_text()]
     if (args.host_memory is not None or args.offload_cpu) and args.offload is None:
         raise ValueError("--host-memory and --offload-cpu say what --offload does: give --offload GB, too")
+    if args.plan is None and args.num_draft_tokens is not None and args.draft is None:
+        raise ValueError("--num-draft-tokens says how much --draft drafts: give --draft DIR or --draft ngram, too")
     plan = None if args.plan is None else read_plan(args.plan)
     mesh = init(tp=args.tp, pp=args.pp, plan=plan, timeout=args.timeout, device=args.device)
     dtype = DTYPES[args.dtype] if args.dtype else None

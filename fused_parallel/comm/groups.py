@@ -48,7 +48,10 @@ def rank_and_world() -> tuple[int, int, int]:
 
 
 def _choose_device(device: str | torch.device | None, local_rank: int) -> torch.device:
-    kind = torch.device(device).type if device is not None else ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        kind = torch.device(device).type if device is not None else ("cuda" if torch.cuda.is_available() else "cpu")
+    except RuntimeError:
+        kind = "none that torch knows"
     if kind == "cpu":
         return torch.device("cpu")
     if kind != "cuda":
@@ -144,6 +147,11 @@ def _start(where: torch.device, rank: int, world: int, timeout: datetime.timedel
             advice = "that port is in use: choose another (torchrun --master-port N, or MASTER_PORT=N)"
         else:
             advice = f"check that all {world} ranks were started and can reach that address"
+            if "remote=[127." in str(error):
+                advice += (
+                    "; some rank announced itself at a loopback address, which its host name stands for: set "
+                    "GLOO_SOCKET_IFNAME (and NCCL_SOCKET_IFNAME) to the network interface on every host"
+                )
         raise RuntimeError(
             f"fp.init: rank {rank} could not join the group at {address}; {advice}. Cause: {error}"
         ) from error

@@ -151,6 +151,12 @@ class LlamaForCausalLM(nn.Module):
         split: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
+        if offload is not None and not isinstance(offload, Offload):
+            raise TypeError(
+                f"LlamaForCausalLM: offload must be an fp.Offload, got {offload!r}: fp.Offload(resident_bytes=...)"
+            )
+        if dtype is not None and not isinstance(dtype, torch.dtype):
+            raise TypeError(f"LlamaForCausalLM: dtype must be a torch.dtype such as torch.bfloat16, got {dtype!r}")
         self.config, self.mesh = config, mesh
         self.tp_group = local_group() if mesh is None else mesh.get_group("tp")
         self.pp_group = pp_group = local_group() if mesh is None else mesh.get_group("pp")

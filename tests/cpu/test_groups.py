@@ -265,3 +265,9 @@ def test_debug_mode_names_what_differs():
     for text in launch(rank_disagree, 2, environment={"FUSED_PARALLEL_DEBUG": "1"}):
         assert "the ranks of one group disagree on the call" in text
         assert "rank 0: all_reduce(torch.float32[3])" in text and "rank 1: all_reduce(torch.float32[4])" in text
+
+
+@pytest.mark.parametrize("device", ["gpu", "meta"])
+def test_an_unknown_device_is_refused(device):
+    with pytest.raises(ValueError, match=f"device must be 'cuda' or 'cpu', got '{device}'"):
+        fp.init(device=device)

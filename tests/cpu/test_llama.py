@@ -188,6 +188,10 @@ def test_bad_checkpoints_name_the_file(models, tmp_path):
     def load(directory):
         return fp.LlamaForCausalLM.from_pretrained(directory, mesh=mesh)
 
+    with pytest.raises(TypeError, match=r"offload must be an fp\.Offload, got 20"):
+        fp.LlamaForCausalLM.from_pretrained(path, mesh=mesh, offload=20)
+    with pytest.raises(TypeError, match=r"dtype must be a torch\.dtype such as torch\.bfloat16, got 'bf16'"):
+        fp.LlamaForCausalLM.from_pretrained(path, mesh=mesh, dtype="bf16")
     with pytest.raises(FileNotFoundError, match=r"nowhere/config\.json not found: expected a Hugging Face"):
         load(tmp_path / "nowhere")
     bad = copy_of(path, tmp_path / "no-weights")
