@@ -12,9 +12,11 @@ os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
 # virtual ranks is a kernel that waits for the rank whose kernel is being loaded.
 os.environ.setdefault("CUDA_MODULE_LOADING", "EAGER")
 
-# Workers of pytest-xdist (make gpu-test) have a GPU each.
+# Workers of pytest-xdist (make gpu-test) have a GPU each, of those that the caller lets them see.
 if worker := os.environ.get("PYTEST_XDIST_WORKER"):
-    os.environ["CUDA_VISIBLE_DEVICES"] = worker.removeprefix("gw")
+    number, visible = int(worker.removeprefix("gw")), os.environ.get("CUDA_VISIBLE_DEVICES")
+    gpus = visible.split(",") if visible is not None else [str(number)] * (number + 1)
+    os.environ["CUDA_VISIBLE_DEVICES"] = gpus[number] if number < len(gpus) else ""
 
 import torch
 
