@@ -86,6 +86,7 @@ def ends(monkeypatch):
     monkeypatch.setattr(torch, "zeros", lambda *args, pin_memory=False, **kwargs: zeros(*args, **kwargs))
     stream = types.SimpleNamespace(synchronize=lambda: None)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: stream)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: None)
     slots, slot_bytes = 3, 1 << 17
     buffers = [zeros(FIRST + slots * (HEADER_BYTES + slot_bytes), dtype=torch.uint8) for _ in range(2)]
     rings = [
