@@ -20,6 +20,7 @@ Printed beside them: time over that of compute_only, and for micro-batches the s
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
 from collections.abc import Callable
 
@@ -187,7 +188,7 @@ def _time(bench: Bench, work, links, graph: bool, replays: int, rounds: int) -> 
     with torch.cuda.stream(stream):
         work.round(links)
     torch.cuda.synchronize()
-    step: Callable = lambda: work.round(links)  # noqa: E731
+    step: Callable = functools.partial(work.round, links)
     if graph:
         captured = torch.cuda.CUDAGraph()
         with torch.cuda.graph(captured, stream=stream):
@@ -254,11 +255,11 @@ def run(arguments: argparse.Namespace) -> int:
         for batch in arguments.batch:
             for micro in (1, 4, 8):
                 shape = {"stages": 2, "microbatches": micro, "batch": batch}
-                work = lambda: Decode(model, batch, micro, arguments.context)  # noqa: E731, B023
+                work = functools.partial(Decode, model, batch, micro, arguments.context)
                 _case(bench, mesh, model, work, shape, 1, True, 10)
         chunk, micro = arguments.chunk, 8
         shape = {"stages": 2, "microbatches": micro, "batch": 1, "tokens": chunk}
-        _case(bench, mesh, model, lambda: Prefill(model, chunk, micro), shape, chunk, False, 1)
+        _case(bench, mesh, model, functools.partial(Prefill, model, chunk, micro), shape, chunk, False, 1)
     return bench.finish()
 
 

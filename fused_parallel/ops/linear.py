@@ -14,6 +14,8 @@ from .all_reduce import aligned
 from .matmul_all_reduce import check_matmul
 from .silu_mul import silu_mul
 
+_MOST_ROWS = 64  # what the kernel takes: kDecodeMaxRows
+
 
 def _takes_kernel(x: torch.Tensor, weight: torch.Tensor) -> bool:
     """Shapes that it does not take are cuBLAS's, and no fallback."""
@@ -23,9 +25,6 @@ def _takes_kernel(x: torch.Tensor, weight: torch.Tensor) -> bool:
     if torch.cuda.get_device_capability(x.device)[0] != 9:
         return False
     return choose_fused("linear", why_no_kernel_for(x), on_gpu=True)
-
-
-_MOST_ROWS = 64
 
 
 def _launch(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, gated: bool) -> torch.Tensor:

@@ -1,5 +1,6 @@
 """fp.init and the mesh, dispatch, debug mode, and what happens when ranks fail: clear messages, no hang."""
 
+import datetime
 import os
 import pickle
 import signal
@@ -13,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 import fused_parallel as fp
+from fused_parallel.comm import groups
 from fused_parallel.comm.launch import RankPool, free_port, launch
 from fused_parallel.ops._dispatch import choose_fused
 from fused_parallel.testing.spawn import run_ranks
@@ -271,3 +273,13 @@ def test_debug_mode_names_what_differs():
 def test_an_unknown_device_is_refused(device):
     with pytest.raises(ValueError, match=f"device must be 'cuda' or 'cpu', got '{device}'"):
         fp.init(device=device)
+
+
+def test_a_loopback_address_is_explained(monkeypatch):
+    def refuse(*_, **__):
+        raise RuntimeError("Gloo connectFullMesh failed: Connection refused, remote=[127.0.0.1]:37274")
+
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setattr(dist, "init_process_group", refuse)
+    with pytest.raises(RuntimeError, match=r"loopback address.*set GLOO_SOCKET_IFNAME"):
+        groups._start(torch.device("cpu"), 0, 2, datetime.timedelta(seconds=5))

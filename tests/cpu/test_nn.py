@@ -235,6 +235,8 @@ def rank_wrong_input(mesh):
             lambda: row(x[:, : row.weight.shape[1]], norm=fp.nn.RMSNorm(6)),
             lambda: fp.nn.RowParallelLinear(-4, 4, group=mesh["tp"]),
             lambda: fp.nn.ColumnParallelLinear(0, 4, group=mesh["tp"]),
+            lambda: fp.nn.ColumnParallelLinear(8, 4, group=mesh["tp"], gather_output=True, sequence_parallel=True),
+            lambda: fp.nn.quantize_(fp.nn.ParallelMLP(8, 8, group=mesh["tp"], sequence_parallel=True), "int8"),
         ]
     )
 
@@ -246,5 +248,7 @@ def test_wrong_input():
         "ValueError: RowParallelLinear: norm needs a residual to add to",
         "ValueError: RowParallelLinear: sizes must be positive, got -4 and 4",
         "ValueError: ColumnParallelLinear: sizes must be positive, got 0 and 4",
+        "ValueError: ColumnParallelLinear: sequence_parallel leaves the outputs split; not with gather_output",
+        "ValueError: quantize_: there is no quantised form of sequence-parallel layers",
     ]
     assert_starts(run_ranks(rank_wrong_input, 2)[1], expected)
