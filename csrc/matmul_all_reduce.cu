@@ -57,7 +57,7 @@ __global__ void __launch_bounds__(32 * kMaxWorld) enter_gather(const __grid_cons
     unsigned there;
     // Acquire: pairs with the peer's release. What follows in the stream writes the peer's buffer.
     asm volatile("ld.acquire.sys.global.u32 %0, [%1];" : "=r"(there) : "l"(&mine->entered[peer]) : "memory");
-    // Acquire, too, so that neither can be seen older than the other for long; nothing is read behind it.
+    // The peer has set it before its copies could start. Nothing is read behind it: relaxed would do.
     const bool gone = load_acquire_sys(&mine->left[peer]) != 0;
     if (static_cast<int>(there - call) >= 0 && !gone) return;
     if (gone && start == 0) start = 1;  // as if waited for since long ago
