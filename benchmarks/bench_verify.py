@@ -9,9 +9,10 @@ peers in torch are left out. Else on one GPU, where the tokens are checked again
 Prints a table and appends it to benchmarks/results/verify.csv. `fused`: the kernels, temperature 0.8; `reference`: the
 same in float64, in torch operations; with --top-p, both filter, and the shape says so; `torch`:
 rejection in float32 by softmax, gather and an argmax over exponential noise, as one would write it (block: left out);
-`torch_argmax_only`: softmax and argmax of the target rows, a part of the work. The drafts agree with the target more
-often than not. `floor_us` = bytes over the rate at which this GPU reads its memory, each logit that must be seen read
-once; the row a token is drawn from, and what block verification sums, is read again.
+`torch_argmax_only`: softmax and argmax of the target rows, a part of the work; `flashinfer`: its softmax and chain
+speculative sampling (where it is installed: the `peers` extra), the draft's probabilities made beforehand. The drafts
+agree with the target more often than not. `floor_us` = bytes over the rate at which this GPU reads its memory, each
+logit that must be seen read once; the row a token is drawn from, and what block verification sums, is read again.
 """
 
 import argparse
@@ -21,6 +22,7 @@ import sys
 import torch
 import torch.distributed as dist
 from _common import DTYPES
+from _flashinfer_verify import chain_speculative
 
 import fused_parallel as fp
 from fused_parallel.comm.probe_device import hbm
@@ -30,6 +32,7 @@ from fused_parallel.testing.timer import time_collective
 
 SHAPES = ["1,4", "8,4", "32,4", "64,4", "128,4", "64,7"]
 CASES = [("full", "rejection"), ("onehot", "rejection"), ("full", "block"), ("onehot", "block"), ("onehot", "greedy")]
+IMPLS = ["fused", "reference", "torch", "torch_argmax_only", "flashinfer"]
 TEMPERATURE = 0.8
 
 
@@ -90,6 +93,8 @@ def implementations(draft, method, top_p, group):
         return found
     if method == "rejection":
         found["torch"] = torch_rejection
+        if draft == "full":
+            found["flashinfer"] = chain_speculative
     if method != "block" and draft == "onehot":
         found["torch_argmax_only"] = torch_argmax
     return found
@@ -128,6 +133,10 @@ def measure(shape, draft, method, args, bytes_per_us, group):
         made = make_inputs(batch, k, args.vocab, dtype, draft)
         return made if group is None else share(made, group)
 
+    def with_probabilities(index):
+        target, tokens, logits, *rest = inputs(index)
+        return target, tokens, logits.float().softmax(-1), *rest
+
     torch.manual_seed(batch)
     check(make_inputs(batch, k, args.vocab, dtype, draft), method, top_p, group)
     rows = batch * (k + 1) + (batch * k if draft == "full" else 0)
@@ -136,9 +145,16 @@ def measure(shape, draft, method, args, bytes_per_us, group):
     for name, function in implementations(draft, method, top_p, group).items():
         if name not in args.impls:
             continue
+        make = inputs if name != "flashinfer" else with_probabilities
         for mode in args.modes:
-            slow = {} if name == "fused" else {"calls": 2, "rounds": 5, "warmup": 1}
-            timing = time_collective(function, inputs=inputs, group=group, mode=mode, **slow)
+            slow = {"calls": 2, "rounds": 5, "warmup": 1} if name.startswith(("reference", "torch")) else {}
+            try:
+                timing = time_collective(function, inputs=make, group=group, mode=mode, **slow)
+            except (ImportError, OSError, AssertionError, RuntimeError) as error:
+                if name != "flashinfer":
+                    raise
+                print(f"not measured: {name}: {str(error)[:200]}", flush=True)
+                continue
             measured.append(
                 make_row(
                     "verify",
@@ -165,7 +181,9 @@ def main() -> None:
     parser.add_argument("--cases", nargs="+", default=[f"{d},{m}" for d, m in CASES], metavar="DRAFT,METHOD")
     parser.add_argument("--vocab", type=int, default=128256)
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
-    parser.add_argument("--impls", nargs="+", default=["fused", "reference", "torch", "torch_argmax_only"])
+    parser.add_argument(
+        "--impls", nargs="+", default=["fused", "reference", "torch", "torch_argmax_only", "flashinfer"]
+    )
     parser.add_argument("--modes", nargs="+", choices=("graph", "eager"), default=["graph"])
     parser.add_argument("--top-p", type=float, help="filter the target, here and in the reference")
     parser.add_argument("--results", default=RESULTS, metavar="DIR")

@@ -6,18 +6,23 @@ Shapes are B,ctx,q,hq,hkv,d: sequences, tokens of each in a contiguous cache (th
 plain decode), query and KV heads, head size. Checks every implementation against float64, prints a table and appends it
 to benchmarks/results/verify_attention.csv. Peers: `torch_sdpa` with a mask and enable_gqa, as one would write it;
 `torch_folded`, the query heads of a KV head folded into rows, so that torch need not repeat keys and values;
-`torch_flash`, its flash kernel with the causal mask at the end of the context, which knows no ragged lengths. Their
-masks are made beforehand. `fused_paged` is `fused` with shuffled pages of 64 tokens. `floor_us` = the bytes of all keys
+`torch_flash`, its flash kernel with the causal mask at the end of the context, which knows no ragged lengths;
+`torch_flex`, FlexAttention compiled with a causal block mask; `flashinfer`, its paged append attention (where it is
+installed: the `peers` extra). Their masks and plans are made beforehand. `fused_paged` is `fused` with shuffled pages
+of 64 tokens. `floor_us` = the bytes of all keys
 and values over the rate at which this GPU reads its memory, measured first.
 """
 
 import argparse
+import functools
 import sys
 
 import torch
 import torch.nn.functional as F
 from _common import DTYPES, relative
+from _flashinfer_verify import PagedAttention
 from torch.nn.attention.bias import causal_lower_right
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from fused_parallel.comm.probe_device import hbm
 from fused_parallel.ops._dispatch import use
@@ -74,19 +79,48 @@ def torch_flash(q, k, v, lens, mask):
     return F.scaled_dot_product_attention(*heads_first, attn_mask=bias, enable_gqa=gqa).transpose(1, 2)
 
 
-IMPLEMENTATIONS = {f.__name__: f for f in (fused, fused_paged, torch_sdpa, torch_folded, torch_flash)}
+@functools.cache
+def compiled_flex():
+    torch._dynamo.config.recompile_limit = 64  # every shape is compiled for itself
+    return torch.compile(flex_attention, dynamic=False)
+
+
+def torch_flex(q, k, v, lens, mask):
+    heads_first = [t.transpose(1, 2) for t in (q, k, v)]
+    return compiled_flex()(*heads_first, block_mask=mask, enable_gqa=q.shape[2] != k.shape[2]).transpose(1, 2)
+
+
+def flashinfer(q, k, v, lens, attention):
+    return attention(q, k, v)
+
+
+PEERS = (torch_sdpa, torch_folded, torch_flash, torch_flex, flashinfer)
+IMPLEMENTATIONS = {f.__name__: f for f in (fused, fused_paged, *PEERS)}
 
 
 def inputs_of(name, shape, dtype):
     """A function of `time_collective` that makes `name` its inputs."""
+    batch, context, new, *heads_and_dim = shape
+
+    def table():
+        return torch.randperm(batch * context // PAGE, device="cuda").view(batch, -1).to(torch.int32)
+
+    @functools.cache
+    def planned():  # one plan and one table for all inputs, as for all layers of a model
+        return PagedAttention(table(), new, *heads_and_dim, PAGE, dtype)
+
+    @functools.cache
+    def block_mask():
+        return create_block_mask(lambda b, h, i, j: j <= i + context - new, None, None, new, context, device="cuda")
 
     def make(_):
         q, k, v, lens, mask = make_inputs(*shape, dtype)
-        batch, new = shape[0], shape[2]
-        if name == "fused_paged":
+        if name in ("fused_paged", "flashinfer"):
             # Random values in any order: the pages themselves need no shuffling.
             k, v = (t.view(-1, PAGE, *t.shape[2:]) for t in (k, v))
-            return q, k, v, lens, torch.randperm(len(k), device="cuda").view(batch, -1).to(torch.int32)
+            return q, k, v, lens, table() if name == "fused_paged" else planned()
+        if name == "torch_flex":
+            mask = block_mask()
         if name == "torch_folded" and new > 1:
             mask = mask.repeat(1, 1, shape[3] // shape[4], 1)
         return q, k, v, lens, mask
@@ -98,8 +132,9 @@ def check(name, inputs) -> None:
     """Raise RuntimeError unless the first and the last sequence are right."""
     q, k, v, _, last = inputs
     out = IMPLEMENTATIONS[name](*inputs)
-    if name == "fused_paged":
-        k, v = (t[last.long()].flatten(1, 2) for t in (k, v))
+    if name in ("fused_paged", "flashinfer"):
+        table = last.table if name == "flashinfer" else last
+        k, v = (t[table.long()].flatten(1, 2) for t in (k, v))
     batch, new, heads, dim = q.shape
     context, kv_heads = k.shape[1:3]
     hidden = torch.ones(new, context, dtype=torch.bool, device="cuda").triu(context - new + 1)
@@ -126,7 +161,7 @@ def measure(shape, args, bytes_per_us):
                 check(name, make(0))
                 counts = {} if ours else {"calls": 4, "rounds": 10}
                 timing = time_collective(IMPLEMENTATIONS[name], inputs=make, mode=mode, **counts)
-            except (RuntimeError, ValueError) as error:
+            except (RuntimeError, ValueError, ImportError, OSError, AssertionError) as error:
                 if ours:
                     raise
                 print(f"not measured: {name} {shape} {mode}: {str(error)[:200]}", flush=True)
