@@ -88,7 +88,7 @@ __global__ void __launch_bounds__(kThreads, 2) one_shot(const __grid_constant__ 
       }
     }
     Vec<T> totals[kVecs];
-    if (!gather_and_sum<T, kWorld, kVecs>(l, call, start, first, threads, p.vectors, mine, totals)) return;
+    if (!gather_and_sum<T, kWorld, kVecs>(l, call, start, first, threads, p.vectors, mine, totals)) break;
 #pragma unroll
     for (int u = 0; u < kVecs; ++u) {
       const int v = first + u * threads;
@@ -96,6 +96,7 @@ __global__ void __launch_bounds__(kThreads, 2) one_shot(const __grid_constant__ 
       mine[u] = next[u];
     }
   }
+  end_of_waits(l);
 }
 
 // Rank r owns vectors [r * share, (r + 1) * share). In each slot, the first `share` vectors take the partials of this
@@ -128,29 +129,32 @@ __global__ void __launch_bounds__(kThreads, 2) two_shot(const __grid_constant__ 
   }
   clear_previous(l, call, thread, threads);
   const int own = min(share, p.vectors - l.rank * share);  // may be negative: nothing is owned
+  bool failed = false;
   for (int i = thread; i < own; i += threads) {
     const int v = l.rank * share + i;
     const Vec<T> mine[1] = {without_sentinel(load_clipped(p.x, v, p.elements))};
     Vec<T> totals[1];
     // After a failed wait there is no total: a peer must not take what is there for one.
-    if (!gather_and_sum<T, kWorld, 1>(l, call, start, i, threads, own, mine, totals)) return;
+    failed = !gather_and_sum<T, kWorld, 1>(l, call, start, i, threads, own, mine, totals);
+    if (failed) break;
     const Vec<T> total = without_sentinel(totals[0]);
     push<kWorld>(l, generation, share + i, total.raw);
     store_clipped(p.out, v, p.elements, total);
   }
-  for (int i = thread; i < share; i += threads) {
+  for (int i = thread; i < share && !failed; i += threads) {
 #pragma unroll
     for (int k = 1; k < world; ++k) {
       int owner = l.rank + k;
       owner = owner >= world ? owner - world : owner;
       const int v = owner * share + i;
-      if (v < p.vectors) {
+      if (v < p.vectors && !failed) {
         Vec<T> total;
-        if (!poll(l, call, start, owner, share + i, total.raw)) return;
-        store_clipped(p.out, v, p.elements, total);
+        failed = !poll(l, call, start, owner, share + i, total.raw);
+        if (!failed) store_clipped(p.out, v, p.elements, total);
       }
     }
   }
+  end_of_waits(l);
 }
 
 __global__ void fill_with_sentinel(uint4* p, std::int64_t vectors) {

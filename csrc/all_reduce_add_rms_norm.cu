@@ -211,6 +211,8 @@ __global__ void __launch_bounds__(kVecs == 1 ? kMaxThreads : kMaxThreads / 2, kV
     if (following < p.rows) load_row(p.residual, following, residual);
     float total;
     if (!cluster.sum(squares, turn, l, total)) return cluster.leave();
+    // As end_of_waits: the sum took a value from every thread of this CTA, after its last wait for a rank.
+    if (!l.early && following >= p.rows) dependency_trigger();
     const float scale = rsqrtf(fmaf(total, p.inverse_hidden, p.eps));
 #pragma unroll
     for (int u = 0; u < kVecs; ++u) {

@@ -48,9 +48,10 @@ __global__ void __launch_bounds__(kThreads, 2) reduce_scatter_push(const __grid_
   for (int i = thread; i < p.share; i += threads) {
     const Vec<T> mine[1] = {without_sentinel(load_once_written(p.x + (l.rank * p.share + i) * Vec<T>::kSize))};
     Vec<T> totals[1];
-    if (!gather_and_sum<T, kWorld, 1>(l, call, start, i, threads, p.share, mine, totals)) return;
+    if (!gather_and_sum<T, kWorld, 1>(l, call, start, i, threads, p.share, mine, totals)) break;
     store(p.out + i * Vec<T>::kSize, totals[0]);
   }
+  end_of_waits(l);
 }
 
 template <typename T, int kWorld>
@@ -70,16 +71,18 @@ __global__ void __launch_bounds__(kThreads, 2) all_gather_push(const __grid_cons
     store(p.out + (l.rank * p.share + i) * Vec<T>::kSize, value);
   }
   clear_previous(l, call, thread, threads);
-  for (int i = thread; i < p.share; i += threads) {
+  bool failed = false;
+  for (int i = thread; i < p.share && !failed; i += threads) {
 #pragma unroll
     for (int k = 1; k < world; ++k) {
       int source = l.rank + k;
       source = source >= world ? source - world : source;
       Vec<T> value;
-      if (!poll(l, call, start, source, i, value.raw)) return;
-      store(p.out + (source * p.share + i) * Vec<T>::kSize, value);
+      failed = failed || !poll(l, call, start, source, i, value.raw);
+      if (!failed) store(p.out + (source * p.share + i) * Vec<T>::kSize, value);
     }
   }
+  end_of_waits(l);
 }
 
 template <typename Launch>

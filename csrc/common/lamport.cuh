@@ -80,9 +80,10 @@ __device__ __forceinline__ unsigned long long next_epoch(const Lamport& l) {
 }
 
 // The beginning of every kernel here: waits for the kernel before. Where grids are small enough (Grid::early) it takes
-// the number of this call first, which costs no time while that kernel is still at work, and lets the next kernel of
-// the stream become resident; a larger grid starts when the CTAs before it leave, and takes its number with its other
-// loads (begin_call).
+// the number of this call first, which costs no time while that kernel is still at work, and then lets the next kernel
+// of the stream become resident: not before the wait, or a chain of kernels, each of them waiting, would fill the GPU
+// and keep another group's out. A larger grid takes its number with its other loads (begin_call), and triggers in
+// end_of_waits.
 //
 // The number may be taken before the wait because calls take theirs one after the other: this kernel was started by a
 // kernel all of whose CTAs had triggered or ended, and so on back to the call before, whose CTAs trigger when their
@@ -93,10 +94,19 @@ __device__ __forceinline__ unsigned long long begin_kernel(const Lamport& l) {
     if (threadIdx.x == 0) epoch = next_epoch(l);
     // The number is there before any thread triggers: a use of it that ends in the barrier.
     __syncthreads_or(epoch == ~0ull);
-    dependency_trigger();
   }
   dependency_wait();
+  if (l.early) dependency_trigger();
   return epoch;
+}
+
+// A large grid lets the next kernel become resident when this one waits for no rank any more: what is left of it ends
+// by itself, so that the room of both is held no longer than one needs. All threads of the CTA come here, also after a
+// failed wait; the barrier, because one thread's trigger counts for its CTA.
+__device__ __forceinline__ void end_of_waits(const Lamport& l) {
+  if (l.early) return;
+  __syncthreads();
+  dependency_trigger();
 }
 
 // What a call knows of itself, the same in all threads of a CTA.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import _verify_oracle as oracle
 import torch
 
+from fused_parallel.ops._dispatch import use
 from fused_parallel.ops.sample import sample
 
 
@@ -16,7 +17,8 @@ def case(batch, k, vocab, *, dtype=torch.float32, filters=True, ragged=True, mix
     draft[torch.rand(draft.shape) < 0.05] = float("-inf")
     seed = torch.randint(-(2**63), 2**63 - 1, (batch,))
     step = torch.randint(0, 2**40, (batch,))
-    tokens = [sample(draft[:, i], seed=seed, step=step, temperature=1.0, position=i) for i in range(k)]
+    with use("reference"):  # on the CPU, whatever the caller asks for
+        tokens = [sample(draft[:, i], seed=seed, step=step, temperature=1.0, position=i) for i in range(k)]
     tokens = torch.stack(tokens, 1) if k else torch.empty(batch, 0, dtype=torch.int64)
     if invalid:
         bad = torch.tensor([-1, vocab, vocab + 7, -(2**40), 2**40])[torch.randint(5, tokens.shape)]
