@@ -77,12 +77,13 @@ class DistributedTransport:
             )
         return 0
 
-    def send(self, slot: int, layout: Layout, tensors: list[torch.Tensor]):
+    def send(self, slot: int, layout: Layout, tensors: list[torch.Tensor], add: torch.Tensor | None = None):
         """Queue the message. Returns its works."""
+        self.capture_id()  # refuses
         self._make_room()
         payload = torch.empty(layout.bytes, dtype=torch.uint8, device=self.device)
         for x, view in zip(tensors, layout.views(payload), strict=True):
-            view.copy_(x)
+            view.copy_(x) if add is None else torch.add(x, add, out=view)
         return self._send(layout, payload)
 
     def _send(self, layout: Layout, payload: torch.Tensor):
@@ -125,6 +126,7 @@ class DistributedTransport:
 
     def open(self, slot: int, layout: Layout) -> list[torch.Tensor]:
         """Memory of this rank for the message's tensors."""
+        self.capture_id()  # refuses
         self._make_room()
         self._opened = layout, torch.empty(layout.bytes, dtype=torch.uint8, device=self.device)
         return layout.views(self._opened[1])

@@ -54,6 +54,47 @@ def test_sizes_of_both_transports(push_bytes):
     assert run_ranks(sizes, 2, push_bytes, device="cuda", pp=2) == [[], []]
 
 
+def sums(mesh, push_bytes):
+    """A chain through one graph: each end adds what it got to its own and sends on the sum, 200 replays."""
+    rank = mesh.get_local_rank("pp")
+    channel = fp.comm.P2PChannel(mesh["pp"], 1 - rank, slots=2, transport="memory")
+    channel._transport.push_bytes = push_bytes
+    mine = torch.arange(20_000, device="cuda", dtype=torch.bfloat16) % 7 + rank
+    state = torch.zeros_like(mine)
+
+    def body():
+        if rank == 0:
+            channel.send(state, mine)
+            with channel.recv(mine) as got:
+                torch.remainder(got, 64, out=state)
+        else:
+            with channel.recv(mine) as got:
+                channel.send(got, mine)  # from slot to slot
+
+    body()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        body()
+    dist.barrier()
+    for _ in range(200):
+        graph.replay()
+    torch.cuda.synchronize()
+    fp.check()
+    channel.close()
+    return state.cpu()
+
+
+@pytest.mark.parametrize("push_bytes", [-1, 4 << 20])
+def test_sums_on_their_way(push_bytes):
+    state, _ = run_ranks(sums, 2, push_bytes, device="cuda", pp=2)
+    own = torch.arange(20_000, dtype=torch.bfloat16) % 7
+    expected = torch.zeros_like(own)
+    for _ in range(201):
+        expected = torch.remainder(expected + own + (own + 1), 64)
+    assert torch.equal(state, expected)
+
+
 def replays(mesh, seed, push_bytes):
     """A ping-pong of two messages each way in one graph, 1000 replays, the ends up to a millisecond apart."""
     rank, rng = mesh.get_local_rank("pp"), random.Random(seed + 7 * mesh.get_local_rank("pp"))
