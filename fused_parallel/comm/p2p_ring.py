@@ -81,30 +81,23 @@ class RingTransport:
         pushed = layout.bytes <= self.push_bytes
         if add is not None and not (pushed and layout.bytes and add.dtype in _ext.DTYPE_CODES):
             tensors, add = [tensors[0] + add], None
-        stream, kept, pieces = _raw_stream(self.index), [], []
-        for x, size, offset in zip(tensors, layout.sizes, layout.offsets, strict=True):
-            if size:
-                # Kept until the launch: a temporary's memory is the next one's.
-                kept.append(x := _readable(x))
-                pieces.append((x.data_ptr(), size, offset))
-        added, code = 0, 0
+        stream, added, code = _raw_stream(self.index), 0, 0
+        # Kept in a name until the launch: a temporary's memory is the next one's.
+        kept = [_readable(x) for x in tensors]
+        pieces = [
+            (x.data_ptr(), size, at) for x, size, at in zip(kept, layout.sizes, layout.offsets, strict=True) if size
+        ]
         if add is not None:
             add = _readable(add)
             added, code = add.data_ptr(), _ext.DTYPE_CODES[add.dtype]
-        if collectives.counting():
-            with collectives.counted_bytes(layout.bytes, True):
-                self._queue(pushed, slot, layout, pieces, added, code, stream)
-        else:
-            self._queue(pushed, slot, layout, pieces, added, code, stream)
+        with collectives.counted_bytes(layout.bytes, True):
+            if pushed:
+                self.native.push(slot, layout.header, pieces, 0, added, code, stream)
+            else:
+                self.native.open(slot, layout.header, stream)
+                self.native.copy(slot, pieces, stream)
+                self.native.announce(slot, stream)
         return stream
-
-    def _queue(self, pushed: bool, slot: int, layout: Layout, pieces, added: int, code: int, stream: int) -> None:
-        if pushed:
-            self.native.push(slot, layout.header, pieces, 0, added, code, stream)
-            return
-        self.native.open(slot, layout.header, stream)
-        self.native.copy(slot, pieces, stream)
-        self.native.announce(slot, stream)
 
     def open(self, slot: int, layout: Layout) -> list[torch.Tensor]:
         """The message's tensors in the peer's slot, for kernels that come next on this stream to write."""

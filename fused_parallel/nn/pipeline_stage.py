@@ -13,8 +13,8 @@ class PipelineStage(nn.Module):
     """Runs `module` between a receive from the previous stage and a send to the next one.
 
     Args:
-        module: this stage's slice; called as module(x, **kwargs) and returning one tensor. On all stages but the last it
-            may return two alike, (x, add), and leave their sum to the send, which forms it on its way.
+        module: this stage's slice; called as module(x, **kwargs) and returning one tensor. On all stages but the last
+            it may return two alike, (x, add), and leave their sum to the send, which forms it on its way.
         group: the pipeline's ProcessGroup or 1-D DeviceMesh; stages are in rank order. Construction is collective.
         tp_group: the group of this stage's ranks, which hold the same hidden states: each sends its slice of large ones
             and the next stage gathers them. Default: this rank alone.
