@@ -298,6 +298,7 @@ def _time(bench: Bench, work: Decode | Prefill, links, graph: bool) -> list[floa
         torch.cuda.synchronize()
         return 1e3 * start.elapsed_time(end) / replays
 
+    _synchronize(bench)  # what was made on another stream
     with torch.cuda.stream(stream):  # of None: the current one
         work.prime(links)
     timed(1)
