@@ -233,7 +233,9 @@ def test_host_time_of_an_eager_send():
 # --- between hosts: NCCL's network path, two GPUs of one machine as two hosts -----------------------------------------
 
 ROOT = Path(__file__).resolve().parents[2]
-NETWORK = {"NCCL_P2P_DISABLE": "1", "NCCL_SHM_DISABLE": "1", "NCCL_SOCKET_IFNAME": "lo", "GLOO_SOCKET_IFNAME": "lo"}
+# Sockets over the loopback interface, whatever adapters the machine has.
+NETWORK = {"NCCL_P2P_DISABLE": "1", "NCCL_SHM_DISABLE": "1", "NCCL_IB_DISABLE": "1", "NCCL_NET_PLUGIN": "none"}
+NETWORK |= {"NCCL_SOCKET_IFNAME": "lo", "GLOO_SOCKET_IFNAME": "lo"}
 
 
 def torchrun(node: int, port: int, *what: str) -> subprocess.Popen:
