@@ -499,7 +499,7 @@ def _kernel(matmul: Matmul) -> str:
             profile.export_chrome_trace(str(path))
             events = json.loads(path.read_text())["traceEvents"]
             kernel = next(e for e in events if e.get("cat") == "kernel")
-        except (RuntimeError, OSError, ValueError, StopIteration) as error:
+        except (RuntimeError, AssertionError, OSError, ValueError, StopIteration) as error:
             return f"not known, {type(error).__name__}: {error}"
     known = {key: kernel["args"].get(key) for key in ("grid", "block", "registers per thread", "shared memory")}
     return f"{kernel['name']} {known}"
