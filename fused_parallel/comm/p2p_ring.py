@@ -83,10 +83,13 @@ class RingTransport:
             tensors, add = [tensors[0] + add], None
         stream, added, code = _raw_stream(self.index), 0, 0
         # Kept in a name until the launch: a temporary's memory is the next one's.
-        kept = [_readable(x) for x in tensors]
-        pieces = [
-            (x.data_ptr(), size, at) for x, size, at in zip(kept, layout.sizes, layout.offsets, strict=True) if size
-        ]
+        if len(tensors) == 1:  # most messages; the general way takes half a microsecond more
+            kept = _readable(tensors[0])
+            pieces = [(kept.data_ptr(), layout.bytes, 0)] if layout.bytes else []
+        else:
+            kept = [_readable(x) for x in tensors]
+            places = zip(kept, layout.sizes, layout.offsets, strict=True)
+            pieces = [(x.data_ptr(), size, at) for x, size, at in places if size]
         if add is not None:
             add = _readable(add)
             added, code = add.data_ptr(), _ext.DTYPE_CODES[add.dtype]
