@@ -33,8 +33,8 @@ class DistributedTransport:
         self._works: deque = deque()  # of each message on the way: what must live until it has left
         self._unchecked: deque = deque()  # (event, header in pinned memory, layout) of messages received on a GPU
         self._failed = False
-        backends = [self._backend(direction) for direction in ("up", "down")]
-        self._out, self._in = backends if pair.index == 0 else backends[::-1]
+        self._both = [self._backend(direction) for direction in ("up", "down")]
+        self._out, self._in = self._both if pair.index == 0 else self._both[::-1]
         self._probe()
 
     def _backend(self, direction: str):
@@ -191,7 +191,7 @@ class DistributedTransport:
             self.wait(self._works[-1][0], patience)
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-            for backend in (self._out, self._in):
+            for backend in self._both:  # in one order on both ends: it may be collective
                 backend.shutdown()
 
 

@@ -7,6 +7,7 @@ import random
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -238,27 +239,35 @@ NETWORK = {"NCCL_P2P_DISABLE": "1", "NCCL_SHM_DISABLE": "1", "NCCL_IB_DISABLE": 
 NETWORK |= {"NCCL_SOCKET_IFNAME": "lo", "GLOO_SOCKET_IFNAME": "lo"}
 
 
-def torchrun(node: int, port: int, *what: str) -> subprocess.Popen:
-    """One of two nodes with one GPU each."""
+def torchrun(node: int, port: int, log, *what: str) -> subprocess.Popen:
+    """One of two nodes with one GPU each, in a session of its own."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--node-rank", str(node)]
     command += ["--nproc-per-node", "1", "--master-addr", "127.0.0.1", "--master-port", str(port), *what]
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0,1").split(",")
     environment = os.environ | NETWORK | {"CUDA_VISIBLE_DEVICES": visible[node], "FUSED_PARALLEL_HOST": f"host{node}"}
     environment["PYTHONPATH"] = str(ROOT)
     return subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
     )
 
 
 def on_two_hosts(*what: str) -> list[str]:
-    port, texts = free_port(), []
-    processes = [torchrun(node, port, *what) for node in range(2)]
-    try:
-        texts = [process.communicate(timeout=180)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [p.returncode for p in processes] == [0, 0], texts
+    """What each of the two nodes printed; both must end well within three minutes."""
+    port = free_port()
+    with tempfile.TemporaryFile("w+") as first, tempfile.TemporaryFile("w+") as second:
+        processes = [torchrun(node, port, log, *what) for node, log in enumerate((first, second))]
+        try:
+            processes[0].wait(timeout=180)
+            processes[1].wait(timeout=20)
+        except subprocess.TimeoutExpired:
+            pass  # what they printed says more
+        finally:
+            for process in processes:
+                if process.poll() is None:
+                    os.killpg(process.pid, signal.SIGKILL)  # the rank, too
+                process.wait()
+        texts = [(log.seek(0), log.read())[1] for log in (first, second)]
+    assert [p.returncode for p in processes] == [0, 0], "\n".join(texts)
     return texts
 
 
