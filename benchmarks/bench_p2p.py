@@ -28,7 +28,7 @@ matmul: matmul_only is an 8192^3 matmul of both ranks, alone, matmul_beside_* th
 from rank 0 to rank 1, in turns with the one above; the ratios of the pairs are printed.
 
 causes: a table (no rows in the CSV) of what slows that matmul: copies alone, waits alone, one rank's matmul, gaps
-between messages, copies within a GPU; with the SM clock of both.
+between messages, copies within a GPU, waits without kernels; with the SM clock of both.
 
 `bytes`: the message (of matmuls: the operands and the result); `floor_us`: launch + bytes over the link (the matmul's).
 """
@@ -37,6 +37,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import ctypes
 import functools
 import itertools
 import json
@@ -466,6 +467,15 @@ def _causes(bench: Bench, pairs: int = 12) -> None:
         ("copies within each GPU (torch's copy)", lambda i: own.copy_(x), us / 5, (0, 1)),
         ("copies to the host's pinned memory", lambda i: host.copy_(x, non_blocking=True), 6 * us, (0, 1)),
     ]
+    marks = bench.attempt("stream memory operations", lambda: _Marks(bench))
+    if marks is not None:  # last: its waits have no bound
+
+        def marked(i: int) -> None:
+            marks.before(rank)
+            copy(i)
+            marks.after(rank)
+
+        lines.append(("copies, waits and flags by stream memory operations", marked, us, (0, 1)))
     for what, beside, each, multiply in lines:
         times = int(2 * alone * matmul.calls / each) + 5
         found, covered = matmul.pairs(beside, times, rank in multiply, pairs)
@@ -480,12 +490,51 @@ def _causes(bench: Bench, pairs: int = 12) -> None:
             for r, t in enumerate(told)
             if t is not None
         ]
-        bench.say(f"  {what:<48} {'   '.join(cells)}")
+        bench.say(f"  {what:<52} {'   '.join(cells)}")
     # Last: the profiler may leave launches slower.
     bench.say(f"  its kernel: {_kernel(matmul)}\n")
     _synchronize(bench)
     for hops in (wide, copying):
         hops.close()
+
+
+class _Marks:
+    """A flag and a credit of copies from rank 0 to rank 1, set and awaited by the stream itself: no kernel."""
+
+    GEQ = 0  # CU_STREAM_WAIT_VALUE_GEQ
+
+    def __init__(self, bench: Bench) -> None:
+        self.driver, self.count = ctypes.CDLL("libcuda.so.1"), 0
+        words = Symmetric(bench, 4096)
+        self.words = words
+        self.mine, self.theirs = words.buffer.data_ptr(), words.theirs.data_ptr()
+        words.buffer.zero_()
+        torch.cuda.synchronize()
+        spare = words.buffer[1024:]
+        self._call("cuStreamWriteValue32_v2", spare.data_ptr(), 7)
+        self._call("cuStreamWaitValue32_v2", spare.data_ptr(), 7)
+        torch.cuda.synchronize()
+        if spare.view(torch.int32)[0].item() != 7:
+            raise RuntimeError("a stream memory write did not arrive")
+
+    def _call(self, function: str, address: int, value: int) -> None:
+        stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
+        code = getattr(self.driver, function)(
+            stream, ctypes.c_uint64(address), ctypes.c_uint32(value), ctypes.c_uint(self.GEQ)
+        )
+        if code != 0:
+            raise RuntimeError(f"{function}: CUDA error {code}")
+
+    def before(self, rank: int) -> None:
+        """Rank 0 waits for the copy before the last to be taken, rank 1 for this one."""
+        self.count += 1
+        awaited = self.count if rank == 1 else self.count - 2
+        if awaited > 0:
+            self._call("cuStreamWaitValue32_v2", self.mine, awaited)
+
+    def after(self, rank: int) -> None:
+        """Rank 0 says that the copy is there, rank 1 that it is taken."""
+        self._call("cuStreamWriteValue32_v2", self.theirs, self.count)
 
 
 def _kernel(matmul: Matmul) -> str:
