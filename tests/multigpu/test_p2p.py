@@ -60,7 +60,7 @@ def sums(mesh, push_bytes):
     rank = mesh.get_local_rank("pp")
     channel = fp.comm.P2PChannel(mesh["pp"], 1 - rank, slots=2, transport="memory")
     channel._transport.push_bytes = push_bytes
-    mine = torch.arange(20_000, device="cuda", dtype=torch.bfloat16) % 7 + rank
+    mine = (torch.arange(20_000, device="cuda") % 7 + rank).bfloat16()
     state = torch.zeros_like(mine)
 
     def body():
@@ -89,7 +89,7 @@ def sums(mesh, push_bytes):
 @pytest.mark.parametrize("push_bytes", [-1, 4 << 20])
 def test_sums_on_their_way(push_bytes):
     state, _ = run_ranks(sums, 2, push_bytes, device="cuda", pp=2)
-    own = torch.arange(20_000, dtype=torch.bfloat16) % 7
+    own = (torch.arange(20_000) % 7).bfloat16()
     expected = torch.zeros_like(own)
     for _ in range(201):
         expected = torch.remainder(expected + own + (own + 1), 64)
