@@ -122,6 +122,7 @@ class Bench:
     """One benchmark's run on this rank. Made after `fp.init`; every method is called by all ranks alike."""
 
     arguments: argparse.Namespace
+    floors: bool = True  # whether rows have floor_us: then ceilings are measured
     pg: dist.ProcessGroup = field(init=False)
     device: torch.device = field(init=False)
     ceilings: Ceilings | None = field(init=False)
@@ -142,7 +143,7 @@ class Bench:
         self.world = self.pg.size()
         if self.world < 2:
             raise SystemExit("needs two or more ranks: torchrun --nproc-per-node 2 ..., or without torchrun")
-        self.ceilings = self._ceilings() if on_gpu else None
+        self.ceilings = self._ceilings() if on_gpu and self.floors else None
         if self.ceilings is not None:
             self.say(f"floor_us from {self.ceilings}")
 

@@ -177,10 +177,11 @@ void bind_p2p(py::module_& m) {
       .def("failed_message", &P2PEnd::failed_message)
       .def(
           "push",
-          [listed](P2PEnd& e, int slot, const py::bytes& header, const Pieces& pieces, int ctas, Address stream) {
-            e.push(slot, header, listed(pieces), ctas, pointer(stream));
-          },
-          py::arg("slot"), py::arg("header"), py::arg("pieces"), py::arg("ctas"), py::arg("stream"))
+          [listed](P2PEnd& e, int slot, const py::bytes& header, const Pieces& pieces, int ctas, Address added,
+                   int dtype,
+                   Address stream) { e.push(slot, header, listed(pieces), ctas, added, dtype, pointer(stream)); },
+          py::arg("slot"), py::arg("header"), py::arg("pieces"), py::arg("ctas"), py::arg("added"), py::arg("dtype"),
+          py::arg("stream"))
       .def(
           "open",
           [](P2PEnd& e, int slot, const py::bytes& header, Address stream) { e.open(slot, header, pointer(stream)); },

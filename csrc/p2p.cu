@@ -103,7 +103,8 @@ std::uint64_t P2PEnd::failed_message() const {
   return reinterpret_cast<const volatile AbortRecord*>(record)->epoch;
 }
 
-void P2PEnd::push(int slot, const std::string& header, const std::vector<P2PPiece>& pieces, int ctas, void* stream) {
+void P2PEnd::push(int slot, const std::string& header, const std::vector<P2PPiece>& pieces, int ctas,
+                  std::uintptr_t added, int dtype, void* stream) {
   const DeviceGuard guard(device);
   PushParams p = {};
   p.end = end_of(*this, slot);
@@ -121,8 +122,18 @@ void P2PEnd::push(int slot, const std::string& header, const std::vector<P2PPiec
   }
   if (ctas == 0) ctas = kP2PMaxParts;
   const int wanted = std::max(1, static_cast<int>(std::min<std::int64_t>(ctas, (p.vectors + kThreads - 1) / kThreads)));
+  if (added % 16 != 0 || (added != 0 && pieces.size() != 1)) {
+    throw std::runtime_error("p2p: a sum of " + std::to_string(pieces.size()) + " pieces, the second at address " +
+                             std::to_string(added));
+  }
+  p.added = reinterpret_cast<const uint4*>(added);
   sends_.follow(stream, "sends of one channel");
-  launch_dependent(p2p_push, p, wanted, kThreads, 1, hopper, static_cast<cudaStream_t>(stream));
+  const auto launch = [&](auto* kernel) {
+    launch_dependent(kernel, p, wanted, kThreads, 1, hopper, static_cast<cudaStream_t>(stream));
+  };
+  if (added == 0) return launch(p2p_push<void>);
+  dispatch_dtype(static_cast<DType>(dtype),
+                 [&](auto* null) { launch(p2p_push<std::remove_pointer_t<decltype(null)>>); });
 }
 
 void P2PEnd::open(int slot, const std::string& header, void* stream) {

@@ -10,6 +10,9 @@
 
 #include <cuda_runtime.h>
 
+#include <type_traits>
+
+#include "common/dtype.cuh"
 #include "common/signal.cuh"
 #include "common/vec.cuh"
 #include "p2p.h"
@@ -111,6 +114,7 @@ struct PushParams {
   unsigned tag;
   int pieces;
   unsigned vectors;
+  const uint4* added;  // to the only piece, element by element; or null
   Piece piece[kP2PMaxTensors];
   uint4 header[kHeaderVecs];
 };
@@ -125,8 +129,32 @@ __device__ __forceinline__ uint4 load_vector(const uint4* p) {
   return load_once_written(reinterpret_cast<const float*>(p)).raw;
 }
 
+// What a thread has loaded of a message and has yet to store. T: what the second source is added as; void: there is
+// none.
+template <typename T>
+struct Loaded {
+  static constexpr bool kSums = !std::is_void_v<T>;
+  uint4 values[kVecs];
+  uint4 added[kSums ? kVecs : 1];
+
+  __device__ __forceinline__ void load(const PushParams& p, int u, unsigned w, int& index) {
+    find_piece(p, w, index);
+    values[u] = load_vector(p.piece[index].source + (w - p.piece[index].first));
+    if constexpr (kSums) added[u] = load_vector(p.added + w);
+  }
+  __device__ __forceinline__ uint4 result(int u) const {
+    if constexpr (kSums) {
+      return add(Vec<T>{values[u]}, Vec<T>{added[u]}).raw;
+    } else {
+      return values[u];
+    }
+  }
+};
+
 // Every CTA waits for the credit itself, pushes its part and sets its own flag: no CTA waits for another, and the
-// flight of the flags is the only time that the parts' number costs.
+// flight of the flags is the only time that the parts' number costs. The sums of a second source are formed between
+// load and store, in registers: the order of the accesses is that of a plain message.
+template <typename T>
 __global__ void __launch_bounds__(kThreads) p2p_push(const __grid_constant__ PushParams p) {
   __shared__ unsigned long long number;
   dependency_wait();
@@ -134,16 +162,13 @@ __global__ void __launch_bounds__(kThreads) p2p_push(const __grid_constant__ Pus
   const End& e = p.end;
   const unsigned threads = gridDim.x * kThreads;
   unsigned v = blockIdx.x * kThreads + threadIdx.x;
-  uint4 values[kVecs];
+  Loaded<T> loaded;
   // The first loads are on their way while one thread asks for the message's number and the credit.
   int ahead = 0;
 #pragma unroll
   for (int u = 0; u < kVecs; ++u) {
     const unsigned w = v + u * threads;
-    if (w < p.vectors) {
-      find_piece(p, w, ahead);
-      values[u] = load_vector(p.piece[ahead].source + (w - p.piece[ahead].first));
-    }
+    if (w < p.vectors) loaded.load(p, u, w, ahead);
   }
   if (threadIdx.x == 0) {
     // Relaxed: it only counts. Messages of a slot are in stream order, so all CTAs of this one find the same quotient.
@@ -166,7 +191,7 @@ __global__ void __launch_bounds__(kThreads) p2p_push(const __grid_constant__ Pus
       const unsigned w = v + u * threads;
       if (w < p.vectors) {
         find_piece(p, w, at);
-        p.piece[at].target[w - p.piece[at].first] = values[u];
+        p.piece[at].target[w - p.piece[at].first] = loaded.result(u);
       }
     }
     v += kVecs * threads;
@@ -174,10 +199,7 @@ __global__ void __launch_bounds__(kThreads) p2p_push(const __grid_constant__ Pus
 #pragma unroll
     for (int u = 0; u < kVecs; ++u) {
       const unsigned w = v + u * threads;
-      if (w < p.vectors) {
-        find_piece(p, w, ahead);
-        values[u] = load_vector(p.piece[ahead].source + (w - p.piece[ahead].first));
-      }
+      if (w < p.vectors) loaded.load(p, u, w, ahead);
     }
   }
   // The barrier puts the CTA's stores before thread 0's release, which is cumulative.

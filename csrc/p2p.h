@@ -36,7 +36,9 @@ struct P2PEnd {
          std::uintptr_t control, std::uintptr_t record, double timeout_seconds, int device);
 
   // Wait for the slot to be free, push header and pieces by `ctas` CTAs (0: by the size), set the flags: one kernel.
-  void push(int slot, const std::string& header, const std::vector<P2PPiece>& pieces, int ctas, void* stream);
+  // `added`: 16-byte aligned, of the only piece's size: the elements, of `dtype`, are added on the way; 0: none.
+  void push(int slot, const std::string& header, const std::vector<P2PPiece>& pieces, int ctas, std::uintptr_t added,
+            int dtype, void* stream);
 
   // The same in three steps, for whoever fills the slot himself, by the copy engine or by a kernel's own stores.
   void open(int slot, const std::string& header, void* stream);

@@ -74,6 +74,8 @@ def _why_no_ring(pair: Pair, device: torch.device) -> str | None:
 class SentMessage:
     """A message on its way. Its tensors are the sender's again: on a GPU in stream order, on a CPU at once."""
 
+    __slots__ = ("_ticket", "_transport")
+
     def __init__(self, transport, ticket) -> None:
         self._transport, self._ticket = transport, ticket
 
@@ -247,7 +249,6 @@ class P2PChannel:
 
     def _next_send(self) -> int:
         self._transport.check()
-        self._transport.capture_id()  # refuses a capture where none is possible
         return self._sent % self.slots
 
     def _fitting(self, layout):
@@ -258,20 +259,29 @@ class P2PChannel:
             )
         return layout
 
-    def send(self, tensors) -> SentMessage:
+    def send(self, tensors, add: torch.Tensor | None = None) -> SentMessage:
         """Send a tensor, or a tuple, list or dict (string keys) of tensors of any dtypes, on the channel's device.
 
         Tensors that are not contiguous are copied first. Does not wait for the peer, unless all slots are taken: then
         the stream waits for one (over torch.distributed the host does).
+
+        add: a tensor like `tensors`, which is one tensor then: what travels is their sum, with the bits of torch's
+        addition. A pushed message (fp32, fp16, bf16, between GPUs of one host) is added by the kernel that writes to
+        the peer's slot: the last addition of a stage needs no kernel, and no memory, of its own.
         """
         layout, parts = layout_of(tensors)
-        for part in parts:
+        if add is not None and (layout.packed(parts) is not tensors or layout_of(add)[0] != layout):
+            raise ValueError(
+                f"P2PChannel: add goes with one tensor of its shape and dtype; it is {layout_of(add)[0]}, the message "
+                f"{layout}"
+            )
+        for part in parts if add is None else (*parts, add):
             if part.device != self.device:
                 raise ValueError(f"P2PChannel: a tensor is on {part.device}, the channel on {self.device}")
             if part.requires_grad and torch.is_grad_enabled():
                 raise ValueError("P2PChannel: inference only, a tensor requires grad; use torch.no_grad() or .detach()")
         self._fitting(layout)
-        ticket = self._transport.send(self._next_send(), layout, parts)
+        ticket = self._transport.send(self._next_send(), layout, parts, add)
         self._sent += 1  # not before: a message that was refused is not counted
         return SentMessage(self._transport, ticket)
 

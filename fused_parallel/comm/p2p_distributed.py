@@ -33,8 +33,8 @@ class DistributedTransport:
         self._works: deque = deque()  # of each message on the way: what must live until it has left
         self._unchecked: deque = deque()  # (event, header in pinned memory, layout) of messages received on a GPU
         self._failed = False
-        backends = [self._backend(direction) for direction in ("up", "down")]
-        self._out, self._in = backends if pair.index == 0 else backends[::-1]
+        self._both = [self._backend(direction) for direction in ("up", "down")]
+        self._out, self._in = self._both if pair.index == 0 else self._both[::-1]
         self._probe()
 
     def _backend(self, direction: str):
@@ -77,12 +77,13 @@ class DistributedTransport:
             )
         return 0
 
-    def send(self, slot: int, layout: Layout, tensors: list[torch.Tensor]):
+    def send(self, slot: int, layout: Layout, tensors: list[torch.Tensor], add: torch.Tensor | None = None):
         """Queue the message. Returns its works."""
+        self.capture_id()  # refuses
         self._make_room()
         payload = torch.empty(layout.bytes, dtype=torch.uint8, device=self.device)
         for x, view in zip(tensors, layout.views(payload), strict=True):
-            view.copy_(x)
+            view.copy_(x) if add is None else torch.add(x, add, out=view)
         return self._send(layout, payload)
 
     def _send(self, layout: Layout, payload: torch.Tensor):
@@ -125,6 +126,7 @@ class DistributedTransport:
 
     def open(self, slot: int, layout: Layout) -> list[torch.Tensor]:
         """Memory of this rank for the message's tensors."""
+        self.capture_id()  # refuses
         self._make_room()
         self._opened = layout, torch.empty(layout.bytes, dtype=torch.uint8, device=self.device)
         return layout.views(self._opened[1])
@@ -189,7 +191,7 @@ class DistributedTransport:
             self.wait(self._works[-1][0], patience)
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-            for backend in (self._out, self._in):
+            for backend in self._both:  # in one order on both ends: it may be collective
                 backend.shutdown()
 
 

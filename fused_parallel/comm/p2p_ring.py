@@ -17,6 +17,12 @@ def _raw_stream(device: int) -> int:
     return torch._C._cuda_getCurrentRawStream(device)
 
 
+def _readable(x: torch.Tensor) -> torch.Tensor:
+    """x, or a copy, as a kernel reads it: in one piece, aligned to a vector."""
+    x = x.contiguous()
+    return x if x.data_ptr() % 16 == 0 else x.clone()
+
+
 class RingTransport:
     """One end over the extension's P2PEnd. Slots are chosen by the channel.
 
@@ -70,18 +76,26 @@ class RingTransport:
         """Of the capture that the current stream is in; 0: none."""
         return _ext.extension().stream_capture_id(_raw_stream(self.index))
 
-    def send(self, slot: int, layout: Layout, tensors: list[torch.Tensor]) -> int:
+    def send(self, slot: int, layout: Layout, tensors: list[torch.Tensor], add: torch.Tensor | None = None) -> int:
         """Queue the message; the tensors are the caller's again in stream order. Returns the stream."""
-        stream, kept, pieces = _raw_stream(self.index), [], []
-        for x, size, offset in zip(tensors, layout.sizes, layout.offsets, strict=True):
-            if size:
-                x = x.contiguous()
-                # Kept until the launch: a temporary's memory is the next one's.
-                kept.append(x := x if x.data_ptr() % 16 == 0 else x.clone())
-                pieces.append((x.data_ptr(), size, offset))
+        pushed = layout.bytes <= self.push_bytes
+        if add is not None and not (pushed and layout.bytes and add.dtype in _ext.DTYPE_CODES):
+            tensors, add = [tensors[0] + add], None
+        stream, added, code = _raw_stream(self.index), 0, 0
+        # Kept in a name until the launch: a temporary's memory is the next one's.
+        if len(tensors) == 1:  # most messages; the general way takes half a microsecond more
+            kept = _readable(tensors[0])
+            pieces = [(kept.data_ptr(), layout.bytes, 0)] if layout.bytes else []
+        else:
+            kept = [_readable(x) for x in tensors]
+            places = zip(kept, layout.sizes, layout.offsets, strict=True)
+            pieces = [(x.data_ptr(), size, at) for x, size, at in places if size]
+        if add is not None:
+            add = _readable(add)
+            added, code = add.data_ptr(), _ext.DTYPE_CODES[add.dtype]
         with collectives.counted_bytes(layout.bytes, True):
-            if layout.bytes <= self.push_bytes:
-                self.native.push(slot, layout.header, pieces, 0, stream)
+            if pushed:
+                self.native.push(slot, layout.header, pieces, 0, added, code, stream)
             else:
                 self.native.open(slot, layout.header, stream)
                 self.native.copy(slot, pieces, stream)

@@ -35,7 +35,7 @@ from .config import DTYPES, LlamaConfig
 
 class LlamaDecoderLayer(nn.Module):
     """One layer; `index` is its place in this stage's KV cache. forward gets the normed input and the running residual,
-    and returns both for what follows: normed by `next_norm`, or un-normed where that is None (end of a stage)."""
+    and returns both for what follows: normed by `next_norm`, or not added yet where that is None (end of a stage)."""
 
     def __init__(self, config: LlamaConfig, index: int, *, group, device, dtype) -> None:
         super().__init__()
@@ -57,7 +57,7 @@ class LlamaDecoderLayer(nn.Module):
     def forward(self, x, residual, cos, sin, cache, positions, lens, next_norm: RMSNorm | None):
         x, residual = self.self_attn(x, cos, sin, cache, positions, residual, self.post_attention_layernorm, lens)
         if next_norm is None:
-            return None, self.mlp(x, residual)
+            return self.mlp(x), residual
         return self.mlp(x, residual, next_norm)
 
 
@@ -105,9 +105,9 @@ class LlamaModel(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, device=device, dtype=dtype) if last else None
         self.rotary_emb = RotaryEmbedding(config.head_dim, config.rope_theta, config.rope_scaling, device)
 
-    def forward(self, x: torch.Tensor, cache: KVCache, positions: torch.Tensor) -> torch.Tensor:
-        """Ids [B, S] on the first stage, else the previous stage's hidden states [B, S, hidden] -> hidden states,
-        normed on the last stage."""
+    def forward(self, x: torch.Tensor, cache: KVCache, positions: torch.Tensor):
+        """Ids [B, S] on the first stage, else the previous stage's hidden states [B, S, hidden] -> normed hidden states
+        on the last stage, else two tensors whose sum is the hidden states: PipelineStage adds them on their way."""
         residual = x if self.embed_tokens is None else self.embed_tokens(x)
         # What all layers share is computed once.
         cos, sin = self.rotary_emb(positions, residual.dtype)
@@ -119,7 +119,7 @@ class LlamaModel(nn.Module):
         passing = self.layers.items(x.shape[0] * x.shape[1]) if streamed else self.layers.items()
         for (_, layer), norm in zip(passing, norms, strict=True):
             normed, residual = layer(normed, residual, cos, sin, cache, positions, lens, norm)
-        return residual if self.norm is None else normed
+        return (residual, normed) if self.norm is None else normed
 
 
 class LlamaForCausalLM(nn.Module):

@@ -13,7 +13,8 @@ class PipelineStage(nn.Module):
     """Runs `module` between a receive from the previous stage and a send to the next one.
 
     Args:
-        module: this stage's slice; called as module(x, **kwargs) and returning one tensor.
+        module: this stage's slice; called as module(x, **kwargs) and returning one tensor. On all stages but the last
+            it may return two alike, (x, add), and leave their sum to the send, which forms it on its way.
         group: the pipeline's ProcessGroup or 1-D DeviceMesh; stages are in rank order. Construction is collective.
         tp_group: the group of this stage's ranks, which hold the same hidden states: each sends its slice of large ones
             and the next stage gathers them. Default: this rank alone.
@@ -59,7 +60,7 @@ class PipelineStage(nn.Module):
         if self.is_last and received is not None and received.shares_memory(out):
             out = out.clone()  # a module that returns its input: the slot goes back
         if not self.is_last:
-            self.links.send(out)
+            self.links.send(*(out if isinstance(out, tuple) else (out,)))
         if received is not None:
             received.release()
         return out if self.is_last else None

@@ -80,14 +80,20 @@ class StageLinks:
         sliced = self.tp.size() > 1 and elements % self.tp.size() == 0 and bytes >= self.slice_bytes[peer]
         return elements // self.tp.size() if sliced else elements
 
-    def send(self, x: torch.Tensor) -> None:
-        """Hand x to the next stage, which receives it with the same shape and dtype."""
-        peer, flat = self.stage + 1, x.reshape(-1)
-        part = self._part(x.numel(), x.nbytes, peer)
-        if part < x.numel():
-            flat = flat[self.tp.rank() * part : (self.tp.rank() + 1) * part]
-        for piece in flat.split(self.slot_bytes // x.element_size()):
-            self.channels[peer].send(piece)
+    def send(self, x: torch.Tensor, add: torch.Tensor | None = None) -> None:
+        """Hand x, or x + add (alike), to the next stage, which receives it with the same shape and dtype. Where it is
+        pushed, it is added by the kernel that writes to the next stage's memory; of a slice only that is added."""
+        peer = self.stage + 1
+        part, most = self._part(x.numel(), x.nbytes, peer), self.slot_bytes // x.element_size()
+        pieces = []
+        for whole in (x, add):
+            if whole is not None:
+                flat = whole.reshape(-1)
+                if part < x.numel():
+                    flat = flat[self.tp.rank() * part : (self.tp.rank() + 1) * part]
+                pieces.append(flat.split(most))
+        for piece in zip(*pieces, strict=True):
+            self.channels[peer].send(*piece)
 
     def receive(self, shape, dtype: torch.dtype) -> Received:
         """The hidden states that the stage before sent."""

@@ -146,14 +146,16 @@ def _check(model, prompts, max_new_tokens, draft, num_draft_tokens, method) -> l
     return prompts
 
 
-def _check_parts(microbatches, prefill_chunk, batch: int, cuda_graph: bool, adaptive) -> None:
+def _check_parts(microbatches, prefill_chunk, batch: int, cuda_graph: bool, adaptive, offloaded: bool) -> None:
     if not isinstance(microbatches, int) or not 1 <= microbatches <= min(batch, SLOTS):
         raise ValueError(
             f"generate: microbatches must be an integer from 1 to {min(batch, SLOTS)} for {batch} prompt(s), got "
             f"{microbatches!r}"
         )
-    if microbatches > 1 and (cuda_graph or adaptive is not None):
-        raise ValueError('generate: microbatches > 1 needs cuda_graph=False and a fixed num_draft_tokens, not "auto"')
+    if microbatches > 1 and adaptive is not None:
+        raise ValueError('generate: microbatches > 1 needs a fixed num_draft_tokens, not "auto"')
+    if microbatches > 1 and cuda_graph and offloaded:
+        raise ValueError("generate: microbatches > 1 of a model with offloaded layers needs cuda_graph=False")
     if prefill_chunk is not None and (not isinstance(prefill_chunk, int) or prefill_chunk < 1):
         raise ValueError(f"generate: prefill_chunk must be an integer of at least 1, got {prefill_chunk!r}")
 
@@ -203,8 +205,8 @@ def generate(
             prompt i uses seed + i.
         eos_token_id: token(s) that end a sequence; default: the model's configuration.
         cuda_graph: capture a whole round (draft, model, verification) once and replay it, each pipeline stage its own
-            part: GPUs only, stages on one host. The tokens are the same; stats then do not know the time spent in
-            communication.
+            part, of each micro-batch: GPUs only, stages on one host. The tokens are the same; stats then do not know
+            the time spent in communication (and count the capture of micro-batches as decoding).
         microbatches: parts of the batch that are decoded in turn, so that the stages of a pipeline work at once: about
             as many as stages, or more; at most 8, and one prompt each at least. Needs a fixed num_draft_tokens and
             cuda_graph=False.
@@ -232,7 +234,7 @@ def generate(
             'generate: a captured round has a fixed length: num_draft_tokens="auto" needs cuda_graph=False'
         )
     k = 0 if draft is None else max(adaptive.lengths) if adaptive is not None else num_draft_tokens
-    _check_parts(microbatches, prefill_chunk, len(prompts), cuda_graph, adaptive)
+    _check_parts(microbatches, prefill_chunk, len(prompts), cuda_graph, adaptive, model.offloaded)
     batch, device = len(prompts), model.device
     lens = torch.tensor([len(p) for p in prompts], dtype=torch.int32, device=device)
     width = int(lens.max())
@@ -296,13 +298,14 @@ def generate(
             at = slice(part.start, part.stop)
             take(of_part.prefill(ids[at], lens[at], prefill_chunk).unsqueeze(1).tolist(), part.start)
         advance(sum(map(len, new)))
-        if cuda_graph and not all(done):
+        if cuda_graph and microbatches == 1 and not all(done):
             round_.capture()
         middle = time.perf_counter()
 
         if microbatches > 1:
             batches = [MicroBatch(r) for r in rounds]
-            for m, length, known, lived in run(batches, lambda m: [not done[i] for i in parts[m]], check):
+            visits = run(batches, lambda m: [not done[i] for i in parts[m]], check, capture=cuda_graph)
+            for m, length, known, lived in visits:
                 before = sum(map(len, new))
                 take([row[:-2] for row in known], parts[m].start)
                 pairs = [(row[-2], row[-1]) for row, lives in zip(known, lived, strict=True) if lives]

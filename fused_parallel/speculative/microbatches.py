@@ -7,6 +7,10 @@ before) and runs its layers. So while one micro-batch is on its way, a stage wor
 The host must not wait for what it has just queued, or the device would run dry: before visit n of a micro-batch it
 reads what round n - 2 gave, on every stage alike, so that all agree when a micro-batch ends. A finished sequence is
 therefore fed for one more round, whose tokens do not count.
+
+Captured, a visit is a CUDA graph: one on the last stage, two on the others, as the message of the visit before is taken
+by itself when a micro-batch has ended. A captured message keeps its slot, so both ends must capture a message at the
+same count: the first round is eager, and its messages are taken before the capture instead of in the next visit.
 """
 
 from __future__ import annotations
@@ -25,7 +29,7 @@ class _Snapshot:
     def __init__(self, x: torch.Tensor) -> None:
         self._event = None
         if not x.is_cuda:
-            self._copy = x
+            self._copy = x.clone()
             return
         self._copy = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
         self._copy.copy_(x, non_blocking=True)
@@ -38,11 +42,24 @@ class _Snapshot:
         return self._copy.tolist()
 
 
+def _graph_of(work: Callable[[], None]) -> Callable[[], None]:
+    """A replay of `work`, which has run before, in a CUDA graph."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        work()
+    return graph.replay
+
+
 class MicroBatch:
-    """One Round and what a rank knows of it."""
+    """One Round and what a rank knows of it. `_receive` and `_work` queue their part of a visit, or replay it."""
 
     def __init__(self, round_: Round) -> None:
         self.round, self.visits = round_, 0
+        self._receive, self._work = self._receive_message, self._run_round
+        self._taken = True  # no message of the last stage is on its way
+        k, batch = round_.k, round_.tokens.shape[0]
+        # Of the last known round: tokens, how many were drafted, how many of them accepted.
+        self._told = torch.zeros(batch, k + 3, dtype=round_.tokens.dtype, device=round_.tokens.device)
         self._weights: torch.Tensor | None = None
         self._alive = [True] * round_.tokens.shape[0]
         self._snapshots: deque[_Snapshot] = deque()
@@ -53,6 +70,22 @@ class MicroBatch:
             self._weights = self.round.propose()
             verdict = torch.zeros_like(self._message()[:, : self.round.k + 3])  # of no round: not looked at
             self._send(verdict)
+        self._taken = self.round.is_last
+
+    def capture(self) -> None:
+        """From the second visit on, replay graphs. After the first visits of all micro-batches and `take` of all; on
+        every rank, in the order of the visits."""
+        if not self.round.is_last:
+            self._receive = _graph_of(self._receive_message)
+        self._work = _graph_of(self._run_round)
+
+    def take(self) -> None:
+        """Of the visit before: its verdict, and the drafts of the next."""
+        if not self._taken:
+            self._receive()
+            self._taken = True
+            if self.visits > 0:
+                self._snapshots.append(_Snapshot(self._told))
 
     def _message(self) -> torch.Tensor:
         drafts, k = self.round.drafts, self.round.k
@@ -61,20 +94,31 @@ class MicroBatch:
     def _send(self, verdict: torch.Tensor) -> None:
         self.round.share(torch.cat((verdict, self.round.drafts), 1))
 
-    def _receive(self) -> None:
-        """The verdict of the round before, and the drafts of the next."""
+    def _receive_message(self) -> None:
         r, k = self.round, self.round.k
         message = r.share(self._message())
         if self.visits > 0:
-            self._take(message[:, : k + 3])
+            self._update(message[:, : k + 3])
         r.drafts.copy_(message[:, k + 3 :])
 
-    def _take(self, verdict: torch.Tensor) -> None:
+    def _update(self, verdict: torch.Tensor) -> None:
         r = self.round
-        drafted = r.drafted.clone()
+        self._told[:, -2] = r.drafted
         r.update(verdict)
-        counts = torch.stack((drafted, r.accepted), 1).long()
-        self._snapshots.append(_Snapshot(torch.cat((r.tokens, counts), 1)))
+        self._told[:, :-2], self._told[:, -1] = r.tokens, r.accepted
+
+    def _run_round(self) -> None:
+        r = self.round
+        if not r.is_last:
+            r.propose()
+            r.judge(None)
+            return
+        verdict = r.share_in_stage(r.judge(self._weights))
+        self._update(verdict)
+        weights = r.propose()
+        if weights is not None:
+            self._weights.copy_(weights)  # where a replay finds them
+        self._send(verdict)
 
     def known(self) -> list | None:
         """Of the round before the last visited one: for each sequence its tokens, how many were drafted, how many of
@@ -84,31 +128,23 @@ class MicroBatch:
     def visit(self, alive: list[bool]) -> None:
         """Queue the next round on this rank; `alive`: by what `known` has told."""
         r = self.round
-        if not r.is_last:
-            self._receive()
+        self.take()
         # After the update of the round before, which the last stage made before it knew this, too.
         if alive != self._alive:
             self._alive = alive
             on_host = torch.tensor(alive)
             # From pinned memory: a copy from other memory waits for all that the stream has been given.
             r.alive.copy_(on_host.pin_memory() if r.alive.is_cuda else on_host, non_blocking=True)
+        self._work()
+        self._taken = r.is_last
         if r.is_last:
-            verdict = r.share_in_stage(r.judge(self._weights))
-            self._take(verdict)
-            self._weights = r.propose()
-            self._send(verdict)
-        else:
-            r.propose()
-            r.judge(None)
+            self._snapshots.append(_Snapshot(self._told))
         self.visits += 1
 
-    def finish(self) -> None:
-        """The message of the last visit has been sent, and must be taken."""
-        if not self.round.is_last:
-            self._receive()
 
-
-def run(batches: list[MicroBatch], alive: Callable[[int], list[bool]], check: Callable[[], None]) -> Iterator:
+def run(
+    batches: list[MicroBatch], alive: Callable[[int], list[bool]], check: Callable[[], None], capture: bool = False
+) -> Iterator:
     """Visit micro-batches in turn until all have ended, yielding (micro-batch, length drafted, what was known of its
     sequences, which of them lived); `alive(m)` is asked after that has been dealt with."""
     for batch in batches:
@@ -125,5 +161,11 @@ def run(batches: list[MicroBatch], alive: Callable[[int], list[bool]], check: Ca
             if any(alive(m)):
                 batch.visit(alive(m))
             else:
-                batch.finish()
+                batch.take()  # the message of the last visit has been sent
                 open_.remove(m)
+        if capture:
+            for m in open_:
+                batches[m].take()
+            for m in open_:
+                batches[m].capture()
+            capture = False

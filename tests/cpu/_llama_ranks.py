@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import torch
 
 import fused_parallel as fp
@@ -114,6 +116,37 @@ def generated(mesh, path, draft_path, prompts, max_new_tokens, **options):
         draft = fp.LlamaForCausalLM.from_pretrained(draft_path, mesh=None, dtype=torch.float32)
     result = fp.generate(model, prompts, max_new_tokens, draft=draft, **options)
     return result.tokens, vars(result.stats) | {"acceptance": result.stats.acceptance}
+
+
+def generated_by_replays(mesh, path, draft_path, prompts, max_new_tokens, **options):
+    """As `generated` in captured micro-batches, with a stand-in for CUDA graphs: work runs when it is replayed and not
+    when it is captured. Gives the tokens, how much was captured, and of every other stage the messages that had been
+    sent to and received from it when the first work was."""
+    from fused_parallel.speculative import microbatches
+
+    generate, counts, captured = sys.modules["fused_parallel.speculative.generate"], {}, 0
+    usual = generate.run, microbatches._graph_of
+
+    def graph_of(work):
+        nonlocal captured
+        if not captured and model.stage.links is not None:
+            counts.update({peer: (c._sent, c._received) for peer, c in model.stage.links.channels.items()})
+        captured += 1
+        return work
+
+    def run(batches, alive, check, capture):
+        return usual[0](batches, alive, check, capture=True)
+
+    model = fp.LlamaForCausalLM.from_pretrained(path, mesh=mesh, dtype=torch.float32)
+    draft = draft_path
+    if draft_path not in (None, "ngram"):
+        draft = fp.LlamaForCausalLM.from_pretrained(draft_path, mesh=None, dtype=torch.float32)
+    generate.run, microbatches._graph_of = run, graph_of
+    try:
+        tokens = fp.generate(model, prompts, max_new_tokens, draft=draft, **options).tokens
+    finally:
+        generate.run, microbatches._graph_of = usual
+    return tokens, captured, mesh.get_local_rank("pp"), counts
 
 
 def offloaded(mesh, path, draft_path, offload, **options):

@@ -72,6 +72,30 @@ def test_micro_batches_and_chunks_give_the_same_tokens(pair, tp, pp, microbatche
             assert stats["bubble"] is None if pp == 1 else 0 <= stats["bubble"] < 1
 
 
+@pytest.mark.parametrize("tp,pp,microbatches", [(1, 1, 2), (1, 2, 2), (1, 2, 5), (1, 3, 3), (2, 2, 2)])
+def test_captured_micro_batches_give_the_same_tokens(pair, tp, pp, microbatches):
+    path, draft, target = pair
+    prompts = [*PROMPTS, [7, 7, 7], list(range(20, 57))]
+    expected = greedy(target, prompts, 15)
+    end = expected[1][6]
+    expected = [row[: row.index(end) + 1] if end in row else row for row in expected]
+    for draft_path, options in ((None, {}), (draft, {}), (draft, {"temperature": 0.8, "seed": 3}), ("ngram", {})):
+        options |= {"eos_token_id": end}
+        if "temperature" in options:
+            ((want, _),) = run_ranks(ranks.generated, 1, path, draft_path, prompts, 15, **options)
+        else:
+            want = expected
+        options |= {"tp": tp, "pp": pp, "microbatches": microbatches}
+        results = run_ranks(ranks.generated_by_replays, tp * pp, path, draft_path, prompts, 15, **options)
+        for tokens, captured, stage, counts in results:
+            assert tokens == want
+            assert captured == microbatches * (1 if stage == pp - 1 else 2)
+            # A captured message keeps the slot it is counted for, so both ends count alike when they capture.
+            for peer, (sent, received) in counts.items():
+                theirs = next(of for _, _, number, of in results if number == peer)[stage]
+                assert (sent, received) == theirs[::-1] and sent + received > 0
+
+
 @pytest.mark.parametrize("microbatches", [1, 3])
 def test_sampled_tokens_do_not_depend_on_stages(pair, microbatches):
     path, draft, _ = pair

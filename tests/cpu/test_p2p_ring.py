@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import fused_parallel as fp
+from fused_parallel import _ext
 from fused_parallel.comm import p2p_ring
 from fused_parallel.comm.messages import ALIGNMENT, HEADER_BYTES, layout_of
 from fused_parallel.comm.p2p import P2PChannel
@@ -35,9 +36,19 @@ class StandIn:
     def failed_message(self):
         return 7
 
-    def push(self, slot, header, pieces, ctas, stream):
-        self.log.append("push")
+    def push(self, slot, header, pieces, ctas, added, dtype, stream):
+        self.log.append("push + add" if added else "push")
+        assert added % 16 == 0 and (not added or len(pieces) == 1)
         self.fill(slot, header, pieces)
+        if added:
+            ((_, size, offset),) = pieces
+            self.add(self.theirs + payload_offset(self.slot_bytes, slot) + offset, added, size, dtype)
+
+    @staticmethod
+    def add(target, added, size, code):
+        dtype = next(d for d, c in _ext.DTYPE_CODES.items() if c == code)
+        x, y = (torch.frombuffer((ctypes.c_uint8 * size).from_address(p), dtype=dtype) for p in (target, added))
+        x += y
 
     def open(self, slot, header, stream):
         self.log.append("open")
@@ -81,7 +92,9 @@ def ends(monkeypatch):
         stream_capture_id=lambda stream: captures["now"],
     )
     zeros = torch.zeros
-    monkeypatch.setattr(p2p_ring, "_ext", types.SimpleNamespace(extension=lambda: extension))
+    monkeypatch.setattr(
+        p2p_ring, "_ext", types.SimpleNamespace(extension=lambda: extension, DTYPE_CODES=_ext.DTYPE_CODES)
+    )
     monkeypatch.setattr(p2p_ring, "_raw_stream", lambda index: 0)
     monkeypatch.setattr(torch, "zeros", lambda *args, pin_memory=False, **kwargs: zeros(*args, **kwargs))
     stream = types.SimpleNamespace(synchronize=lambda: None)
@@ -122,6 +135,33 @@ def test_slots_in_turn_and_transport_by_size(ends):
     with second.recv() as (a, b):
         assert a.tolist() == [2, 2, 2] and b.tolist() == [[3, 3], [3, 3]]
     assert log[-2:] == ["open", "announce"]
+
+
+@pytest.mark.parametrize(
+    "dtype, size, log",
+    [
+        (torch.bfloat16, 2048, ["push + add"]),
+        (torch.float32, 700, ["push + add"]),
+        (torch.float16, 2049, ["open", "copy", "announce"]),  # too large to be pushed: added before
+        (torch.int64, 30, ["push"]),  # no such kernel
+        (torch.float32, 0, ["push"]),
+    ],
+)
+def test_a_sum_is_formed_by_what_pushes_it(ends, dtype, size, log):
+    first, second, _ = ends
+    a, b = ((torch.randn(size + 1) * 100).to(dtype)[1:] for _ in range(2))  # neither is aligned
+    first.send(a, b)
+    with second.recv(a) as got:
+        assert torch.equal(got, a + b)
+    assert first._transport.native.log == log
+
+
+def test_sums_that_are_refused(ends):
+    first, _, _ = ends
+    x = torch.zeros(3)
+    for message, add in ((x, torch.zeros(4)), (x, x.double()), ((x,), x), ((), x), ({"x": x}, x)):
+        with pytest.raises(ValueError, match="add goes with one tensor of its shape and dtype; it is float"):
+            first.send(message, add)
 
 
 def test_captures(ends):

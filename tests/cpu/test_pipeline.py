@@ -23,7 +23,9 @@ from fused_parallel.testing.spawn import run_ranks
 
 def stages(mesh, shape, dtype, calls):
     """Each stage adds its number times its rank's input; the first returns what comes back from the last."""
-    stage = fp.nn.PipelineStage(Affine(mesh.get_local_rank("pp")), group=mesh["pp"], tp_group=mesh["tp"])
+    rank = mesh.get_local_rank("pp")
+    module = Affine(rank, added=rank == mesh["pp"].size() - 1)
+    stage = fp.nn.PipelineStage(module, group=mesh["pp"], tp_group=mesh["tp"])
     assert not stage.capturable  # over Gloo
     results = []
     for call in range(calls):
@@ -36,12 +38,15 @@ def stages(mesh, shape, dtype, calls):
 
 
 class Affine(nn.Module):
-    def __init__(self, number):
+    """`added`: forms the sum itself, instead of leaving it to the send."""
+
+    def __init__(self, number, added=True):
         super().__init__()
-        self.number = number
+        self.number, self.added = number, added
 
     def forward(self, x, scale):
-        return x * scale + self.number
+        parts = x * scale, torch.full_like(x, self.number)
+        return parts[0] + parts[1] if self.added else parts
 
 
 @pytest.mark.parametrize("pp", [2, 3])
@@ -54,6 +59,11 @@ def test_stages_in_order_and_tokens_back(pp):
             assert torch.equal(back, x)
 
 
+def summands(shape, seed):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator), torch.randn(shape, generator=generator)
+
+
 def passed(mesh, shape, slot_bytes, slice_bytes, seed):
     """What the last stage receives, and the payload of each message that this rank sent."""
     links = StageLinks(mesh.get_group("pp"), mesh.get_group("tp"), slots=2, slot_bytes=slot_bytes)
@@ -61,14 +71,14 @@ def passed(mesh, shape, slot_bytes, slice_bytes, seed):
     sizes = []
     for channel in links.channels.values():
         send = channel._transport.send
-        channel._transport.send = lambda slot, layout, x, send=send: (
+        channel._transport.send = lambda slot, layout, x, add, send=send: (
             sizes.append(layout.bytes),
-            send(slot, layout, x),
+            send(slot, layout, x, add),
         )[1]
-    x = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    x, add = summands(shape, seed)
     if links.stage == 0:
         for _ in range(3):
-            links.send(x.transpose(0, -1).contiguous().transpose(0, -1))  # not contiguous
+            links.send(x.transpose(0, -1).contiguous().transpose(0, -1), add)  # not contiguous
         for channel in links.channels.values():
             channel.close()
         return None, sizes
@@ -92,11 +102,11 @@ def passed(mesh, shape, slot_bytes, slice_bytes, seed):
 )
 def test_slices_and_pieces(shape, slot_bytes, slice_bytes, expected, seed):
     results = run_ranks(passed, 4, shape, slot_bytes, slice_bytes, seed, tp=2, pp=2)
-    x = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    x, add = summands(shape, seed)
     for got, sizes in results[:2]:
         assert got is None and sizes == expected * 3
     for got, _ in results[2:]:
-        assert all(torch.equal(g, x) for g in got)
+        assert all(torch.equal(g, x + add) for g in got)
 
 
 def sliced_logits(mesh, path, ids):

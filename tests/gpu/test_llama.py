@@ -42,6 +42,9 @@ def test_generate_equals_cpu(tmp_path):
             assert on_gpu == on_cpu
             ((captured, stats),) = run_ranks(ranks.generated, 1, *args, device="cuda", cuda_graph=True, **options)
             assert captured == on_cpu and stats["communication_seconds"] is None
+            parts = options | {"cuda_graph": True, "microbatches": 2}
+            ((captured, _),) = run_ranks(ranks.generated, 1, *args, device="cuda", **parts)
+            assert captured == on_cpu
 
 
 @pytest.mark.parametrize("method", ["rejection", "block", "greedy"])

@@ -71,6 +71,37 @@ def test_sizes_around_vectors_and_ctas(seed):
             assert same, size
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("push_bytes", [PUSH, COPY])
+def test_sums_have_the_bits_of_torch(push_bytes, dtype, seed):
+    """send(x, add) of all sizes, unaligned, subnormal, infinite; beside plain messages in the same slots, and in the
+    same stream as what writes the summands: the kernel is launched before that has ended."""
+    generator = torch.Generator("cuda").manual_seed(seed)
+    with virtual_channel(slots=2, slot_bytes=1 << 21, push_bytes=push_bytes) as channel:
+        for size in (1, 7, 8, 9, 4095, 8192, 16_384, 131_072, 131_073, 262_144):
+            for skip in (0, 1):
+                exponents = torch.randint(-40, 14, (2, size + skip), device="cuda", generator=generator)
+                drawn = torch.randn(2, size + skip, device="cuda", generator=generator) * exponents.exp2()
+                drawn[0, -1] = float("inf")
+                a, b = torch.full_like(drawn, float("nan"), dtype=dtype).unbind()
+                a, b = a[skip:], b[skip:]
+                with channel.on(0) as end:
+                    torch.cuda._sleep(50_000)
+                    a.copy_(drawn[0, skip:]), b.copy_(drawn[1, skip:])
+                    end.send(a, b)
+                    a.zero_(), b.zero_()  # the sender's again
+                    end.send(drawn)
+                expected = drawn[0, skip:].to(dtype) + drawn[1, skip:].to(dtype)
+                with channel.on(1) as end:
+                    with end.recv(expected) as got:
+                        same = torch.equal(got, expected)
+                    with end.recv(drawn) as got:
+                        same &= torch.equal(got, drawn)
+                assert same, (size, skip)
+        torch.cuda.synchronize()
+        fp.check()
+
+
 def test_a_full_ring_waits_and_loses_nothing():
     with virtual_channel(slots=3) as channel:
         sent = [torch.randn(1000, device="cuda") for _ in range(8)]

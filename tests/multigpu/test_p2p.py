@@ -7,6 +7,7 @@ import random
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -52,6 +53,47 @@ def sizes(mesh, push_bytes):
 @pytest.mark.parametrize("push_bytes", [-1, 2 << 20, 1 << 40])
 def test_sizes_of_both_transports(push_bytes):
     assert run_ranks(sizes, 2, push_bytes, device="cuda", pp=2) == [[], []]
+
+
+def sums(mesh, push_bytes):
+    """A chain through one graph: each end adds what it got to its own and sends on the sum, 200 replays."""
+    rank = mesh.get_local_rank("pp")
+    channel = fp.comm.P2PChannel(mesh["pp"], 1 - rank, slots=2, transport="memory")
+    channel._transport.push_bytes = push_bytes
+    mine = (torch.arange(20_000, device="cuda") % 7 + rank).bfloat16()
+    state = torch.zeros_like(mine)
+
+    def body():
+        if rank == 0:
+            channel.send(state, mine)
+            with channel.recv(mine) as got:
+                torch.remainder(got, 64, out=state)
+        else:
+            with channel.recv(mine) as got:
+                channel.send(got, mine)  # from slot to slot
+
+    body()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        body()
+    dist.barrier()
+    for _ in range(200):
+        graph.replay()
+    torch.cuda.synchronize()
+    fp.check()
+    channel.close()
+    return state.cpu()
+
+
+@pytest.mark.parametrize("push_bytes", [-1, 4 << 20])
+def test_sums_on_their_way(push_bytes):
+    state, _ = run_ranks(sums, 2, push_bytes, device="cuda", pp=2)
+    own = (torch.arange(20_000) % 7).bfloat16()
+    expected = torch.zeros_like(own)
+    for _ in range(201):
+        expected = torch.remainder(expected + own + (own + 1), 64)
+    assert torch.equal(state, expected)
 
 
 def replays(mesh, seed, push_bytes):
@@ -192,30 +234,40 @@ def test_host_time_of_an_eager_send():
 # --- between hosts: NCCL's network path, two GPUs of one machine as two hosts -----------------------------------------
 
 ROOT = Path(__file__).resolve().parents[2]
-NETWORK = {"NCCL_P2P_DISABLE": "1", "NCCL_SHM_DISABLE": "1", "NCCL_SOCKET_IFNAME": "lo", "GLOO_SOCKET_IFNAME": "lo"}
+# Sockets over the loopback interface, whatever adapters the machine has.
+NETWORK = {"NCCL_P2P_DISABLE": "1", "NCCL_SHM_DISABLE": "1", "NCCL_IB_DISABLE": "1", "NCCL_NET_PLUGIN": "none"}
+NETWORK |= {"NCCL_SOCKET_IFNAME": "lo", "GLOO_SOCKET_IFNAME": "lo"}
 
 
-def torchrun(node: int, port: int, *what: str) -> subprocess.Popen:
-    """One of two nodes with one GPU each."""
+def torchrun(node: int, port: int, log, *what: str) -> subprocess.Popen:
+    """One of two nodes with one GPU each, in a session of its own."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--node-rank", str(node)]
     command += ["--nproc-per-node", "1", "--master-addr", "127.0.0.1", "--master-port", str(port), *what]
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0,1").split(",")
     environment = os.environ | NETWORK | {"CUDA_VISIBLE_DEVICES": visible[node], "FUSED_PARALLEL_HOST": f"host{node}"}
     environment["PYTHONPATH"] = str(ROOT)
     return subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
     )
 
 
 def on_two_hosts(*what: str) -> list[str]:
-    port, texts = free_port(), []
-    processes = [torchrun(node, port, *what) for node in range(2)]
-    try:
-        texts = [process.communicate(timeout=180)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [p.returncode for p in processes] == [0, 0], texts
+    """What each of the two nodes printed; both must end well within three minutes."""
+    port = free_port()
+    with tempfile.TemporaryFile("w+") as first, tempfile.TemporaryFile("w+") as second:
+        processes = [torchrun(node, port, log, *what) for node, log in enumerate((first, second))]
+        try:
+            processes[0].wait(timeout=180)
+            processes[1].wait(timeout=20)
+        except subprocess.TimeoutExpired:
+            pass  # what they printed says more
+        finally:
+            for process in processes:
+                if process.poll() is None:
+                    os.killpg(process.pid, signal.SIGKILL)  # the rank, too
+                process.wait()
+        texts = [(log.seek(0), log.read())[1] for log in (first, second)]
+    assert [p.returncode for p in processes] == [0, 0], "\n".join(texts)
     return texts
 
 

@@ -34,8 +34,15 @@ def expected():
 @pytest.mark.parametrize("draft", [None, "tiny-draft", "ngram"])
 @pytest.mark.parametrize(
     "options",
-    [{}, {"cuda_graph": True}, {"microbatches": 2, "prefill_chunk": 8}, {"microbatches": 4}],
-    ids=["eager", "graph", "2 micro-batches", "4 micro-batches"],
+    [
+        {},
+        {"cuda_graph": True},
+        {"microbatches": 2, "prefill_chunk": 8},
+        {"microbatches": 4},
+        {"microbatches": 2, "cuda_graph": True},
+        {"microbatches": 4, "cuda_graph": True},
+    ],
+    ids=["eager", "graph", "2 micro-batches", "4 micro-batches", "2 in graphs", "4 in graphs"],
 )
 def test_two_stages_give_the_same_tokens(expected, draft, options):
     for tokens, transports in run_ranks(generated, 2, draft, device="cuda", pp=2, **options):
