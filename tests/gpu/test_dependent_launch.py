@@ -4,18 +4,13 @@ its stream have ended: it must not begin before the copy has."""
 import pytest
 import torch
 from _graph_edges import FULL, KERNEL, MEMCPY, PROGRAMMATIC, edges_of
+from _matmul_cases import NEEDS_HOPPER
 from torch import nn
 
 import fused_parallel as fp
-from fused_parallel import _ext, ops
+from fused_parallel import ops
 
-pytestmark = [
-    pytest.mark.skipif(_ext.why_no_kernels() is not None, reason=f"no CUDA kernels: {_ext.why_no_kernels()}"),
-    pytest.mark.skipif(
-        torch.cuda.is_available() and torch.cuda.get_device_capability()[0] != 9,
-        reason="only Hopper's kernels are launched so",
-    ),
-]
+pytestmark = NEEDS_HOPPER
 # A layer is 64 MB: its copy takes a millisecond, thirty times what the kernels take that could hide a missing wait.
 LAYERS, WIDTH, ROWS, BANKS = 5, 4096, 8, 3
 
