@@ -7,6 +7,7 @@ import math
 import os
 import sys
 import textwrap
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -75,6 +76,28 @@ class Ceilings:
             "matmul": probe_device.gpu_matmul(0, quick=True),
         }
         return cls.from_profile({"gpus": [gpu], "peer_copies": probe_device.peer_copies(0, 1, quick=True)})
+
+
+class Budget:
+    """Time for a benchmark, in seconds from when this is made: what has not begun by then is left out, and named."""
+
+    def __init__(self, seconds: float, group: dist.ProcessGroup | None = None) -> None:
+        self.seconds, self.group, self.begin = seconds, group, time.monotonic()
+
+    def over(self, what: str) -> bool:
+        """Whether the time is over, on the first rank's clock for all of `group`; then `what` is not to be begun."""
+        late = [time.monotonic() - self.begin > self.seconds]
+        if self.group is not None and self.group.size() > 1:
+            dist.broadcast_object_list(late, dist.get_global_rank(self.group, 0), group=self.group)
+        if late[0] and (self.group is None or self.group.rank() == 0):
+            print(f"not measured: {what}: {self.seconds:g} s are over (--seconds)", flush=True)
+        return late[0]
+
+    @staticmethod
+    def argument(parser: argparse.ArgumentParser, default: float) -> None:
+        parser.add_argument(
+            "--seconds", type=float, default=default, help=f"begin nothing after so long (default {default:g})"
+        )
 
 
 def parser(description: str) -> argparse.ArgumentParser:

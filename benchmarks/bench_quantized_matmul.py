@@ -12,18 +12,19 @@ memory.
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
 import textwrap
 
 import torch
 import torch.nn.functional as F
-from _common import relative
+from _common import Budget, relative
 
 import fused_parallel as fp
 from fused_parallel.comm.probe_device import graph_kernel_us, hbm
 from fused_parallel.reference.quantized_matmul import GROUP, dequantize, quantize
 from fused_parallel.reference.quantized_matmul import quantized_matmul as reference
-from fused_parallel.testing.results import append, make_row, show
+from fused_parallel.testing.results import RESULTS, append, make_row, show
 from fused_parallel.testing.timer import time_collective
 
 ROWS = [1, 4, 8, 16, 32, 64]
@@ -59,76 +60,99 @@ def implementations(kind: str, k: int, n: int) -> dict:
     }
 
 
-def problem(kind: str, m: int, k: int, n: int, seed: int):
-    """(x, (values, scales)), random, the same for a seed."""
+def quantized_weight(kind: str, k: int, n: int, seed: int):
+    """(values, scales), random, the same for a seed."""
     torch.manual_seed(seed)
-    x = torch.randn(m, k, device="cuda", dtype=DTYPE)
     parts = [torch.randn(min(4096, n - at), k, device="cuda") * k**-0.5 for at in range(0, n, 4096)]
-    quantized = [quantize(part, kind, DTYPE) for part in parts]
-    return x, tuple(torch.cat(of_all) for of_all in zip(*quantized, strict=True))
+    return tuple(torch.cat(of_all) for of_all in zip(*(quantize(p, kind, DTYPE) for p in parts), strict=True))
 
 
-def measure(kind: str, m: int, k: int, n: int, launch_us: float, bytes_per_us: float) -> list[dict[str, str]]:
-    rows = []
-    x, (values, scales) = problem(kind, m, k, n, 0)
-    # In parts: float64 of a large matrix takes eight times its bytes.
+def tokens(m: int, k: int, seed: int) -> torch.Tensor:
+    torch.manual_seed(1000 + seed)
+    return torch.randn(m, k, device="cuda", dtype=DTYPE)
+
+
+def product(x: torch.Tensor, values: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """In float64, in parts: the weight in it takes eight times the integers' bytes."""
     parts = zip(values.split(4096), scales.split(4096), strict=True)
-    expected = torch.cat([x.double() @ dequantize(v, s.double(), k).T for v, s in parts], -1)
-    del x, values, scales
+    return torch.cat([x.double() @ dequantize(v, s.double(), x.shape[1]).T for v, s in parts], -1)
+
+
+def measure(kind, k, n, args, launch_us, bytes_per_us, budget, wrong) -> list[dict[str, str]]:
+    """All numbers of rows with one weight: making it takes longer than multiplying by it."""
+    rows = []
+    weight = functools.cache(functools.partial(quantized_weight, kind, k, n))
+    expected = {m: product(tokens(m, k, 0), *weight(0)) for m in args.rows}
     for impl, (function, convert) in implementations(kind, k, n).items():
+        converted = functools.cache(lambda i, convert=convert: convert(*weight(i)))
+        for m in args.rows:
+            about = f"{impl} {kind} M={m} K={k} N={n}"
+            if budget.over(about):
+                break
 
-        def inputs(i: int, convert=convert):
-            x, quantized = problem(kind, m, k, n, i)
-            return x, *convert(*quantized)
+            def inputs(i: int, m=m, converted=converted):
+                return tokens(m, k, i), *converted(i)
 
-        try:
-            arguments = inputs(0)
-            error = relative(function(*arguments), expected)
-        except (RuntimeError, NotImplementedError, AttributeError) as failure:
-            text = textwrap.shorten(f"{type(failure).__name__}: {failure}", 160)
-            print(f"not measured: {impl} {kind} M={m} K={k} N={n}: {text}", flush=True)
-            continue
-        if not error < TOLERANCE:
-            raise RuntimeError(f"{impl} {kind} is wrong: relative error {error:.1e} at M={m} K={k} N={n}")
-        moved = n * k // (1 if kind == "int8" else 2) + 2 * n * (1 if kind == "int8" else k // GROUP) + 2 * m * (k + n)
-        timing = time_collective(function, inputs=inputs, calls=6, rounds=12)
-        row = make_row(
-            "quantized_matmul",
-            impl,
-            timing,
-            world_size=1,
-            dtype=DTYPE,
-            mode="graph",
-            shape={"M": m, "K": k, "N": n, "kind": kind},
-            bytes=moved,
-            floor_us=launch_us + moved / bytes_per_us,
-        )
-        print(f"{impl} {row['shape']}: {timing.us_p50:.1f} us, floor {row['floor_us']}", flush=True)
-        rows.append(row)
-        append([row])
+            try:
+                error = relative(function(*inputs(0)), expected[m])
+                if not error < TOLERANCE:
+                    raise RuntimeError(f"wrong by {error:.1e}")
+                timing = time_collective(function, inputs=inputs, calls=6, rounds=12)
+            except Exception as failure:  # whatever a peer says about what it does not do
+                if impl == "fused":
+                    wrong.append(f"{about}: {type(failure).__name__}: {failure}")
+                print(
+                    f"not measured: {about}: {textwrap.shorten(f'{type(failure).__name__}: {failure}', 160)}",
+                    flush=True,
+                )
+                continue
+            per_row = 1 if kind == "int8" else k // GROUP
+            moved = n * k // (1 if kind == "int8" else 2) + 2 * n * per_row + 2 * m * (k + n)
+            row = make_row(
+                "quantized_matmul",
+                impl,
+                timing,
+                world_size=1,
+                dtype=DTYPE,
+                mode="graph",
+                shape={"M": m, "K": k, "N": n, "kind": kind},
+                bytes=moved,
+                floor_us=launch_us + moved / bytes_per_us,
+            )
+            append([row], args.results)  # at once: a run that is cut short keeps what it has
+            print(f"{impl} {row['shape']}: {timing.us_p50:.1f} us, floor {row['floor_us']}", flush=True)
+            rows.append(row)
     return rows
 
 
 @torch.no_grad()
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, nargs="+", default=ROWS, help="rows of x")
     parser.add_argument("--kind", choices=("int8", "int4"), nargs="+", default=["int8", "int4"])
     parser.add_argument("--shapes", type=int, nargs="+", default=range(len(SHAPES)), help=f"which of {SHAPES} (K, N)")
+    parser.add_argument("--results", default=RESULTS, metavar="DIR")
+    Budget.argument(parser, 38)
     args = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("bench_quantized_matmul: needs a CUDA GPU, torch sees none")
+    budget = Budget(args.seconds)
     memory, launch_us = hbm(0, quick=True), graph_kernel_us(0)
     bytes_per_us = max(memory["copy_gb_per_s"], memory["read_gb_per_s"]) * 1e3
     print(f"floor_us from {bytes_per_us * 1e-6:.2f} TB/s and {launch_us:.2f} us a launch", flush=True)
     torch.cuda.empty_cache()
-    rows = []
+    rows, wrong = [], []
     for kind in args.kind:
         for index in args.shapes:
-            for m in args.rows:
-                rows += measure(kind, m, *SHAPES[index], launch_us, bytes_per_us)
+            if budget.over(f"{kind} K, N = {SHAPES[index]}"):
+                continue
+            rows += measure(kind, *SHAPES[index], args, launch_us, bytes_per_us, budget, wrong)
+            torch.cuda.empty_cache()
     show(rows)
+    for text in wrong:
+        print("WRONG", text, file=sys.stderr)
+    return 1 if wrong else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

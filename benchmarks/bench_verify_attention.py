@@ -4,22 +4,23 @@
 
 Shapes are B,ctx,q,hq,hkv,d: sequences, tokens of each in a contiguous cache (the new ones included), new tokens (1 is
 plain decode), query and KV heads, head size. Checks every implementation against float64, prints a table and appends it
-to benchmarks/results/verify_attention.csv. Peers: `torch_sdpa` with a mask and enable_gqa, as one would write it;
-`torch_folded`, the query heads of a KV head folded into rows, so that torch need not repeat keys and values;
+to benchmarks/results/verify_attention.csv, row by row. Peers: `torch_sdpa` with a mask and enable_gqa, as one would
+write it; `torch_folded`, the query heads of a KV head folded into rows, so that torch need not repeat keys and values;
 `torch_flash`, its flash kernel with the causal mask at the end of the context, which knows no ragged lengths;
 `torch_flex`, FlexAttention compiled with a causal block mask; `flashinfer`, its paged append attention (where it is
 installed: the `peers` extra). Their masks and plans are made beforehand. `fused_paged` is `fused` with shuffled pages
-of 64 tokens. `floor_us` = the bytes of all keys
-and values over the rate at which this GPU reads its memory, measured first.
+of 64 tokens. `floor_us` = the bytes of all keys and values over the rate at which this GPU reads its memory, measured
+first.
 """
 
 import argparse
 import functools
 import sys
+import textwrap
 
 import torch
 import torch.nn.functional as F
-from _common import DTYPES, relative
+from _common import DTYPES, Budget, relative
 from _flashinfer_verify import PagedAttention
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
@@ -148,65 +149,62 @@ def check(name, inputs) -> None:
             raise RuntimeError(f"{name} is wrong: relative error {error:.1e} of sequence {b}, {tuple(q.shape)}")
 
 
-def measure(shape, args, bytes_per_us):
+def measure(shape, args, bytes_per_us, budget, wrong):
     batch, context, new, heads, kv_heads, dim = shape
     dtype = DTYPES[args.dtype]
     moved = 2 * batch * context * kv_heads * dim * dtype.itemsize
     rows = []
     for name in args.impls:
+        if budget.over(f"{name} {shape}"):
+            break
         make = inputs_of(name, shape, dtype)
         ours = name.startswith("fused")
         for mode in args.modes:
             try:
                 check(name, make(0))
-                counts = {} if ours else {"calls": 4, "rounds": 10}
+                counts = {"calls": 10, "rounds": 20} if ours else {"calls": 2, "rounds": 8, "warmup": 1}
                 timing = time_collective(IMPLEMENTATIONS[name], inputs=make, mode=mode, **counts)
-            except (RuntimeError, ValueError, ImportError, OSError, AssertionError) as error:
+            except Exception as error:  # whatever a peer says about what it does not do
                 if ours:
-                    raise
-                print(f"not measured: {name} {shape} {mode}: {str(error)[:200]}", flush=True)
+                    wrong.append(f"{name} {shape} {mode}: {type(error).__name__}: {error}")
+                text = textwrap.shorten(f"{type(error).__name__}: {error}", 200)
+                print(f"not measured: {name} {shape} {mode}: {text}", flush=True)
                 continue
             keys = {"B": batch, "ctx": context, "q": new, "hq": heads, "hkv": kv_heads, "d": dim}
             floor = moved / bytes_per_us
-            rows.append(
-                make_row(
-                    "verify_attention",
-                    name,
-                    timing,
-                    world_size=1,
-                    dtype=dtype,
-                    mode=mode,
-                    shape=keys,
-                    bytes=moved,
-                    floor_us=floor,
-                )
-            )
+            about = {"world_size": 1, "dtype": dtype, "mode": mode, "shape": keys, "bytes": moved, "floor_us": floor}
+            rows.append(make_row("verify_attention", name, timing, **about))
+            append(rows[-1:], args.results)  # at once: a run that is cut short keeps what it has
             print(f"{name} {shape} {mode}: {timing.us_p50:.1f} us, {100 * floor / timing.us_p50:.0f} %", flush=True)
         torch.cuda.empty_cache()
-    append(rows, args.results)  # at once: a run that is cut short keeps what it has
     return rows
 
 
 @torch.no_grad()
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", default=SHAPES, metavar="B,ctx,q,hq,hkv,d")
     parser.add_argument("--dtype", choices=("bfloat16", "float16"), default="bfloat16")
     parser.add_argument("--impls", nargs="+", choices=IMPLEMENTATIONS, default=list(IMPLEMENTATIONS))
     parser.add_argument("--modes", nargs="+", choices=("graph", "eager"), default=["graph"])
     parser.add_argument("--results", default=RESULTS, metavar="DIR")
+    Budget.argument(parser, 50)
     args = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("bench_verify_attention: needs a CUDA GPU, torch sees none")
+    budget = Budget(args.seconds)
     memory = hbm(0, quick=True)
     bytes_per_us = max(memory["copy_gb_per_s"], memory["read_gb_per_s"]) * 1e3
     print(f"floor_us from {bytes_per_us * 1e-6:.2f} TB/s", flush=True)
     torch.cuda.empty_cache()
-    rows = []
+    rows, wrong = [], []
     for shape in args.shapes:
-        rows += measure(tuple(map(int, shape.split(","))), args, bytes_per_us)
+        rows += measure(tuple(map(int, shape.split(","))), args, bytes_per_us, budget, wrong)
     show(rows)
+    for text in wrong:
+        print("WRONG", text, file=sys.stderr)
+    return 1 if wrong else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

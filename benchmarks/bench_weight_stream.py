@@ -16,7 +16,9 @@ that from the end of the pass before. Rows, with `gb` what a pass copies, `resid
     sync_loop          a plain loop: copy a layer's matrices, wait, compute (from the same pinned memory)
     accelerate         accelerate's CPU offload hooks (AlignDevicesHook) on the layers' linears, same pinned memory
 
-floor_us: `bytes` at the rate of copy_only, measured before and after.
+floor_us: the time of copy_only just before. The peers are measured at the first of `--tokens`, on which their time
+hardly depends. Every row is written as soon as it is measured; with `--gb 30` all should take about a minute, pinning
+included, and nothing is begun after `--seconds`. accelerate is a pure Python wheel: pip download --no-deps accelerate.
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
+from _common import Budget, relative
 from torch import nn
 
 import fused_parallel as fp
@@ -216,26 +219,43 @@ class Report:
         return timing
 
 
-def relative(out: torch.Tensor, expected: torch.Tensor) -> float:
-    return ((out.double() - expected.double()).norm() / expected.double().norm()).item()
+def run_fused(stack: Stack, report: Report, impl: str, resident: float, budget: Budget) -> Timing | None:
+    """The streamed passes, each number of tokens beside plain copies; the last of those."""
+    floor = None
+    for tokens in stack.arguments.tokens:
+        if budget.over(f"{impl}, {tokens} tokens, resident {resident:g}"):
+            return floor
+        copies = stack.copies()
+        floor = gather_timing(copies, stack.pg)
+        report.add(stack, "copy_only", copies, tokens, resident, floor)
+        stack.timed(tokens, 1, warmup=0)  # what is made at first use
+        cold = stack.first_token(tokens)
+        report.add(stack, impl, stack.timed(tokens, stack.arguments.passes), tokens, resident, floor)
+        report.add(stack, f"{impl}_first_token", [cold], tokens, resident, floor)
+        if stack.arguments.cpu and dist.get_rank() == 0:
+            on_cpu, layers = stack.layers.on_cpu(tokens), len(stack.layers)
+            print(f"{len(on_cpu)} of {layers} layers on the CPU at {tokens} tokens", flush=True)
+    return floor
 
 
-def run_peers(stack: Stack, report: Report, resident: float, floor: Timing) -> list[str]:
+def run_peers(stack: Stack, report: Report, resident: float, floor: Timing, budget: Budget) -> list[str]:
     """sync_loop and accelerate on the same weights; what was wrong. The stack is of no use afterwards."""
-    streamed, wrong = stack.layers, []
-    tokens = stack.arguments.tokens
-    expected = {t: stack.step(t, 0) for t in tokens}
+    streamed, wrong, tokens = stack.layers, [], stack.arguments.tokens[0]
+    expected = stack.step(tokens, 0)
 
     def measure(impl: str) -> None:
-        for t in tokens:
-            error = relative(stack.step(t, 0), expected[t])
-            if not error < 0.02:
-                wrong.append(f"{impl} at {t} tokens: relative error {error:.1e}")
-            report.add(stack, impl, stack.timed(t, 2), t, resident, floor)
+        error = relative(stack.step(tokens, 0), expected)
+        if not error < 0.02:
+            wrong.append(f"{impl} at {tokens} tokens: relative error {error:.1e}")
+        report.add(stack, impl, stack.timed(tokens, 2), tokens, resident, floor)
 
     stack.barrier()
+    if budget.over("sync_loop and accelerate"):
+        return wrong
     stack.model.model.layers = SyncLoop(streamed)
     measure("sync_loop")
+    if budget.over("accelerate"):
+        return wrong
     try:
         stack.model.model.layers = with_accelerate(streamed)
     except ImportError as error:
@@ -247,40 +267,28 @@ def run_peers(stack: Stack, report: Report, resident: float, floor: Timing) -> l
 
 
 def run(arguments: argparse.Namespace) -> int:
+    budget = Budget(0.0)
     mesh = fp.init(device=arguments.device, timeout=300)
     world, on_gpu = mesh["tp"].size(), mesh.device_type == "cuda"
     free = min(bound.available for bound in room()) * 0.6 / world
     gb = arguments.gb or min(60.0, free * 1e-9)
+    budget.seconds, budget.group = arguments.seconds or max(60.0, 2 * gb), mesh["tp"].get_group()
     layers = max(2, round(gb * 1e9 / (layer_bytes(arguments) / world)))
     report, wrong = Report(arguments, world, on_gpu), []
     impl = "fused" + (f"_{arguments.quantize}" if arguments.quantize else "") + ("_cpu" if arguments.cpu else "")
     for resident in arguments.resident:
+        if budget.over(f"resident {resident:g}"):
+            break
         stack = Stack(arguments, layers, resident, mesh)
-        size = stack.layers.host_bytes
         if dist.get_rank() == 0:
             print(
-                f"{layers} layers on each of {world} rank(s), {size / 1e9:.1f} GB in host memory: made and pinned in "
-                f"{stack.pin_seconds:.1f} s, filled in {stack.fill_seconds:.1f} s",
+                f"{layers} layers on each of {world} rank(s), {stack.layers.host_bytes / 1e9:.1f} GB in host memory: "
+                f"made and pinned in {stack.pin_seconds:.1f} s, filled in {stack.fill_seconds:.1f} s",
                 flush=True,
             )
-        before = stack.copies()
-        measured = []
-        for tokens in arguments.tokens:
-            stack.timed(tokens, 1, warmup=0)  # what is made at first use
-            cold = stack.first_token(tokens)
-            measured.append((tokens, cold, stack.timed(tokens, arguments.passes)))
-        copies = before + stack.copies()
-        floor = gather_timing(copies, stack.pg)
-        report.add(stack, "copy_only", copies, 0, resident, floor)
-        for tokens, cold, us in measured:
-            report.add(stack, impl, us, tokens, resident, floor)
-            report.add(stack, f"{impl}_first_token", [cold], tokens, resident, floor)
-            if arguments.cpu and dist.get_rank() == 0:
-                print(
-                    f"{len(stack.layers.on_cpu(tokens))} of {layers} layers on the CPU at {tokens} tokens", flush=True
-                )
-        if resident == 0 and impl == "fused" and not arguments.no_peers:
-            wrong += run_peers(stack, report, resident, floor)
+        floor = run_fused(stack, report, impl, resident, budget)
+        if floor is not None and resident == 0 and impl == "fused" and not arguments.no_peers:
+            wrong += run_peers(stack, report, resident, floor, budget)
         stack.layers.release()
         del stack
         gc.collect()
@@ -299,7 +307,8 @@ def main() -> int:
     parser.add_argument("--gb", type=float, help="10^9 bytes of layers a rank")
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 8, 64])
     parser.add_argument("--resident", type=float, nargs="+", default=[0.0, 0.5], help="shares of layers on the device")
-    parser.add_argument("--passes", type=int, default=4, help="measured passes of each row (peers: 2)")
+    parser.add_argument("--passes", type=int, default=3, help="measured passes of each row (peers: 2)")
+    parser.add_argument("--seconds", type=float, help="begin nothing after so long (default: 60, or 2 for every GB)")
     parser.add_argument("--quantize", choices=("int8", "int4"))
     parser.add_argument("--cpu", action="store_true", help="compute layers on the CPU where that wins (one rank)")
     parser.add_argument("--no-peers", action="store_true", help="leave sync_loop and accelerate out")

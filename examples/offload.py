@@ -5,7 +5,7 @@ tokens is worth, on the CPU (where "streaming" copies within the same memory) or
 
 A GPU shows it with a pair for which a pass costs something; trained and measured in about four minutes:
 
-    python examples/train_tiny.py --size large --minutes 2.5 --out /tmp/pair
+    python examples/train_tiny.py --size large --minutes 2 --out /tmp/pair
     python examples/offload.py --target /tmp/pair/large-target --draft /tmp/pair/large-draft \\
         --lengths 4 8 16 24 --cuda-graph
 
@@ -111,10 +111,10 @@ for graph in (False, True) if arguments.cuda_graph else (False,):
     of_draft[graph] = seconds_a_token(measure(draft, cuda_graph=graph)[1])
 table, first, plain, wrong = [], None, None, False
 for row in rows:
-    print(f"measuring {row.name} ...", file=sys.stderr, flush=True)
     tokens, stats = measure(model_of(row.load), **row.generate)
     took, made = seconds_a_token(stats), sum(s.new_tokens for s in stats)
     first = first or tokens
+    print(f"measured {row.name}: {1 / took:.1f} tokens/s", file=sys.stderr, flush=True)
     if row.name == "offloaded":
         plain = took
     exact = "quantize" not in row.load

@@ -2,7 +2,7 @@
 
     python3 examples/train_tiny.py                       # the pair in examples/assets, on a GPU if there is one
     python3 examples/train_tiny.py --minutes 6.5         # fewer steps, so that training ends within 6.5 minutes
-    python3 examples/train_tiny.py --size large --minutes 2.5 --out /tmp/pair    # 300M and 9M, for examples/offload.py
+    python3 examples/train_tiny.py --size large --minutes 2 --out /tmp/pair      # 300M and 9M, for examples/offload.py
     python3 examples/train_tiny.py --size smoke --out /tmp/pair --device cpu     # seconds; the models are useless
 
 Writes Hugging Face-format directories `<out>/<size>-target` and `<out>/<size>-draft`. The target learns the next byte.
@@ -62,6 +62,8 @@ class Preset:
     warmup: int
     prompts: int  # held-out prompts in the acceptance figure
     saves: int = 10  # while each model trains
+    reports: int = 10  # and lines that say how it does
+    by_layer: bool = False  # compile a layer, once for all of them, instead of the whole: slower steps, begun sooner
     dropout: float = 0.0  # on the target's residual branches: the corpus is read many times over
 
 
@@ -87,12 +89,12 @@ PRESETS = {
         rollouts=16384, warmup=400, prompts=512, dropout=0.1,
     ),
     # 300M and 9M parameters: for examples/offload.py, where a pass over the target must cost something. For one H100
-    # with --minutes 2.5.
+    # with --minutes 2, of which compiling all layers in one would take half.
     "large": Preset(
         target=Shape(1536, 4096, 12, 12, 4, 128, tied=False), draft=Shape(512, 1408, 3, 8, 4, 64, tied=True),
         context=1024, batch=32, steps=4000, lr=8e-4,
         draft_context=512, draft_batch=128, draft_steps=4000, draft_lr=2e-3,
-        rollouts=2048, warmup=60, prompts=64, saves=1,
+        rollouts=2048, warmup=60, prompts=64, saves=1, reports=4, by_layer=True,
     ),
 }  # fmt: skip
 
@@ -120,12 +122,14 @@ def learning_rate(step: int, steps: int, warmup: int, peak: float) -> float:
     return peak * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
 
 
-def train(name, model, loss_of, next_batch, report, *, steps, lr, warmup, directory, saves=10, deadline=None) -> int:
+def train(
+    name, model, loss_of, next_batch, report, *, steps, lr, warmup, directory, saves, reports, by_layer, deadline=None
+) -> int:
     """Minimise `loss_of(next_batch())` over the model's parameters; returns the number of steps taken.
 
     With `deadline` (time.monotonic seconds) the steps are cut, once their pace is known and still within the warm-up,
-    to what fits: the run then equals one given that number with --steps / --draft-steps. Reports ten times on the way,
-    and saves `saves` times.
+    to what fits: the run then equals one given that number with --steps / --draft-steps. Reports and saves as often as
+    asked. On a GPU the loss is compiled, or only the layers of the models in `by_layer`.
     """
     device = next(model.parameters()).device
     on_gpu = device.type == "cuda"
@@ -141,15 +145,29 @@ def train(name, model, loss_of, next_batch, report, *, steps, lr, warmup, direct
         loss.backward()
         return loss
 
+    def tell() -> str:
+        model.eval()
+        with torch.compiler.set_stance("force_eager"):  # other shapes: not worth compiling for
+            text = report()
+        model.train()
+        return text
+
     model.train()
     step_loss = loss_of
+    layers = [layer for one in by_layer for layer in one.model.layers]
     if on_gpu:  # these models are small enough that unfused kernels and their launches would dominate
-        step_loss = torch.compile(loss_of)
+        if layers:
+            for layer in layers:
+                layer.compile(dynamic=False)  # the graphs are shared, but for what is trained and what is not
+        else:
+            step_loss = torch.compile(loss_of)
         try:
             backward(step_loss, next_batch.example())
         except Exception as error:  # any compiler failure leaves the slow path, which is correct
             print(f"{name}: torch.compile failed, training without it: {type(error).__name__}: {error}", flush=True)
             step_loss = loss_of
+            for layer in layers:
+                layer._compiled_call_impl = None
         optimizer.zero_grad(set_to_none=True)
 
     started = pace_from = time.monotonic()
@@ -161,7 +179,9 @@ def train(name, model, loss_of, next_batch, report, *, steps, lr, warmup, direct
             if step == 5:
                 pace_from = now
             elif now - pace_from > 3 or step + 5 >= warmup:
-                fitting = step + int((deadline - now) / ((now - pace_from) / (step - 5)))
+                tell()
+                telling = reports * (time.monotonic() - now)
+                fitting = step + int((deadline - now - telling) / ((now - pace_from) / (step - 5)))
                 steps, deadline = max(step + 1, min(steps, fitting)), None
                 print(f"{name}: {steps} steps fit the time given", flush=True)
         if step >= steps:
@@ -172,13 +192,11 @@ def train(name, model, loss_of, next_batch, report, *, steps, lr, warmup, direct
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        if (step + 1) % max(1, steps // 10) == 0 or step + 1 == steps:
-            model.eval()
+        if (step + 1) % max(1, steps // reports) == 0 or step + 1 == steps:
             seconds = time.monotonic() - started
-            print(f"{name}: step {step + 1}/{steps}  loss {loss.item():.4f}  {report()}  {seconds:.1f} s", flush=True)
+            print(f"{name}: step {step + 1}/{steps}  loss {loss.item():.4f}  {tell()}  {seconds:.1f} s", flush=True)
             if (step + 1) % max(1, steps // saves) == 0 or step + 1 == steps:
                 save_model(model, directory)
-            model.train()
     model.eval()
     return steps
 
@@ -274,7 +292,8 @@ def main(argv=None) -> None:
     if target_dir is None:
         target_dir = args.out / f"{args.size}-target"
         target = build_model(preset.target).to(device)
-        add_residual_dropout(target, preset.dropout)
+        if preset.dropout:
+            add_residual_dropout(target, preset.dropout)
         taken = train(
             "target",
             target,
@@ -286,6 +305,8 @@ def main(argv=None) -> None:
             warmup=preset.warmup,
             directory=target_dir,
             saves=preset.saves,
+            reports=preset.reports,
+            by_layer=[target] if preset.by_layer else [],
             deadline=args.minutes and started + 60 * args.minutes * 0.65,
         )
         print(f"target: took {taken} steps, batch {args.batch or preset.batch}", flush=True)
@@ -311,6 +332,8 @@ def main(argv=None) -> None:
         warmup=preset.warmup,
         directory=draft_dir,
         saves=preset.saves,
+        reports=preset.reports,
+        by_layer=[draft, teacher] if preset.by_layer else [],
         deadline=args.minutes and started + 60 * args.minutes,
     )
     print(f"draft: took {taken} steps, batch {args.batch or preset.draft_batch}", flush=True)

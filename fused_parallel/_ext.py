@@ -10,6 +10,8 @@ import torch
 
 # The numbers of enum DType in csrc/common/dtype.h.
 DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+# The kernels' limits where there are no kernels to ask; tests/cpu/test_tuning.py compares them with the extension's.
+LIMITS = {"matmul_decode_max_rows": 64, "matmul_tile_rows": 128}
 
 
 @functools.cache
@@ -33,6 +35,12 @@ def extension() -> ModuleType | None:
 def why_no_extension() -> str | None:
     """Why `extension()` is None; None if it is there."""
     return _load()[1]
+
+
+@functools.cache
+def limit(name: str) -> int:
+    """A constant of the kernels that decides, with or without them, what is theirs: one of LIMITS."""
+    return getattr(extension(), name, LIMITS[name])
 
 
 @functools.cache

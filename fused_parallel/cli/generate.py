@@ -68,6 +68,11 @@ def add_parser(subparsers) -> None:
         help="with --offload: GB of host memory for each rank's layers; those beyond are read from the files each pass",
     )
     parser.add_argument(
+        "--cache-dir",
+        metavar="DIR",
+        help="with --host-memory: keep the layers beyond in a file in this directory of a disk, quantised if they are",
+    )
+    parser.add_argument(
         "--offload-cpu",
         action="store_true",
         help="with --offload: compute layers on the CPU instead of streaming them, as many as a measurement says",
@@ -96,8 +101,8 @@ def run(args: argparse.Namespace) -> int:
     if args.prompt_file is not None and not args.prompt_file.is_file():
         raise FileNotFoundError(f"--prompt-file {args.prompt_file}: there is no such file")
     prompts = args.prompt if args.prompt is not None else [args.prompt_file.read_text()]
-    if (args.host_memory is not None or args.offload_cpu) and args.offload is None:
-        raise ValueError("--host-memory and --offload-cpu say what --offload does: give --offload GB, too")
+    if (args.host_memory is not None or args.cache_dir is not None or args.offload_cpu) and args.offload is None:
+        raise ValueError("--host-memory, --cache-dir and --offload-cpu say what --offload does: give --offload GB, too")
     if args.plan is None and args.num_draft_tokens is not None and args.draft is None:
         raise ValueError("--num-draft-tokens says how much --draft drafts: give --draft DIR or --draft ngram, too")
     plan = None if args.plan is None else read_plan(args.plan)
@@ -112,7 +117,8 @@ def run(args: argparse.Namespace) -> int:
         offload = None
         if args.offload is not None:
             host = None if args.host_memory is None else int(args.host_memory * 1e9)
-            offload = Offload(resident_bytes=int(args.offload * 1e9), host_bytes=host, cpu=args.offload_cpu)
+            resident, where = int(args.offload * 1e9), {"host_bytes": host, "cache_dir": args.cache_dir}
+            offload = Offload(resident_bytes=resident, cpu=args.offload_cpu, **where)
         model_options: dict[str, object] = {"offload": offload, "quantize": args.quantize}
         options: dict[str, object] = {"num_draft_tokens": 4 if args.num_draft_tokens is None else args.num_draft_tokens}
     else:

@@ -5,7 +5,6 @@ Files are mapped, and values go from the page cache straight into their place: n
 
 from __future__ import annotations
 
-import functools
 import json
 import mmap
 import os
@@ -138,6 +137,7 @@ def load_weights(
     *,
     renamed: Mapping[str, str] | None = None,
     from_files: Callable[[nn.Parameter, Callable[[torch.Tensor], None]], bool] | None = None,
+    written: Callable[[nn.Parameter], None] = lambda parameter: None,
     device: torch.device | None = None,
     progress: bool = False,
 ) -> set[str]:
@@ -147,6 +147,7 @@ def load_weights(
         renamed: name -> name of the tensor to read in its place (tied weights).
         from_files: from_files(parameter, fill) tells whether a parameter stays in its file: it is checked, but not
             read; `fill(tensor)` reads it whenever it is wanted.
+        written: called with each parameter that has been filled.
         device: where weights are quantised (default: the CPU).
         progress: show a bar.
 
@@ -193,11 +194,16 @@ def load_weights(
                 )
                 for key in keys.values():
                     checkpoint.forget(key)
+                written(module.values), written(module.scales)
+
+            def fill_parameter(fill_from_file=fill_from_file, parameter=parameter):
+                fill_from_file(parameter.data)
+                written(parameter)
 
             if quantized is not None and name == "weight":
                 fillers.append((values.nbytes + scales.nbytes, quantize_from_file))
             elif from_files is None or not from_files(parameter, fill_from_file):
-                fillers.append((parameter.nbytes, functools.partial(fill_from_file, parameter.data)))
+                fillers.append((parameter.nbytes, fill_parameter))
 
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     threads = ThreadPoolExecutor(max(1, min(_THREADS, len(os.sched_getaffinity(0)) // ranks)))

@@ -96,11 +96,12 @@ class LlamaModel(nn.Module):
             if offload.cpu and group.size() > 1:
                 raise ValueError(f"Offload(cpu=True) is for one tensor-parallel rank, not for {group.size()}")
             self.layers = StreamedLayers(stack, device=device, progress=progress, **vars(offload))
-            if quantize is not None and self.layers.disk_bytes:
+            if quantize is not None and self.layers.disk_bytes and offload.cache_dir is None:
                 self.layers.release()
                 raise ValueError(
                     f"offload=Offload(host_bytes={offload.host_bytes}) leaves layers in their files, which hold no "
-                    f"quantised weights; give it more or leave quantize={quantize!r} out"
+                    f"quantised weights; name a directory where they can be kept (cache_dir), give host_bytes more, or "
+                    f"leave quantize={quantize!r} out"
                 )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, device=device, dtype=dtype) if last else None
         self.rotary_emb = RotaryEmbedding(config.head_dim, config.rope_theta, config.rope_scaling, device)
@@ -234,8 +235,9 @@ class LlamaForCausalLM(nn.Module):
 
     def _load(self, checkpoint: Checkpoint, progress: bool) -> None:
         tied = {"lm_head.weight": "model.embed_tokens.weight"} if self.config.tie_word_embeddings else {}
-        from_files = self.model.layers.from_files if self.offloaded else None
-        options = {"from_files": from_files, "device": self._device, "progress": progress}
+        options = {"device": self._device, "progress": progress}
+        if self.offloaded:
+            options |= {"from_files": self.model.layers.from_files, "written": self.model.layers.written}
         used = load_weights(self, checkpoint, renamed=tied, **options)
         unknown = sorted(k for k in checkpoint.keys() - used if not self._is_elsewhere(k) and k not in tied)
         if unknown:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 
 import torch
 from torch import nn
 
 from .._progress import progress_bar
+from ..offload.cache_file import CacheFile
 from ..offload.disk_reader import DiskReader
 from ..offload.host_memory import HostBlocks
 from .linear import ColumnParallelLinear, RowParallelLinear, local_product
@@ -34,7 +36,9 @@ class StreamedLayers(nn.Module):
             the copies of the others have time.
         host_bytes: layers of up to so many bytes in all are in host memory, evenly again; those beyond stay in the
             files they are loaded from (`from_files`) and are read in every pass, ahead of their use, through two blocks
-            that count here. None: all are in host memory. Only for layers on the meta device.
+            that count here. None: all are in host memory. Only for layers on the meta device, or with `cache_dir`.
+        cache_dir: a directory; the layers beyond `host_bytes` are then in a file without a name there, as they travel,
+            instead of those they are loaded from: quantised, converted, this rank's part.
         cpu: compute layers of parallel linears on the CPU, from host memory, instead of copying them, as many as a
             measurement says: in passes of up to 64 rows (`items(rows)`), not in captured ones.
         progress: show a bar while memory is pinned.
@@ -58,6 +62,7 @@ class StreamedLayers(nn.Module):
         slots: int = 2,
         resident_bytes: int = 0,
         host_bytes: int | None = None,
+        cache_dir: str | Path | None = None,
         cpu: bool = False,
         progress: bool = False,
     ) -> None:
@@ -80,16 +85,22 @@ class StreamedLayers(nn.Module):
         in_files = _beyond([sizes[i] for i in self._order], host_bytes)
         in_files = {self._order[place] for place in in_files}
         largest = max((sizes[i] for i in self._order), default=0)
+        on_disk = [i for i in self._order if i in in_files]
+        self._cache: CacheFile | None = None
+        if on_disk and cache_dir is not None:
+            what = f"StreamedLayers: {len(on_disk)} of {len(layers)} layers on disk"
+            self._cache = CacheFile({i: sizes[i] for i in on_disk}, cache_dir, what)
         wanted = {i: sizes[i] for i in self._order if i not in in_files}
         with progress_bar(progress and on_gpu, "pinning host memory", sum(wanted.values()), "GB") as advance:
             self._host = HostBlocks(
-                [*wanted.values(), *[largest] * (_DISK_BLOCKS if in_files else 0)],
+                [*wanted.values(), *[largest] * (_DISK_BLOCKS if on_disk else 0)],
                 self.device,
                 f"StreamedLayers: {len(wanted)} of {len(layers)} layers in host memory",
                 advance,
             )
         try:
-            self._fill_tiers(dict(zip(wanted, self._host.tensors, strict=False)), resident)
+            cached = self._cache.tensors if self._cache is not None else {}
+            self._fill_tiers(dict(zip(wanted, self._host.tensors, strict=False)), cached, resident)
         except BaseException:
             self._host.release()
             raise
@@ -106,11 +117,11 @@ class StreamedLayers(nn.Module):
         self.register_load_state_dict_pre_hook(self._before_loading)
         self._fillers: dict[int, Callable[[torch.Tensor], None]] = {}  # by the parameter's id
         self._disk: DiskReader | None = None
-        if in_files:
-            order = [i for i in self._order if i in in_files]
-            self._disk = DiskReader(order, self._read_from_files, self._host.tensors[-_DISK_BLOCKS:])
-            self.register_state_dict_pre_hook(_refuse_state_dict)
-            self.register_load_state_dict_pre_hook(_refuse_state_dict)
+        if on_disk:
+            self._disk = DiskReader(on_disk, self._read_from_disk, self._host.tensors[-_DISK_BLOCKS:])
+            if self._cache is None:
+                self.register_state_dict_pre_hook(_refuse_state_dict)
+                self.register_load_state_dict_pre_hook(_refuse_state_dict)
         self.passes = 0
         self.streamed_bytes = 0  # copied to the device by all passes
         self._cpu = cpu
@@ -121,7 +132,7 @@ class StreamedLayers(nn.Module):
         self._timed: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
         self._copy_seconds = 0.0
 
-    def _fill_tiers(self, blocks: dict[int, torch.Tensor], resident: set[int]) -> None:
+    def _fill_tiers(self, hosts: dict[int, torch.Tensor], cached: dict[int, torch.Tensor], resident: set[int]) -> None:
         """Give every parameter its place."""
         for index, (name, layer) in enumerate(self._layers):
             self.add_module(name, layer)
@@ -138,15 +149,18 @@ class StreamedLayers(nn.Module):
                 size += _padded(parameter)
             if not views:
                 continue
-            block = blocks.get(index)
+            block = hosts.get(index, cached.get(index))
             for parameter, offset, shape, dtype in views:
                 if block is not None:
                     _move(parameter, _view(block, offset, shape, dtype))
                 elif parameter.is_meta:
                     _move(parameter, torch.empty(1, dtype=dtype).expand(shape))  # a place without memory
                 else:
-                    raise ValueError("StreamedLayers: host_bytes is for layers on the meta device, read from files")
-            self._blocks[index], self._views[index] = block, views
+                    raise ValueError(
+                        "StreamedLayers: host_bytes is for layers on the meta device, read from files; others need a "
+                        "cache_dir"
+                    )
+            self._blocks[index], self._views[index] = hosts.get(index), views
 
     @property
     def blocks(self) -> list[torch.Tensor]:
@@ -243,6 +257,8 @@ class StreamedLayers(nn.Module):
         """Copies that are queued, by passes or replays, still read the old weights."""
         self._synchronize()
         self._ahead = False
+        if self._disk is not None:
+            self._disk.forget()
 
     def _synchronize(self) -> None:
         if self._stream is not None:
@@ -251,12 +267,22 @@ class StreamedLayers(nn.Module):
     def from_files(self, parameter: nn.Parameter, fill: Callable[[torch.Tensor], None]) -> bool:
         """Whether `parameter` is of a layer that stays in files; then `fill(tensor)`, which reads it, is kept for every
         pass. Called by loaders for each parameter."""
-        if not any(p is parameter for i, block in self._blocks.items() if block is None for p, *_ in self._views[i]):
+        if self._cache is not None or not any(
+            p is parameter for i, block in self._blocks.items() if block is None for p, *_ in self._views[i]
+        ):
             return False
         self._fillers[id(parameter)] = fill
         return True
 
-    def _read_from_files(self, index: int, block: torch.Tensor) -> None:
+    def written(self, parameter: nn.Parameter) -> None:
+        """A loader has filled `parameter`, the whole of it."""
+        if self._cache is not None:
+            self._cache.written(parameter.data)
+
+    def _read_from_disk(self, index: int, block: torch.Tensor) -> None:
+        if self._cache is not None:
+            self._cache.read(index, block)
+            return
         for parameter, offset, shape, dtype in self._views[index]:
             if id(parameter) not in self._fillers:
                 raise RuntimeError(f"StreamedLayers: layer {self._layers[index][0]!r} stays in files and is not loaded")
@@ -268,6 +294,11 @@ class StreamedLayers(nn.Module):
             self._stream.synchronize()
         if self._disk is not None:
             self._disk.close()
+        if self._cache is not None:
+            for index in self._cache.tensors:
+                for parameter, _, shape, dtype in self._views[index]:
+                    parameter.data = torch.empty(1, dtype=dtype).expand(shape)  # out of the file
+            self._cache.close()
         self._host.release()
 
     def _fetch(self, place: int) -> None:

@@ -44,10 +44,7 @@ class DiskReader:
         """The block with `layer`, once it is read; `give_back` it before the next is taken."""
         self._begin()
         if self._begun[0][0] != layer:  # a pass was broken off: what was read ahead is not what comes next
-            while self._begun:
-                _, block, future = self._begun.popleft()
-                future.exception()  # over, however it ended
-                self._free.append((block, None))
+            self.forget()
             self._next = self._order.index(layer)
             self._begin()
         _, block, future = self._begun.popleft()
@@ -57,6 +54,14 @@ class DiskReader:
             self._free.append((block, None))
             raise
         return block
+
+    def forget(self) -> None:
+        """Drop what has been read ahead; it is read again."""
+        self._next -= len(self._begun)
+        while self._begun:
+            _, block, future = self._begun.popleft()
+            future.exception()  # over, however it ended
+            self._free.append((block, None))
 
     def give_back(self, block: torch.Tensor, event: torch.cuda.Event | None) -> None:
         """The block may be written again after `event` (None: now); the next layer's read begins."""

@@ -14,13 +14,13 @@ from .all_reduce import aligned
 from .matmul_all_reduce import check_matmul
 from .silu_mul import silu_mul
 
-_MOST_ROWS = 64  # what the kernel takes: kDecodeMaxRows
-
 
 def _takes_kernel(x: torch.Tensor, weight: torch.Tensor) -> bool:
     """Shapes that it does not take are cuBLAS's, and no fallback."""
     n, k = weight.shape
-    if not x.is_cuda or x.element_size() != 2 or n % 8 or k % 8 or n == 0 or not 0 < x.numel() <= _MOST_ROWS * k:
+    if not x.is_cuda or x.element_size() != 2 or n % 8 or k % 8 or n == 0:
+        return False
+    if not 0 < x.numel() <= _ext.limit("matmul_decode_max_rows") * k:
         return False
     if torch.cuda.get_device_capability(x.device)[0] != 9:
         return False

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import torch
 
+from .. import _ext
 from ..comm import tuning
 from ..comm.capabilities import agree
 from ..comm.tuning import Choice, Table
@@ -22,7 +23,9 @@ _EPS = 1e-5
 
 def rows_tried(op: str, quick: bool, world: int) -> list[int]:
     """Rows of the whole result; multiples of the ranks where each has its part of them."""
-    few = [] if op in ("matmul_reduce_scatter", "all_gather_matmul") else [1, 64] if quick else [1, 8, 32, 64]
+    most = _ext.limit("matmul_decode_max_rows")
+    few = [1, most] if quick else [1, 8, 32, most]
+    few = [] if op in ("matmul_reduce_scatter", "all_gather_matmul") else few
     many = [256, 2048] if quick else [128, 256, 512, 1024, 2048, 4096]
     return few + many if few else [rows // world * world for rows in many]
 
@@ -30,9 +33,9 @@ def rows_tried(op: str, quick: bool, world: int) -> list[int]:
 def candidates(op: str, world: int, rows: int) -> list[Choice]:
     """What is tried for a result of `rows` rows."""
     found = [tuning.WHOLE]
-    if rows <= 64 and op.startswith("matmul_all_reduce"):
+    if rows <= _ext.limit("matmul_decode_max_rows") and op.startswith("matmul_all_reduce"):
         found.append(tuning.DECODE)
-    if rows > 128 * (world - 1):
+    if rows > _ext.limit("matmul_tile_rows") * (world - 1):
         found.append(tuning.PERSISTENT)
     return found
 

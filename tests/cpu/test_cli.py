@@ -54,6 +54,7 @@ def test_generate_alone_and_on_two_ranks():
         (("--prompt-file", "/nowhere.txt"), "/nowhere.txt"),
         (("--prompt", "x", "--device", "cuda"), "has no GPU"),
         (("--prompt", "x", "--host-memory", "1"), "give --offload GB, too"),
+        (("--prompt", "x", "--offload", "0", "--cache-dir", "/"), "is for layers beyond host_bytes: give that, too"),
         (("--prompt", "x", "--num-draft-tokens", "auto"), "give --draft DIR or --draft ngram, too"),
         (("--prompt", "x", "--offload", "0", "--host-memory", "-1"), "host_bytes must be an integer of at least 0"),
     ],
@@ -69,9 +70,10 @@ def test_generate_errors(options, message, capsys):
     assert message in text and "Traceback" not in text
 
 
-def test_generate_offloaded_and_quantised(capsys):
+def test_generate_offloaded_and_quantised(capsys, tmp_path):
     options = ["--device", "cpu", "--prompt", "import os", "--max-new-tokens", "12", "--offload", "0"]
-    for more in (["--quantize", "int8"], ["--quantize", "int4"], ["--host-memory", "0.01"]):
+    cached = ["--quantize", "int4", "--host-memory", "0", "--cache-dir", str(tmp_path)]
+    for more in (["--quantize", "int8"], ["--quantize", "int4"], ["--host-memory", "0.01"], cached):
         assert main(["generate", "--model", str(TARGET), *options, *more]) == 0
         told = capsys.readouterr()
         assert told.out.startswith("import os") and "MB streamed a token at" in told.err

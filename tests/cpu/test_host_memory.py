@@ -235,6 +235,14 @@ def test_layers_in_files_need_no_memory(large):
     assert taken < 0.5 * weights, f"{taken / 1e6:.0f} MB for {weights / 1e6:.0f} MB"
 
 
+def test_layers_in_a_cache_file_need_no_memory(large, tmp_path):
+    taken, weights, host, disk = peak_of(large, f"fp.Offload(host_bytes=0, cache_dir={str(tmp_path)!r})")
+    assert host == 0 and disk > 300_000_000
+    # What the threads write at the moment, two matrices of 17 MB, and read.
+    print(f"{taken} bytes at the peak for {weights} of weights")
+    assert taken < 0.5 * weights, f"{taken / 1e6:.0f} MB for {weights / 1e6:.0f} MB"
+
+
 @pytest.mark.parametrize("tp,pp", [(1, 1), (2, 1), (1, 2)])
 def test_same_tokens_from_files(tmp_path, tp, pp):
     path = tmp_path / "model"

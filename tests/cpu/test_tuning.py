@@ -1,10 +1,13 @@
 """The tuning table: defaults, the file, its errors; and `fused-parallel probe --tune` without GPUs."""
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 import torch
 
+from fused_parallel import _ext
 from fused_parallel.cli import main
 from fused_parallel.comm import tuning
 from fused_parallel.comm.tuning import Choice
@@ -79,6 +82,12 @@ def test_matmul_candidates():
     assert tuning.DECODE in tune_matmul.candidates("matmul_all_reduce", 2, 64)
     assert tuning.DECODE not in tune_matmul.candidates("matmul_all_reduce", 2, 128)
     assert tuning.PERSISTENT in tune_matmul.candidates("all_gather_matmul", 2, 256)
+
+
+def test_limits_are_those_of_the_kernels():
+    header = (Path(__file__).parents[2] / "csrc" / "matmul_all_reduce.h").read_text()
+    for name, constant in (("matmul_decode_max_rows", "kDecodeMaxRows"), ("matmul_tile_rows", "kTileRows")):
+        assert _ext.LIMITS[name] == int(re.search(rf"\b{constant} = (\d+)", header).group(1)) == _ext.limit(name)
 
 
 def test_tune_without_gpus_says_so(capsys):

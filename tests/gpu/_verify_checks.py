@@ -32,18 +32,18 @@ def make_round(batch, k, vocab, dtype=torch.bfloat16, full=True, draft_dtype=Non
     )
 
 
-def both(inputs, **options):
+def both(inputs, op=verify, **options):
     with fp.use("fused"):
-        ours = verify(**inputs, return_logprobs=True, **options)
+        ours = op(**inputs, return_logprobs=True, **options)
     with fp.use("reference"):
-        reference = verify(**inputs, return_logprobs=True, **options)
+        reference = op(**inputs, return_logprobs=True, **options)
     return ours, reference
 
 
-def near_tie(inputs, request, tokens, options):
+def near_tie(inputs, request, tokens, options, op=verify):
     """Whether the reference itself gives `tokens` for logits that are off by NEAR or less."""
-    one = {name: None if t is None else t[request : request + 1] for name, t in inputs.items()}
-    for _ in range(16):
+    one = {name: t[request : request + 1] if isinstance(t, torch.Tensor) else t for name, t in inputs.items()}
+    for _ in range(16 if op is verify else 32):  # trees decide more often
         moved = dict(one)
         for name in ("target_logits", "draft_logits"):
             if one[name] is not None:
@@ -54,23 +54,25 @@ def near_tie(inputs, request, tokens, options):
         if one.get("top_p") is not None:
             moved["top_p"] = one["top_p"] * (1 + 1e-6 * (2 * torch.rand(1, device="cuda") - 1))
         with fp.use("reference"):
-            if torch.equal(verify(**moved, **options).tokens[0], tokens):
+            if torch.equal(op(**moved, **options).tokens[0], tokens):
                 return True
     return False
 
 
-def check(inputs, most_ties=1, **options):
-    """Raise unless the kernels give the reference's tokens, or a near tie's; returns the result and the ties."""
-    ours, reference = both(inputs, **options)
+def check(inputs, most_ties=1, op=verify, **options):
+    """Raise unless the kernels of `op`, verify or verify_tree, give the reference's tokens, or a near tie's; the
+    kernels' result."""
+    ours, reference = both(inputs, op, **options)
     wrong = (ours.tokens != reference.tokens).any(1).nonzero()[:, 0].tolist()
     assert len(wrong) <= most_ties, f"{len(wrong)} of {len(ours.tokens)} requests differ: {wrong[:20]}"
     for request in wrong:
-        assert near_tie(inputs, request, ours.tokens[request], options), (
+        assert near_tie(inputs, request, ours.tokens[request], options, op), (
             f"request {request}: {ours.tokens[request].tolist()} but {reference.tokens[request].tolist()}, no tie"
         )
     same = torch.ones(len(ours.tokens), dtype=torch.bool, device="cuda")
     same[wrong] = False
     assert torch.equal(ours.num_accepted[same], reference.num_accepted[same])
+    assert ours.path is None or torch.equal(ours.path[same], reference.path[same])
     torch.testing.assert_close(ours.logprobs[same], reference.logprobs[same], rtol=2e-6, atol=2e-5)
     print(f"{len(wrong)} near ties in {len(ours.tokens)} requests")
     return ours

@@ -3,6 +3,8 @@ are resident at once. The protocol and the bits are those of W GPUs; only the li
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
 
 from fused_parallel import _ext
@@ -37,6 +39,31 @@ class VirtualRanks:
         """Let the current stream wait for all streams."""
         for stream in self.streams:
             torch.cuda.current_stream().wait_stream(stream)
+
+    def on_all(self, launch: Callable[[int], object], sleeps: Sequence[int] | None = None) -> None:
+        """`launch(rank)`, which uses the rank's stream, for all ranks, each `sleeps[rank]` cycles late; behind what the
+        current stream has been given, which then waits for all of them."""
+        self.start()
+        for rank in range(self.world):
+            if sleeps is not None:
+                with torch.cuda.stream(self.streams[rank]):
+                    torch.cuda._sleep(sleeps[rank])
+            launch(rank)
+        self.finish()
+
+    def skewed_graphs(
+        self, launch: Callable[[int], object], count: int, most_cycles: int
+    ) -> list[torch.cuda.CUDAGraph]:
+        """CUDA graphs of `on_all`, in each of which the ranks are late by other numbers of cycles."""
+        self.on_all(launch)  # what is made at first use
+        torch.cuda.synchronize()
+        graphs = []
+        for sleeps in torch.randint(0, most_cycles, (count, self.world)).tolist():
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                self.on_all(launch, sleeps)
+            graphs.append(graph)
+        return graphs
 
     def launch(self, rank: int, x, out, two_shot: bool, threads: int = 0, ctas: int = 0) -> None:
         self.native[rank].all_reduce(
@@ -79,20 +106,14 @@ class VirtualRanks:
 
     def all_reduce(self, xs: list[torch.Tensor], two_shot: bool = False, in_place: bool = False) -> list[torch.Tensor]:
         outs = xs if in_place else [torch.full_like(x, float("nan")) for x in xs]
-        self.start()
-        for rank in range(self.world):
-            self.launch(rank, xs[rank], outs[rank], two_shot)
-        self.finish()
+        self.on_all(lambda rank: self.launch(rank, xs[rank], outs[rank], two_shot))
         return outs
 
     def all_reduce_add_rms_norm(
         self, xs, residual, weight, eps: float, cluster: int = 0
     ) -> list[tuple[torch.Tensor, torch.Tensor]]:
         outs = [(torch.full_like(x, float("nan")), torch.full_like(x, float("nan"))) for x in xs]
-        self.start()
-        for rank in range(self.world):
-            self.launch_norm(rank, xs[rank], residual, weight, *outs[rank], eps, cluster)
-        self.finish()
+        self.on_all(lambda rank: self.launch_norm(rank, xs[rank], residual, weight, *outs[rank], eps, cluster))
         return outs
 
     def check(self) -> None:

@@ -151,24 +151,12 @@ def test_graphs_with_changing_inputs_and_skew(ranks, dtype, seed):
     sizes = (17, 40_000, 2880, 100_000)
     xs = [random(n, dtype, ranks.world) for n in sizes]
     outs = [[torch.empty_like(x) for x in group] for group in xs]
-    sleeps = torch.randint(0, 60_000, (10, ranks.world)).tolist()
 
-    def body(sleep):
-        ranks.start()
-        for rank in range(ranks.world):
-            with torch.cuda.stream(ranks.streams[rank]):
-                torch.cuda._sleep(sleep[rank])
-            for i in range(len(sizes)):
-                ranks.launch(rank, xs[i][rank], outs[i][rank], two_shot=i % 2 == 1)
-        ranks.finish()
+    def calls(rank):
+        for i in range(len(sizes)):
+            ranks.launch(rank, xs[i][rank], outs[i][rank], two_shot=i % 2 == 1)
 
-    torch.cuda.synchronize()
-    graphs = []
-    for sleep in sleeps:
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            body(sleep)
-        graphs.append(graph)
+    graphs = ranks.skewed_graphs(calls, 10, 60_000)
     for replay in range(100):
         for group in xs:
             for x in group:
@@ -177,7 +165,7 @@ def test_graphs_with_changing_inputs_and_skew(ranks, dtype, seed):
             for out in group:
                 out.fill_(float("nan"))
         if replay % 10 == 3:
-            body(sleeps[0])
+            ranks.on_all(calls, [60_000 * (rank % 2) for rank in range(ranks.world)])
         else:
             graphs[replay % len(graphs)].replay()
         for group, results in zip(xs, outs, strict=True):

@@ -178,7 +178,7 @@ def test_no_room_to_pin_is_told(monkeypatch):
 
 @pytest.mark.parametrize("slots", [1, 2, 3])
 def test_offloaded_equals_resident(tmp_path, slots):
-    """With layers on the device, in host memory and in files; eager and in CUDA graphs."""
+    """With layers on the device, in host memory, in files and in one of their own; eager and in CUDA graphs."""
     ranks.save_random_model(tmp_path / "target", scale=6.0, num_hidden_layers=8)
     ranks.save_random_model(tmp_path / "draft", scale=6.0, num_hidden_layers=1)
     args = tmp_path / "target", tmp_path / "draft"
@@ -188,6 +188,7 @@ def test_offloaded_equals_resident(tmp_path, slots):
         fp.Offload(slots=slots),
         fp.Offload(slots=slots, resident_bytes=3 * layer + 8192),
         fp.Offload(slots=slots, host_bytes=5 * layer),
+        fp.Offload(slots=slots, host_bytes=5 * layer, cache_dir=tmp_path),
     ):
         options = [{}, {"num_draft_tokens": "auto"}, {"num_draft_tokens": 6}]
         if offload.host_bytes is None:
@@ -270,7 +271,8 @@ def test_quantised_model(tmp_path, kind):
     """Quantised on the GPU or the CPU, streamed or on the device: the same integers, so the same logits."""
     ranks.save_random_model(tmp_path)
     (expected,) = run_ranks(quantized_logits, 1, tmp_path, kind, None, device="cpu")
-    for offload in (None, fp.Offload(), fp.Offload(resident_bytes=60_000)):
+    on_disk = fp.Offload(host_bytes=0, cache_dir=tmp_path)
+    for offload in (None, fp.Offload(), fp.Offload(resident_bytes=60_000), on_disk):
         (got,) = run_ranks(quantized_logits, 1, tmp_path, kind, offload, device="cuda")
         assert (got - expected).norm() / expected.norm() < 1e-4
 

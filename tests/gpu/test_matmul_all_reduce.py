@@ -4,17 +4,13 @@ import time
 
 import pytest
 import torch
+from _matmul_cases import NEEDS_HOPPER, operands, summed_products
 from _virtual_ranks import VirtualRanks
 
 from fused_parallel import _ext
 from fused_parallel.testing.tolerances import assert_close
 
-pytestmark = [
-    pytest.mark.skipif(_ext.why_no_kernels() is not None, reason=f"no CUDA kernels: {_ext.why_no_kernels()}"),
-    pytest.mark.skipif(
-        torch.cuda.is_available() and torch.cuda.get_device_capability()[0] != 9, reason="the kernel needs a Hopper"
-    ),
-]
+pytestmark = NEEDS_HOPPER
 
 TILES = 512
 
@@ -50,22 +46,8 @@ class VirtualMatmuls(VirtualRanks):
     def run(self, xs, weights, scatter: bool):
         rows = len(xs[0]) // self.world if scatter else len(xs[0])
         outs = [x.new_full((rows, len(weights[0])), float("nan")) for x in xs]
-        self.start()
-        for rank in range(self.world):
-            self.matmul(rank, xs[rank], weights[rank], outs[rank], scatter)
-        self.finish()
+        self.on_all(lambda rank: self.matmul(rank, xs[rank], weights[rank], outs[rank], scatter))
         return outs
-
-
-def operands(world: int, m: int, k: int, n: int, dtype):
-    xs = [torch.randn(m, k, device="cuda").to(dtype) for _ in range(world)]
-    weights = [(torch.randn(n, k, device="cuda") * (world * k) ** -0.5).to(dtype) for _ in range(world)]
-    return xs, weights
-
-
-def expected(xs, weights):
-    """float64 sum of the partials, each rounded to the dtype, as they travel."""
-    return sum((x.double() @ w.double().t()).to(x.dtype).double() for x, w in zip(xs, weights, strict=True))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -93,7 +75,7 @@ def test_sums(world, scatter, dtype, seed):
             m = m // world * world
         xs, weights = operands(world, m, k, n, dtype)
         outs = ranks.run(xs, weights, scatter)
-        whole = expected(xs, weights)
+        whole = summed_products(xs, weights)
         for rank, out in enumerate(outs):
             assert_close(out, whole.chunk(world)[rank] if scatter else whole, factor=2)
             assert scatter or torch.equal(out, outs[0])
@@ -109,24 +91,12 @@ def test_graph_with_changing_inputs_and_skew(seed):
     outs = [[x.new_empty(len(xs[0]), len(ws[0])) for x in xs] for xs, ws in problems]
     summed = [torch.empty_like(out) for out in outs[0]]
 
-    def body(sleeps):
-        ranks.start()
-        for rank in range(2):
-            with torch.cuda.stream(ranks.streams[rank]):
-                torch.cuda._sleep(sleeps[rank])
-            for (xs, ws), out in zip(problems, outs, strict=True):
-                ranks.matmul(rank, xs[rank], ws[rank], out[rank], False)
-                ranks.launch(rank, outs[0][rank], summed[rank], two_shot=False)
-        ranks.finish()
+    def chain(rank):
+        for (xs, ws), out in zip(problems, outs, strict=True):
+            ranks.matmul(rank, xs[rank], ws[rank], out[rank], False)
+            ranks.launch(rank, outs[0][rank], summed[rank], two_shot=False)
 
-    body((0, 0))
-    torch.cuda.synchronize()
-    graphs = []
-    for sleeps in torch.randint(0, 100_000, (8, 2)).tolist():
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            body(sleeps)
-        graphs.append(graph)
+    graphs = ranks.skewed_graphs(chain, 8, 100_000)
     for replay in range(100):
         for xs, _ in problems:
             for x in xs:
@@ -135,7 +105,7 @@ def test_graph_with_changing_inputs_and_skew(seed):
             tensor.fill_(float("nan"))
         graphs[replay % len(graphs)].replay()
         for (xs, ws), out in zip(problems, outs, strict=True):
-            assert_close(out[0], expected(xs, ws), factor=2)
+            assert_close(out[0], summed_products(xs, ws), factor=2)
             assert torch.equal(out[0], out[1]), replay
         assert torch.equal(summed[0], outs[0][0] * 2) and torch.equal(summed[0], summed[1])
     ranks.check()
@@ -152,15 +122,14 @@ def test_calls_of_other_shapes_do_not_mix(late, seed):
         for (m, _, n, scatter), (xs, _) in zip(shapes, problems, strict=True):
             rows = m // 3 if scatter else m
             outs.append([x.new_full((rows, n), float("nan")) for x in xs])
-        ranks.start()
-        for rank in range(3):
-            with torch.cuda.stream(ranks.streams[rank]):
-                torch.cuda._sleep(400_000 if rank == late else 0)
+
+        def calls(rank, outs=outs):
             for (*_, scatter), (xs, ws), out in zip(shapes, problems, outs, strict=True):
                 ranks.matmul(rank, xs[rank], ws[rank], out[rank], scatter)
-        ranks.finish()
+
+        ranks.on_all(calls, [400_000 if rank == late else 0 for rank in range(3)])
         for (*_, scatter), (xs, ws), out in zip(shapes, problems, outs, strict=True):
-            whole = expected(xs, ws)
+            whole = summed_products(xs, ws)
             for rank in range(3):
                 assert_close(out[rank], whole.chunk(3)[rank] if scatter else whole, factor=2)
     ranks.check()
@@ -206,14 +175,9 @@ def test_all_gather_matmul(world, dtype, seed):
         _, weights = operands(world, 8, k, n, dtype)
         problems.append((xs, weights, [x.new_empty(world * rows, n) for x in xs]))
 
-    def body(sleeps):
-        ranks.start()
-        for rank in range(world):
-            with torch.cuda.stream(ranks.streams[rank]):
-                torch.cuda._sleep(sleeps[rank])
-            for xs, weights, outs in (*problems, problems[0]):
-                ranks.launch_gather(rank, xs[rank], weights[rank], outs[rank])
-        ranks.finish()
+    def calls(rank):
+        for xs, weights, outs in (*problems, problems[0]):
+            ranks.launch_gather(rank, xs[rank], weights[rank], outs[rank])
 
     def check():
         for xs, weights, outs in problems:
@@ -223,11 +187,11 @@ def test_all_gather_matmul(world, dtype, seed):
                 out.fill_(float("nan"))
 
     for sleeps in torch.randint(0, 200_000, (5, world)).tolist():
-        body(sleeps)
+        ranks.on_all(calls, sleeps)
         check()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        body([0] * world)
+        ranks.on_all(calls)
     for _ in range(50):
         for xs, *_ in problems:
             for x in xs:

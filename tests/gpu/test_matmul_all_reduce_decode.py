@@ -4,26 +4,16 @@ import time
 
 import pytest
 import torch
+from _matmul_cases import NEEDS_HOPPER, operands, summed_products
 from _virtual_ranks import VirtualRanks
 
 import fused_parallel as fp
 from fused_parallel import _ext, ops
 from fused_parallel.testing.tolerances import assert_close
 
-pytestmark = [
-    pytest.mark.skipif(_ext.why_no_kernels() is not None, reason=f"no CUDA kernels: {_ext.why_no_kernels()}"),
-    pytest.mark.skipif(
-        torch.cuda.is_available() and torch.cuda.get_device_capability()[0] != 9, reason="the kernel needs a Hopper"
-    ),
-]
+pytestmark = NEEDS_HOPPER
 EPS = 1e-5
 ROWS = (1, 3, 8, 9, 16, 17, 32, 33, 64)
-
-
-def operands(world: int, m: int, k: int, n: int, dtype):
-    xs = [torch.randn(m, k, device="cuda").to(dtype) for _ in range(world)]
-    weights = [(torch.randn(n, k, device="cuda") * (world * k) ** -0.5).to(dtype) for _ in range(world)]
-    return xs, weights
 
 
 class Layer:
@@ -65,17 +55,12 @@ class Layer:
 
     def run(self):
         self.poison()
-        self.ranks.start()
-        for rank in range(self.ranks.world):
-            self.launch(rank)
-        self.ranks.finish()
+        self.ranks.on_all(self.launch)
         return [[t.clone() for t in out[: 1 + self.norm]] for out in self.outs]
 
     def expected(self):
         """Each partial rounded to the dtype, as it travels, then float64."""
-        total = sum(
-            (x.double() @ w.double().t()).to(x.dtype).double() for x, w in zip(self.xs, self.weights, strict=True)
-        )
+        total = summed_products(self.xs, self.weights)
         if self.bias is not None:
             total = total + self.bias.double()
         if not self.norm:
@@ -156,24 +141,12 @@ def test_graph_with_changing_inputs_and_skew(seed):
     layers.append(Layer(ranks, 16, 136, 2048, torch.float16))
     summed = [torch.empty_like(layers[0].outs[0][0]) for _ in range(2)]
 
-    def body(sleeps):
-        ranks.start()
-        for rank in range(2):
-            with torch.cuda.stream(ranks.streams[rank]):
-                torch.cuda._sleep(sleeps[rank])
-            for layer in (*layers, layers[0]):
-                layer.launch(rank)
-                ranks.launch(rank, layers[0].outs[rank][0], summed[rank], two_shot=False)
-        ranks.finish()
+    def chain(rank):
+        for layer in (*layers, layers[0]):
+            layer.launch(rank)
+            ranks.launch(rank, layers[0].outs[rank][0], summed[rank], two_shot=False)
 
-    body((0, 0))
-    torch.cuda.synchronize()
-    graphs = []
-    for sleeps in torch.randint(0, 100_000, (8, 2)).tolist():
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            body(sleeps)
-        graphs.append(graph)
+    graphs = ranks.skewed_graphs(chain, 8, 100_000)
     for replay in range(200):
         for layer in layers:
             for x in (*layer.xs, layer.residual):

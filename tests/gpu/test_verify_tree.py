@@ -1,13 +1,12 @@
 """The kernels of verify_tree against the float64 reference, token for token but for near ties."""
 
+import _verify_checks
 import pytest
 import torch
 from _verify_cases import tree_case
 
 import fused_parallel as fp
 from fused_parallel.ops.verify_tree import SIBLINGS, verify_tree
-
-NEAR = 3e-5
 
 
 @pytest.fixture(autouse=True)
@@ -20,47 +19,11 @@ def on_gpu(case):
     return {name: t.cuda() if isinstance(t, torch.Tensor) else t for name, t in case.items()}
 
 
-def both(case, **options):
-    results = []
-    for mode in ("fused", "reference"):
-        with fp.use(mode):
-            results.append(verify_tree(**case, return_logprobs=True, **options))
-    return results
+def check(case, **options):
+    return _verify_checks.check(on_gpu(case), op=verify_tree, **options)
 
 
-def near_tie(case, request, tokens, options):
-    one = {name: t[request : request + 1] if isinstance(t, torch.Tensor) else t for name, t in case.items()}
-    one["parents"] = case["parents"].expand_as(case["draft_tokens"])[request : request + 1]
-    for _ in range(32):
-        moved = dict(one)
-        for name in ("target_logits", "draft_logits"):
-            if one[name] is not None:
-                x = one[name].float()
-                moved[name] = x + NEAR * (2 * torch.rand_like(x) - 1)
-        with fp.use("reference"):
-            if torch.equal(verify_tree(**moved, **options).tokens[0], tokens):
-                return True
-    return False
-
-
-def check(case, most_ties=1, **options):
-    case = on_gpu(case)
-    ours, reference = both(case, **options)
-    wrong = (ours.tokens != reference.tokens).any(1).nonzero()[:, 0].tolist()
-    assert len(wrong) <= most_ties, f"{len(wrong)} of {len(ours.tokens)} requests differ: {wrong[:20]}"
-    for request in wrong:
-        assert near_tie(case, request, ours.tokens[request], options), (
-            f"request {request}: {ours.tokens[request].tolist()} but {reference.tokens[request].tolist()}, no tie"
-        )
-    same = torch.ones(len(ours.tokens), dtype=torch.bool, device="cuda")
-    same[wrong] = False
-    assert torch.equal(ours.num_accepted[same], reference.num_accepted[same])
-    assert torch.equal(ours.path[same], reference.path[same])
-    torch.testing.assert_close(ours.logprobs[same], reference.logprobs[same], rtol=2e-6, atol=2e-5)
-    return ours
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("dtype", _verify_checks.DTYPES)
 @pytest.mark.parametrize("siblings", SIBLINGS)
 def test_equals_reference(seed, siblings, dtype):
     check(tree_case(150, 8, 11, siblings, dtype), vocab_size=9)
