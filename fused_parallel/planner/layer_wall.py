@@ -134,19 +134,19 @@ def _share(row: LayerTime) -> str:
 def predict_wall(
     model: ModelShape, cluster: Cluster, batches: Sequence[int], context: int, degrees: Sequence[int] | None = None
 ) -> LayerWall:
-    """The cost model's layer on `cluster`: NCCL, and torch's kernels for all else, of which its constants are.
+    """The cost model's layer on `cluster`: by NCCL and torch's kernels and, where the cluster has their costs, by this
+    library's.
 
     degrees: default 1, 2, 4, ... up to what the cluster and the model allow. Raises ValueError for a degree that the
     model or the cluster does not have.
     """
     possible = model.tp_degrees(cluster.gpus)
     chosen = _degrees(degrees, possible, f"{model.name} on {cluster.gpus} GPU(s)")
+    backends = [(NCCL, cluster.of("nccl"))] + ([(OURS, cluster.of("ours"))] if cluster.ours is not None else [])
     rows = []
-    for batch in batches:
-        for tp in chosen:
-            step = Step(batch, 1, context, 1)
-            cost = stage_cost(model, cluster, step, tp=tp, layers=1, dtype="bf16", head=False)
-            rows.append(LayerTime(NCCL, batch, tp, cost.busy - cost.communication, cost.communication))
+    for batch, (name, costs), tp in itertools.product(batches, backends, chosen):
+        cost = stage_cost(model, costs, Step(batch, 1, context, 1), tp=tp, layers=1, dtype="bf16", head=False)
+        rows.append(LayerTime(name, batch, tp, cost.busy - cost.communication, cost.communication))
     return LayerWall(model.name, cluster.name, context, False, tuple(rows))
 
 
