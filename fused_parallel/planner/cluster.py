@@ -317,7 +317,9 @@ def _profile_links(profile: dict, found: list[dict]) -> dict[str, object]:
         within = len(islands[0])
         islands = islands if len(islands) > 1 else ()
     nccl = _profile_table(profile, "nccl", "all_reduce")
-    table = {n: points for n, points in nccl.items() if n <= within}
+    # n ranks were measured on GPUs 0 to n - 1, which need not be of one island.
+    together = max(n for n in range(1, within + 1) if not islands or set(range(n)) <= set(islands[0]))
+    table = {n: points for n, points in nccl.items() if n <= together}
     intra = dataclasses.replace(LINKS[name], name=f"{name}, probed" if table else name, table=table)
     links: dict[str, object] = {"intra": intra, "ours": None}
     if islands:
