@@ -117,12 +117,14 @@ def send_us(cluster: Cluster, reach: str, size: float) -> float:
 @dataclass(frozen=True)
 class Step:
     """One forward pass: `batch` sequences with `queries` new tokens each after `context` cached ones; `logits` rows of
-    the head each (all queries when verifying, one in a prefill)."""
+    the head each (all queries when verifying, one in a prefill). masked: tokens of the cache that each query is
+    computed with under a mask, seen or not; 0: those it sees."""
 
     batch: int
     queries: int
     context: int
     logits: int
+    masked: int = 0
 
     @property
     def tokens(self) -> int:
@@ -154,7 +156,7 @@ def stage_cost(
     seen = step.context + step.queries
     kv = step.batch * seen * model.kv_bytes_per_token(layers, tp) / bandwidth
     # Each query sees the context and, causally, half of the new ones: 4 operations a head and element.
-    attended = step.tokens * (step.context + (step.queries + 1) / 2)
+    attended = step.tokens * (step.masked or step.context + (step.queries + 1) / 2)
     flops = 4 * attended * (model.heads // tp) * model.head_dim * layers
     compute += flops / (gpu.bf16_tflops * ATTENTION_SHARE) / 1e6
     # Norms, residual, rotary and gate: 8 passes over the hidden states and 3 over a rank's part of the MLP.

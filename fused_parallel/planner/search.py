@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from ..pipeline.stage_links import SLOTS as MOST_MICROBATCHES  # of fp.generate
-from .cluster import Cluster
+from .cluster import OURS, Cluster
 from .cost import StageCost, Step, expected_tokens, send_us, stage_cost
 from .model import ACTIVATION_BYTES, ModelShape
 from .result import Candidate
@@ -20,6 +20,10 @@ RESERVED_GB = 2.0
 MAX_CHUNK = 8192  # tokens of prompts in one pass; bounds the activations
 MIN_CHUNK = 256
 DRAFTED = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32)
+# Beyond so many new tokens a sequence, this library's attention is torch's, under a mask over all of the cache, which
+# is made as bool and as bf16 (reference/verify_attention.py; csrc/verify_attention.h has the number).
+KERNEL_QUERIES = 64
+MASK_BYTES = 3
 SLOTS = 2  # device blocks of a streamed layer (fused_parallel.nn.StreamedLayers)
 
 
@@ -165,13 +169,13 @@ class Search:
     ) -> list[Memory]:
         """Of a rank of each stage, for a replica's `batch` requests; `streamed` layers are in host memory."""
         model, workload = self.model, self.workload
-        # fp.generate leaves room for what a round may take a sequence too far, and for one more round (in
-        # micro-batches two) while it stands still.
-        margin = (drafted + 1) * (2 if len(stages) == 1 else 3)
-        tokens = batch * (workload.input + workload.output + margin)
+        capacity = self._capacity(len(stages), drafted)
+        tokens = batch * capacity
         queries = batch * (drafted + 1)
         passed = max(min(batch * workload.input, MAX_CHUNK), queries)
         activations = model.activation_bytes(passed, queries, tp) / 1e9
+        if self._masked(workload.input, 1):
+            activations += passed * capacity * MASK_BYTES / 1e9
         key = (dtype, tp, tuple(stages))
         if key not in self._sizes:
             self._sizes[key] = [
@@ -185,6 +189,15 @@ class Search:
             last = ranks[-1]
             ranks[-1] = Memory(last.weights, last.kv + tokens * self._draft_gb[1], activations, RESERVED_GB)
         return ranks
+
+    def _capacity(self, stages: int, drafted: int) -> int:
+        """Tokens a sequence's cache has room for: fp.generate leaves some for what a round may take it too far, and for
+        one more round (in micro-batches two) while it stands still."""
+        return self.workload.input + self.workload.output + (drafted + 1) * (2 if stages == 1 else 3)
+
+    def _masked(self, queries: int, stages: int) -> int:
+        """Step.masked of a prefill by so many tokens at a time."""
+        return self._capacity(stages, 0) if self.cluster.backend == OURS and queries > KERNEL_QUERIES else 0
 
     def fit(
         self, dtype: str, tp: int, stages: list[int], batch: int, dp: int, drafted: int
@@ -284,7 +297,8 @@ class Search:
         """What _prefill gives, for a prompt in so many chunks."""
         length = self.workload.input
         size = math.ceil(length / chunks)
-        times = [c.us for c in self._stages(dtype, tp, stages, Step(1, size, (length - size) // 2, 1), streamed)]
+        step = Step(1, size, (length - size) // 2, 1, self._masked(size, len(stages)))
+        times = [c.us for c in self._stages(dtype, tp, stages, step, streamed)]
         last = simulate(times, self._hops(tp, stages, size), chunks).last
         return last, chunks * max(times), size if chunks > 1 else None
 

@@ -13,7 +13,7 @@ import torch
 from fused_parallel.planner import CLUSTERS, Cluster, Workload, load_cluster, load_model, measured, plan, validate
 from fused_parallel.planner.cost import Step, all_reduce_us, layer_us, link_all_reduce_us, stage_cost, verify_us
 from fused_parallel.planner.hardware import GPUS, LINKS, OURS_NVLINK4
-from fused_parallel.planner.search import Search
+from fused_parallel.planner.search import KERNEL_QUERIES, Search
 from fused_parallel.testing import results
 from fused_parallel.testing.timer import Timing
 
@@ -306,8 +306,8 @@ def test_memory_prefill_and_pipelines_are_compared(tmp_path):
     ]
     groups = validate.steps(write_steps(tmp_path, rows))
     ((_, measured_gb, predicted),) = groups["memory (torch), ours"]
-    activations = M70.activation_bytes(8192, 32, 2) / 1e9
-    assert predicted == pytest.approx(measured_gb + activations)
+    activations = M70.activation_bytes(8192, 32, 2) + 8192 * (1024 + 32 + 2) * 3  # and a mask over the cache
+    assert predicted == pytest.approx(measured_gb + activations / 1e9)
     (_, _, whole), (_, _, cut) = groups["prefill, ours"]
     assert 2 * 20 * M70.layer_params(2) * 2048 / 989.5e9 < whole < cut  # ms, at the datasheet's rate
     ((_, _, streamed),) = groups["offload, ours"]
@@ -349,3 +349,19 @@ def test_bench_planner_on_cpu_ranks(tmp_path):
     for name, rows in groups.items():
         assert all(predicted > 0 for _, _, predicted in rows)
         assert name.startswith("memory") or all(took > 0 for _, took, _ in rows)
+
+
+def test_prefill_attends_to_all_of_the_cache():
+    """This library's attention beyond its kernel's tokens is torch's: twice the causal work, and a mask."""
+    header = (ROOT / "csrc" / "verify_attention.h").read_text()
+    assert f"kAttentionMaxNewTokens = {KERNEL_QUERIES};" in header
+    ask = Workload(input=8192, output=1)
+    ours, nccl = (Search(M70, CLUSTERS["2xh100"].of(b), ask) for b in ("ours", "nccl"))
+    layers = [20]
+    more = ours.prefill_us("bf16", 2, layers, 0, 1)[0] - nccl.prefill_us("bf16", 2, layers, 0, 1)[0]
+    attention = 4 * 8192 * (8192 + 3 - 4096.5) * 32 * 128 * 20 / (989.5 * 0.5) / 1e6  # us beyond the causal half
+    constants = 20 * (layer_us(ours.cluster) - layer_us(nccl.cluster))
+    talk = 40 * (all_reduce_us(ours.cluster, 2, 128 * MB, True) - all_reduce_us(nccl.cluster, 2, 128 * MB))
+    assert more == pytest.approx(attention + constants + talk, abs=0.02 * attention)
+    mask = ours.memory("bf16", 2, layers, 1, 0)[0].activations - nccl.memory("bf16", 2, layers, 1, 0)[0].activations
+    assert mask * 1e9 == pytest.approx(8192 * (8192 + 1 + 2) * 3)

@@ -70,7 +70,8 @@ def test_planned_memory_is_the_peak(tp, pp, dtype):
     prompts, length, new = 16, 2048, 64
     workload = Workload(input=length, output=new, batch=prompts, dtypes=(dtype,))
     split = [12] if pp == 1 else [7, 5]
-    predicted = Search(load_model(CONFIG), load_cluster(CLUSTER), workload).memory(dtype, tp, split, prompts, 0)
+    cluster = load_cluster(CLUSTER).of("ours")
+    predicted = Search(load_model(CONFIG), cluster, workload).memory(dtype, tp, split, prompts, 0)
     quantize = None if dtype == "bf16" else dtype
     arguments = (split, quantize, prompts, length, new, 8192 // (prompts // pp))
     for rank, peak in enumerate(run_ranks(rank_peaks, 2, *arguments, device="cuda", tp=tp, pp=pp)):
