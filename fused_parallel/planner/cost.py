@@ -30,6 +30,12 @@ ATTENTION_SHARE = 0.5
 OVERLAP = 3
 
 
+# Beyond so many rows this library dequantises a weight before each matmul (ops/quantized_matmul.py), for which
+# reference/quantized_matmul.py reads and writes so many bytes a weight in all.
+QUANTIZED_ROWS = 32
+DEQUANTIZED_BYTES = {"int8": 7, "int4": 15}
+
+
 @dataclass(frozen=True)
 class StageCost:
     """Microseconds of a pipeline stage's step by what it waits for; `compute` and `weights` are the matmuls, counted
@@ -149,10 +155,13 @@ def stage_cost(
     `judged`, of sampling or verifying from its logits, too."""
     gpu = cluster.gpu
     weights = compute = 0.0
-    for _, k, n in model.matmuls(tp):
-        us, reads = matmul_us(gpu, step.tokens, k, n, dtype)
-        weights, compute = (weights + us * layers, compute) if reads else (weights, compute + us * layers)
     bandwidth = gpu.hbm_gb_s * gpu.memory_share * 1e3  # bytes a microsecond
+    dequantised = cluster.backend == OURS and dtype in DEQUANTIZED_BYTES and step.tokens > QUANTIZED_ROWS
+    for _, k, n in model.matmuls(tp):
+        us, reads = matmul_us(gpu, step.tokens, k, n, "bf16" if dequantised else dtype)
+        if dequantised:
+            weights += k * n * DEQUANTIZED_BYTES[dtype] / bandwidth * layers
+        weights, compute = (weights + us * layers, compute) if reads else (weights, compute + us * layers)
     seen = step.context + step.queries
     kv = step.batch * seen * model.kv_bytes_per_token(layers, tp) / bandwidth
     # Each query sees the context and, causally, half of the new ones: 4 operations a head and element.

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from ..pipeline.stage_links import SLOTS as MOST_MICROBATCHES  # of fp.generate
 from .cluster import OURS, Cluster
-from .cost import StageCost, Step, expected_tokens, send_us, stage_cost
+from .cost import QUANTIZED_ROWS, StageCost, Step, expected_tokens, send_us, stage_cost
 from .model import ACTIVATION_BYTES, ModelShape
 from .result import Candidate
 from .schedule import Schedule, simulate
@@ -24,6 +24,7 @@ DRAFTED = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32)
 # is made as bool and as bf16 (reference/verify_attention.py; csrc/verify_attention.h has the number).
 KERNEL_QUERIES = 64
 MASK_BYTES = 3
+DEQUANTIZED_PEAK = {"int8": 2, "int4": 3}  # bytes a weight of the matrix that is being dequantised
 SLOTS = 2  # device blocks of a streamed layer (fused_parallel.nn.StreamedLayers)
 
 
@@ -174,8 +175,10 @@ class Search:
         queries = batch * (drafted + 1)
         passed = max(min(batch * workload.input, MAX_CHUNK), queries)
         activations = model.activation_bytes(passed, queries, tp) / 1e9
-        if self._masked(workload.input, 1):
+        if workload.input > KERNEL_QUERIES:
             activations += passed * capacity * MASK_BYTES / 1e9
+        if dtype in DEQUANTIZED_PEAK and passed > QUANTIZED_ROWS:
+            activations += DEQUANTIZED_PEAK[dtype] * max(k * n for _, k, n in model.matmuls(tp)) / 1e9
         key = (dtype, tp, tuple(stages))
         if key not in self._sizes:
             self._sizes[key] = [
