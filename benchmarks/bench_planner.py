@@ -180,9 +180,7 @@ class Cases:
         if self.pp > 1 and self.on_gpu and batch > 1:
             micro = min(self.pp, batch)
             work = bench_pipeline.Decode(self.model, batch // micro, micro, context)
-            sizes = (batch // micro, 1, self.model.config.hidden_size, micro, self.bench.dtype)
-            links = bench_pipeline.Channels(self.mesh, *sizes)
-            took = bench_pipeline._time(self.bench, work, links, True, REPLAYS, self.arguments.rounds)
+            took = bench_pipeline._time(self.bench, work, bench_pipeline.Channels(self.mesh, work), True)
             self.record("decode", "fused", "graph", took, cache=cache, **shape, micro=micro)
 
     def _decode_plain(self, state: Round, shape: dict) -> None:
