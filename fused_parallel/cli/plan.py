@@ -7,7 +7,7 @@ import re
 
 from ..planner import CLUSTERS, plan
 from ..planner.model import PRESETS, WEIGHT_BYTES
-from ..planner.workload import RANKINGS, Workload
+from ..planner.workload import BACKENDS, RANKINGS, Workload
 
 
 def add_parser(subparsers) -> None:
@@ -37,6 +37,12 @@ def add_parser(subparsers) -> None:
         "--acceptance", type=float, help="probability that a drafted token is accepted; --draft needs it"
     )
     parser.add_argument("--no-offload", action="store_true", help="keep all weights on the GPUs")
+    parser.add_argument(
+        "--backend",
+        choices=BACKENDS,
+        help="costs of this library's kernels, of plain torch and NCCL, or of each plan the faster (default: ours "
+        "where they were measured, else nccl)",
+    )
     parser.add_argument("--rows", type=int, default=10, help="plans to print (default 10)")
     parser.add_argument("--json", action="store_true", help="print the plan as JSON instead")
     parser.add_argument("--plot", metavar="FILE", help="write the frontier and the wall as a picture")
@@ -69,6 +75,7 @@ def run(args: argparse.Namespace) -> int:
         acceptance=args.acceptance,
         dtypes=tuple(args.dtype.split(",")),
         offload=not args.no_offload,
+        backend=args.backend,
     )
     answer = plan(args.model, args.cluster, workload)
     if args.json:

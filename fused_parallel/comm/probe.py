@@ -31,7 +31,7 @@ def probe(quick: bool = False, progress: Callable[[str], None] | None = None) ->
         A dictionary of JSON types; units stand in the key names (GB/s are 10^9 bytes per second), docs/probe.md lists
         the keys. What could not be measured is in `not_measured` with the reason; missing hardware raises nothing.
 
-    Uses all visible GPUs, starts two local ranks over Gloo, and as many as there are GPUs over NCCL. Nothing else
+    Uses all visible GPUs, starts two local ranks over Gloo, and twice one for each GPU over NCCL. Nothing else
     should run on the machine meanwhile.
     """
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -112,6 +112,9 @@ def _measure_links(profile: dict, gpus: int, quick: bool, measure: Callable, ski
     for device, world in runs:
         what = f"{'NCCL' if device == 'cuda' else 'Gloo'} on {world} ranks"
         profile["collectives"] += measure(what, probe_collectives.measure_collectives, device, world, quick) or []
+        if device == "cuda":
+            what = f"this library's all-reduce on {world} ranks"
+            profile["collectives"] += measure(what, probe_collectives.measure_ours, world, quick) or []
 
 
 def _why_no_gpu() -> str:

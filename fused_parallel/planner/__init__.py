@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ..models.config import LlamaConfig
 from .apply import Planned, init, planned
-from .cluster import CLUSTERS, Cluster, from_profile, load_cluster
+from .cluster import CLUSTERS, NCCL, OURS, Cluster, from_profile, load_cluster
 from .explain import explain, wall
 from .model import ModelShape, load_model
 from .result import Candidate, Plan, WallRow
@@ -42,8 +42,14 @@ def plan(
     """
     model, where = load_model(model_config), load_cluster(cluster)
     asked = workload if isinstance(workload, Workload) else Workload(**(workload or {}))
-    search = Search(model, where, asked)
-    found = list(search.run())
+    best: dict[tuple, Candidate] = {}
+    for backend in _backends(where, asked):
+        search = Search(model, where.of(backend), asked)
+        for c in search.run():
+            key = (c.tp, c.pp, c.dp, c.dtype, c.batch, c.drafted > 0)
+            if key not in best or c.tpot_ms < best[key].tpot_ms:
+                best[key] = c
+    found = list(best.values())
     if not found:
         raise ValueError(_nothing_fits(model, where, asked, search))
     allowed = [
@@ -65,7 +71,7 @@ def plan(
     }
     allowed.sort(key=ranks[asked.rank])
     firsts = {c.tp: c for c in reversed(allowed)}  # of each degree the one that is ranked first
-    rows, texts = wall(model, where, asked)
+    rows, texts = wall(model, where.of(allowed[0].backend), asked)
     return Plan(
         model=model.name,
         shape=dataclasses.asdict(model),
@@ -79,6 +85,14 @@ def plan(
         wall=rows,
         wall_text=texts,
     )
+
+
+def _backends(cluster: Cluster, workload: Workload) -> list[str]:
+    """Whose costs are searched."""
+    have = [OURS, NCCL] if cluster.ours is not None else [NCCL]
+    if workload.backend == "best":
+        return have
+    return [workload.backend or have[0]]
 
 
 def _frontier(candidates: list[Candidate]) -> list[Candidate]:

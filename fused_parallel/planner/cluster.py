@@ -9,7 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..comm.probe import load_profile, probe
-from .hardware import GPU, GPUS, LINKS, Link
+from .hardware import GPU, GPUS, LINKS, OURS_NVLINK4, Link
+
+# Whose kernels: this library's, or plain torch's and NCCL's.
+OURS, NCCL = "ours", "nccl"
 
 
 def _check_count(value: object, key: str, where: str) -> None:
@@ -17,13 +20,28 @@ def _check_count(value: object, key: str, where: str) -> None:
         raise ValueError(f"{where}: {key} must be a positive integer, got {value!r}")
 
 
+def _check_islands(islands: object, gpus: int, where: str) -> None:
+    lists = isinstance(islands, (list, tuple)) and all(isinstance(i, (list, tuple)) and i for i in islands)
+    if not lists or not islands or len({len(island) for island in islands}) > 1:
+        raise ValueError(
+            f"{where}: islands must be lists of equally many of a host's GPUs, such as [[0, 1], [2, 3]], got "
+            f"{islands!r}"
+        )
+    members = [gpu for island in islands for gpu in island]
+    if any(not isinstance(g, int) or isinstance(g, bool) for g in members) or sorted(members) != list(range(gpus)):
+        raise ValueError(f"{where}: islands must hold each GPU of a host, 0 to {gpus - 1}, once, got {islands!r}")
+
+
 @dataclass(frozen=True)
 class Cluster:
     """`hosts` equal hosts of `gpus_per_host` GPUs.
 
-    intra joins the GPUs of a host; inter joins hosts by `nics` adapters a host (None on one host). `host_memory_gb`
-    bounds what offload may keep in host memory (None: not checked). `layer_us` is the time of everything in a layer
-    besides its matmuls, KV reads and communication (None: the measured constant of plain torch, cost.layer_us)."""
+    intra joins the GPUs of a host; inter joins hosts by `nics` adapters a host (None on one host). islands: where intra
+    joins only some of a host's GPUs, which those are ((0, 1), (2, 3)), and `between` what joins the islands.
+    `host_memory_gb` bounds what offload may keep in host memory (None: not checked). `layer_us` is the time of
+    everything in a layer besides its matmuls, KV reads and communication (None: the backend's measured constant,
+    cost.layer_us).
+    ours: this library's kernels within an island (None: not measured on such a link); backend: whose costs count."""
 
     name: str
     gpu: GPU
@@ -34,12 +52,39 @@ class Cluster:
     nics: int = 1
     host_memory_gb: float | None = None
     layer_us: float | None = None
+    islands: tuple[tuple[int, ...], ...] = ()
+    between: Link | None = None
+    ours: Link | None = None
+    backend: str = NCCL
 
     def __post_init__(self) -> None:
+        where = f"cluster {self.name!r}"
         for name in ("hosts", "gpus_per_host", "nics"):
-            _check_count(getattr(self, name), name, f"cluster {self.name!r}")
+            _check_count(getattr(self, name), name, where)
         if self.hosts > 1 and self.inter is None:
-            raise ValueError(f"cluster {self.name!r}: {self.hosts} hosts need an inter link; known: {', '.join(LINKS)}")
+            raise ValueError(f"{where}: {self.hosts} hosts need an inter link; known: {', '.join(LINKS)}")
+        if self.islands:
+            _check_islands(self.islands, self.gpus_per_host, where)
+        if (self.between is None) != (len(self.islands) < 2):
+            raise ValueError(f"{where}: islands and between, the link that joins them, belong together")
+        if self.backend == OURS and self.ours is None:
+            raise ValueError(
+                f"{where}: there are no costs of this library's kernels on {self.intra.name}, which were measured on "
+                "NVLink between Hopper GPUs; a profile of `fused-parallel probe` has them where they run"
+            )
+
+    @property
+    def island(self) -> int:
+        """GPUs that intra joins."""
+        return len(self.islands[0]) if self.islands else self.gpus_per_host
+
+    def of(self, backend: str) -> Cluster:
+        """The same machines by the costs of "ours" or "nccl". ValueError where there are none."""
+        return dataclasses.replace(self, backend=backend)
+
+    def link(self, ranks: int) -> Link:
+        """What joins `ranks` GPUs of an island by the backend; groups over several are NCCL's."""
+        return self.ours if self.backend == OURS and ranks <= self.island else self.intra
 
     @property
     def gpus(self) -> int:
@@ -47,16 +92,29 @@ class Cluster:
         return self.hosts * self.gpus_per_host
 
 
-def _preset(name: str, gpu: str, per_host: int, intra: str, hosts: int = 1, inter: str | None = None, nics: int = 1):
+def _ours(gpu: GPU, intra: Link) -> Link | None:
+    """This library's kernels where they were measured: NVLink 4 between Hopper GPUs."""
+    return OURS_NVLINK4 if gpu.name in ("h100", "h200") and intra.name.startswith("nvlink4") else None
+
+
+def _preset(
+    name: str, gpu: str, per_host: int, intra: str, hosts: int = 1, inter: str | None = None, nics: int = 1, **more
+):
     link = LINKS[inter] if inter else None
-    return Cluster(name, GPUS[gpu], per_host, LINKS[intra], hosts, link, nics)
+    ours = _ours(GPUS[gpu], LINKS[intra])
+    return Cluster(name, GPUS[gpu], per_host, LINKS[intra], hosts, link, nics, ours=ours, **more)
+
+
+_PAIRS = {"islands": ((0, 1), (2, 3)), "between": LINKS["pcie4-no-peer"]}
 
 
 CLUSTERS = {
     cluster.name: cluster
     for cluster in (
         _preset("1xh200", "h200", 1, "nvlink4"),
+        _preset("1xh100", "h100", 1, "nvlink4"),
         _preset("2xh200", "h200", 2, "nvlink4-measured-pair"),
+        _preset("2xh100", "h100", 2, "nvlink4-measured-h100"),
         _preset("8xa100", "a100", 8, "nvlink3"),
         _preset("8xh100", "h100", 8, "nvlink4"),
         _preset("8xh200", "h200", 8, "nvlink4"),
@@ -70,18 +128,21 @@ CLUSTERS = {
         _preset("1xrtx4090", "rtx4090", 1, "pcie4-no-peer"),
         _preset("4xrtx4090", "rtx4090", 4, "pcie4-no-peer"),
         _preset("2xrtx3090-nvlink", "rtx3090", 2, "nvlink-bridge"),
+        _preset("4xrtx3090-nvlink", "rtx3090", 4, "nvlink-bridge", **_PAIRS),
     )
 }
 
 _KEYS = ("name", "hosts", "gpus_per_host", "gpu", "intra", "inter", "nics", "host_memory_gb", "layer_us")
+_KEYS += ("islands", "between")
 
 
 def load_cluster(source: str | Path | dict | Cluster) -> Cluster:
     """A cluster from a preset's name, "this" (a quick probe of this machine now), a description (a dictionary, or a
     .json, .yaml or .yml file of one) or a profile that `fused-parallel probe --out` wrote.
 
-    A description has the keys hosts, gpus_per_host, gpu, intra and, with several hosts, inter and nics; gpu, intra and
-    inter are names of presets, or mappings of {preset: name} and the fields to change. Raises ValueError that names
+    A description has the keys hosts, gpus_per_host, gpu, intra and, with several hosts, inter and nics, with several
+    islands in a host, islands and between; gpu, intra, inter and between are names of presets, or mappings of {preset:
+    name} and the fields to change. Raises ValueError that names
     the file (of YAML the line, too), the key and the value; ImportError for YAML without pyyaml.
     """
     if isinstance(source, Cluster):
@@ -157,6 +218,7 @@ def _describe(content: object, file: str, lines: dict[tuple[str, ...], int]) -> 
         if given.get("hosts", 1) == 1:
             raise ValueError(f"{at('inter')}: inter is given, the link between hosts, but hosts is 1")
         given["inter"] = _part(given["inter"], LINKS, "inter", at)
+    _describe_islands(given, at)
     for key in ("host_memory_gb", "layer_us"):
         value = given.get(key)
         if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float)) or value < 0):
@@ -166,7 +228,25 @@ def _describe(content: object, file: str, lines: dict[tuple[str, ...], int]) -> 
     if given.get("hosts", 1) > 1 and given.get("inter") is None:
         raise ValueError(f"{at('hosts')}: {given['hosts']} hosts need an inter link; known: {', '.join(LINKS)}")
     given.setdefault("name", Path(where).stem)
-    return Cluster(**given)
+    return Cluster(**given, ours=_ours(given["gpu"], given["intra"]))
+
+
+def _describe_islands(given: dict, at: Callable[..., str]) -> None:
+    """Check and replace the keys islands and between."""
+    gpus = given["gpus_per_host"]
+    if given.get("islands") is not None:
+        _check_count(gpus, "gpus_per_host", at("gpus_per_host"))
+        _check_islands(given["islands"], gpus, at("islands"))
+        given["islands"] = tuple(map(tuple, given["islands"]))
+        if len(given["islands"]) > 1 and given.get("between") is None:
+            raise ValueError(f"{at('islands')}: the key between is missing, the link between the islands of a host")
+    if given.get("between") is not None:
+        if len(given.get("islands") or ()) < 2:
+            raise ValueError(f"{at('between')}: between is given, the link between islands, but islands names no two")
+        given["between"] = _part(given["between"], LINKS, "between", at)
+    for key in ("islands", "between"):
+        if given.get(key, 0) is None:
+            del given[key]
 
 
 def _part(value: object, presets: dict, part: str, at: Callable[..., str]):
@@ -180,8 +260,8 @@ def _part(value: object, presets: dict, part: str, at: Callable[..., str]):
     preset = presets[value]
     fields = {f.name: getattr(preset, f.name) for f in dataclasses.fields(preset)}
     for key, v in changes.items():
-        if key not in fields or key == "table":
-            known = ", ".join(f for f in fields if f != "table")
+        if key not in fields or key in ("table", "behind"):
+            known = ", ".join(f for f in fields if f not in ("table", "behind"))
             raise ValueError(f"{at(part, key)}: {part}: unknown key {key}; known: {known}")
         if key != "name" and (isinstance(v, bool) or not isinstance(v, (int, float)) or v < 0):
             raise ValueError(f"{at(part, key)}: {part}: {key} must be a number of at least 0, got {v!r}")
@@ -214,25 +294,62 @@ def from_profile(profile: dict, name: str) -> Cluster:
         reading = m["us"] - gpu.matmul_start_us
         if reading > 0:
             changes["memory_share"] = min(1.0, m["k"] * m["n"] * 2 / reading / 1e3 / gpu.hbm_gb_s)
-    link, table = _profile_link(profile, found)
-    intra = dataclasses.replace(LINKS[link], name=f"{link}, probed" if table else link, table=table)
     memory = profile["host"]["memory_bytes"] / 1e9
-    return Cluster(name, dataclasses.replace(gpu, **changes), len(found), intra, host_memory_gb=memory)
+    links = _profile_links(profile, found)
+    return Cluster(name, dataclasses.replace(gpu, **changes), len(found), host_memory_gb=memory, **links)
 
 
-def _profile_link(profile: dict, found: list[dict]) -> tuple[str, dict]:
-    """(the preset that fits the topology best, the measured all-reduces)."""
+def _profile_links(profile: dict, found: list[dict]) -> dict[str, object]:
+    """intra, ours and, where NVLink joins only some of the GPUs, islands and between: the presets that fit the topology
+    best, with the all-reduces that were measured."""
     pairs = profile["topology"]["pairs"]
     generation = found[0].get("pcie_generation") or 4
-    link = f"pcie{min(5, max(3, generation))}"
-    if any(pair["link"].startswith("NV") for pair in pairs):
+    pcie = f"pcie{min(5, max(3, generation))}"
+    if pairs and not all(pair["peer_access"] for pair in pairs if not pair["link"].startswith("NV")):
+        pcie += "-no-peer"
+    joined = [{pair["a"], pair["b"]} for pair in pairs if pair["link"].startswith("NV")]
+    islands = _islands(joined, [gpu["index"] for gpu in found])
+    if not joined or len({len(i) for i in islands}) > 1:  # none, or unequal ones: what joins all of them
+        name, islands, within = pcie, (), len(found)
+    else:
         major = (found[0].get("compute_capability") or [9])[0]
-        link = {8: "nvlink3", 9: "nvlink4"}.get(major, "nvlink5")
-    elif pairs and not all(pair["peer_access"] for pair in pairs):
-        link += "-no-peer"
-    table = {
+        name = {8: "nvlink3", 9: "nvlink4"}.get(major, "nvlink5")
+        within = len(islands[0])
+        islands = islands if len(islands) > 1 else ()
+    nccl = _profile_table(profile, "nccl", "all_reduce")
+    # n ranks were measured on GPUs 0 to n - 1, which need not be of one island.
+    together = max(n for n in range(1, within + 1) if not islands or set(range(n)) <= set(islands[0]))
+    table = {n: points for n, points in nccl.items() if n <= together}
+    intra = dataclasses.replace(LINKS[name], name=f"{name}, probed" if table else name, table=table)
+    links: dict[str, object] = {"intra": intra, "ours": None}
+    if islands:
+        rest = {n: points for n, points in nccl.items() if n > within}
+        links |= {"islands": islands, "between": dataclasses.replace(LINKS[pcie], table=rest)}
+    gpu = found[0]["name"].lower()
+    if ours := _profile_table(profile, "fused_parallel", "all_reduce"):
+        behind = _profile_table(profile, "fused_parallel", "matmul_all_reduce")
+        # Elsewhere messages are taken to cost what they cost NCCL.
+        base = OURS_NVLINK4 if name == "nvlink4" else LINKS[name]
+        about = {"name": f"{name}, this library's kernels, probed", "table": ours, "behind": behind}
+        links["ours"] = dataclasses.replace(base, **about)
+    elif name == "nvlink4" and ("h100" in gpu or "h200" in gpu):
+        links["ours"] = OURS_NVLINK4
+    return links
+
+
+def _islands(joined: list[set[int]], gpus: list[int]) -> tuple[tuple[int, ...], ...]:
+    """The GPUs that are joined, directly or by others."""
+    islands = [{gpu} for gpu in gpus]
+    for pair in joined:
+        met = [island for island in islands if island & pair]
+        islands = [island for island in islands if not island & pair] + [set().union(*met)]
+    return tuple(tuple(sorted(island)) for island in sorted(islands, key=min))
+
+
+def _profile_table(profile: dict, backend: str, op: str) -> dict[int, tuple[tuple[float, float], ...]]:
+    """The points of an operation in CUDA graphs, by the number of ranks."""
+    return {
         c["world_size"]: tuple((p["bytes"], p["us"]) for p in c["points"])
         for c in profile["collectives"]
-        if c["op"] == "all_reduce" and c["backend"] == "nccl" and c["mode"] == "graph"
+        if (c["op"], c["backend"], c["mode"]) == (op, backend, "graph")
     }
-    return link, table

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from .cluster import Cluster
+from .cluster import NCCL, Cluster
 from .cost import Step, expected_tokens, stage_cost
 from .model import ModelShape
 from .result import Candidate, WallRow
@@ -45,6 +45,13 @@ def explain(c: Candidate, cluster: Cluster, workload: Workload) -> tuple[str, ..
             f"Tensor parallelism spans {math.ceil(c.tp / cluster.gpus_per_host)} hosts over {cluster.inter.name}; "
             f"it was chosen because its predicted time wins even so."
         )
+    if cluster.islands:
+        order = ",".join(str(gpu) for island in cluster.islands for gpu in island)
+        span = "stays in an island" if c.tp <= cluster.island else f"spans islands over {cluster.between.name}"
+        sentences.append(
+            f"A tensor-parallel group {span}: start the ranks of a host on its GPUs in the order {order} "
+            "(CUDA_VISIBLE_DEVICES)."
+        )
     if c.pp > 1:
         sentences.append(
             f"{c.pp} stages of {', '.join(map(str, c.stages))} layers pass {c.microbatches} micro-batch(es); they wait "
@@ -56,6 +63,8 @@ def explain(c: Candidate, cluster: Cluster, workload: Workload) -> tuple[str, ..
             f"{c.resident:.0%} of the layers stay on the GPU, the others come from host memory at "
             f"{cluster.gpu.host_gb_s:.1f} GB/s a GPU in every step."
         )
+    if c.backend == NCCL and cluster.ours is not None:
+        sentences.append("These are the costs of plain torch and NCCL, which FUSED_PARALLEL=reference runs.")
     if c.drafted:
         tokens = expected_tokens(workload.acceptance, c.drafted)
         sentences.append(

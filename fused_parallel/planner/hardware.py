@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from .measured import PAIR_ALL_REDUCE_US, compute_share, fit_link, matmul_start_us, memory_share
+from . import measured
+from .measured import PAIR_ALL_REDUCE_US, fit_link
 
 
 @dataclass(frozen=True)
@@ -13,7 +14,7 @@ class GPU:
     """One GPU. GB are 10^9 bytes; rates in GB/s and dense TFLOP/s as the datasheet gives them.
 
     `memory_share`, `compute_share` and `matmul_start_us` turn them into what matmuls reach; by default what was
-    measured on an H200 (measured.py), which is an assumption for every other GPU.
+    measured on an H200 (measured.py), which is an assumption for every other GPU but the H100, which has its own.
     """
 
     name: str
@@ -22,9 +23,9 @@ class GPU:
     bf16_tflops: float
     fp8_tflops: float | None  # None: no fp8 matmul; fp8 weights are widened and computed in bf16
     host_gb_s: float  # host memory to GPU, pinned, one direction
-    memory_share: float = field(default_factory=memory_share)
-    compute_share: float = field(default_factory=compute_share)
-    matmul_start_us: float = field(default_factory=matmul_start_us)
+    memory_share: float = field(default_factory=lambda: measured.h200_constants()["memory_share"])
+    compute_share: float = field(default_factory=lambda: measured.h200_constants()["compute_share"])
+    matmul_start_us: float = field(default_factory=lambda: measured.h200_constants()["matmul_start_us"])
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,8 @@ class Link:
 
     An all-reduce over n GPUs of `bytes` each takes start_us + hop_us (n-1) + 2(n-1)/n bytes / bus with
     bus = bus_gb_s (n/2)^-sharing; sending takes p2p_us + bytes / p2p_gb_s. `table` gives measured all-reduces instead,
-    number of ranks -> ((bytes, us), ...), interpolated; where it has no entry the formula holds.
+    number of ranks -> ((bytes, us), ...), interpolated; where it has no entry the formula holds. `behind`, alike, is
+    what an all-reduce adds to the matmul before it where kernels hide a part of it; without an entry, all of it.
     """
 
     name: str
@@ -43,7 +45,8 @@ class Link:
     sharing: float
     p2p_us: float
     p2p_gb_s: float
-    table: Mapping[int, tuple[tuple[float, float], ...]] = field(default_factory=dict, hash=False)
+    table: Mapping[int, measured.Points] = field(default_factory=dict, hash=False)
+    behind: Mapping[int, measured.Points] = field(default_factory=dict, hash=False)
 
 
 # Host to GPU: 55.5 GB/s measured on the H200 pair over PCIe 5 x16; PCIe 4 half of it (half the lane rate).
@@ -55,10 +58,13 @@ GPUS = {
     for gpu in (
         # A100 datasheet (80GB SXM): 2039 GB/s, 312 TFLOP/s bf16
         GPU("a100", 80, 2039, 312, None, _PCIE4),
-        # H100 datasheet (SXM5): 3.35 TB/s, 989.5 bf16, 1979 fp8
-        GPU("h100", 80, 3350, 989.5, 1979, _PCIE5),
-        # H200 datasheet (SXM): 141 GB, 4.8 TB/s, tensor rates of the H100
-        GPU("h200", 141, 4800, 989.5, 1979, _PCIE5),
+        # H100 datasheet (SXM5): 3.35 TB/s, 989.5 bf16, 1979 fp8; shares of our own (cuBLAS reads weights at 3.02 TB/s,
+        # and benchmarks/results/probe_h100.json saw 3.10 TB/s in a reduction, 721 to 807 TFLOP/s from 512 rows on, and
+        # 47.5 GB/s from the host to each of two at once, 51.9 to one alone)
+        GPU("h100", 80, measured.H100_HBM_GB_S, 989.5, 1979, 47.5, **measured.h100_constants()),
+        # H200 datasheet (SXM): 141 GB, 4.8 TB/s, tensor rates of the H100 (cuBLAS reads weights at 4.22 TB/s;
+        # benchmarks/results/probe_h200.json: 4.50 in a matrix-vector product, 4.29 copying)
+        GPU("h200", 141, measured.H200_HBM_GB_S, 989.5, 1979, _PCIE5),
         # HGX B200: 180 GB, 8 TB/s, 2250 bf16, 4500 fp8 dense
         GPU("b200", 180, 8000, 2250, 4500, _PCIE5),
         # L40S datasheet: 48 GB, 864 GB/s, 362 bf16, 733 fp8
@@ -120,7 +126,8 @@ LINKS = {
     )
 }
 
-# The H200 pair: this project's own NCCL all-reduces in place of the survey's.
+# The pairs: this project's own NCCL all-reduces in place of the survey's; of the H100s the probe's NCCL send/recv, too
+# (benchmarks/results/probe_h100.json: 10.2 us, 282 GB/s).
 H200_PAIR_LINK = Link(
     **{
         **vars(LINKS["nvlink4"]),
@@ -128,4 +135,36 @@ H200_PAIR_LINK = Link(
         "table": {2: tuple((tokens * 8192 * 2, us) for tokens, us in PAIR_ALL_REDUCE_US.items())},
     }
 )
-LINKS[H200_PAIR_LINK.name] = H200_PAIR_LINK
+H100_PAIR_LINK = Link(
+    **{
+        **vars(LINKS["nvlink4"]),
+        "name": "nvlink4-measured-h100",
+        "p2p_us": 10.2,
+        "p2p_gb_s": 282,
+        "table": {2: measured.h100_all_reduce(ours=False)},
+    }
+)
+LINKS |= {link.name: link for link in (H200_PAIR_LINK, H100_PAIR_LINK)}
+
+
+def _ours() -> Link:
+    """This library's kernels over NVLink 4: measured on two H100, an assumption for H200 and for more GPUs. There the
+    start is taken to grow with the ranks as NCCL's does in the survey, in proportion, the rate to stay, and nothing to
+    be hidden behind the matmul."""
+    start, rate = measured.ours_all_reduce()
+    nccl, (push_us, push_gb_s) = LINKS["nvlink4"], measured.push()
+    grows = nccl.hop_us / (nccl.start_us + nccl.hop_us)
+    return Link(
+        name="nvlink4, this library's kernels",
+        start_us=start * (1 - grows),
+        hop_us=start * grows,
+        bus_gb_s=rate,
+        sharing=0.0,
+        p2p_us=push_us,
+        p2p_gb_s=push_gb_s,
+        table={2: measured.h100_all_reduce(ours=True)},
+        behind={2: measured.h100_behind()},
+    )
+
+
+OURS_NVLINK4 = _ours()

@@ -26,7 +26,7 @@ from ..nn.attention import lens_after
 from ..ops import add_rms_norm
 from ..testing.timer import ROTATION_BYTES, time_collective
 from .cluster import Cluster
-from .cost import Step, stage_cost
+from .cost import Step, layer_us, stage_cost
 from .model import ModelShape, load_model
 
 _TIMEOUT_S = 120
@@ -134,19 +134,22 @@ def _share(row: LayerTime) -> str:
 def predict_wall(
     model: ModelShape, cluster: Cluster, batches: Sequence[int], context: int, degrees: Sequence[int] | None = None
 ) -> LayerWall:
-    """The cost model's layer on `cluster`: NCCL, and torch's kernels for all else, of which its constants are.
+    """The cost model's layer on `cluster`, as measure_wall measures it: with NCCL's all-reduce and with this library's,
+    the rest of the layer this library's in both. Where the cluster has no costs of this library's kernels: with NCCL
+    and plain torch's layer alone.
 
     degrees: default 1, 2, 4, ... up to what the cluster and the model allow. Raises ValueError for a degree that the
     model or the cluster does not have.
     """
     possible = model.tp_degrees(cluster.gpus)
     chosen = _degrees(degrees, possible, f"{model.name} on {cluster.gpus} GPU(s)")
-    rows = []
-    for batch in batches:
-        for tp in chosen:
-            step = Step(batch, 1, context, 1)
-            cost = stage_cost(model, cluster, step, tp=tp, layers=1, dtype="bf16", head=False)
-            rows.append(LayerTime(NCCL, batch, tp, cost.busy - cost.communication, cost.communication))
+    backends, rows = [(NCCL, cluster)], []
+    if cluster.ours is not None:
+        ours = cluster.of("ours")
+        backends = [(NCCL, dataclasses.replace(cluster, layer_us=layer_us(ours))), (OURS, ours)]
+    for batch, (name, costs), tp in itertools.product(batches, backends, chosen):
+        cost = stage_cost(model, costs, Step(batch, 1, context, 1), tp=tp, layers=1, dtype="bf16", head=False)
+        rows.append(LayerTime(name, batch, tp, cost.busy - cost.communication, cost.communication))
     return LayerWall(model.name, cluster.name, context, False, tuple(rows))
 
 

@@ -1,7 +1,9 @@
 """Measurements that the cost model takes its constants from or is compared with, and the fits of those constants.
 
-Sources: "pair" is this project's measurement on two H200 (torch 2.11, NCCL 2.28.9, CUDA graphs); "survey" is the
-published table of 160 NCCL all-reduces of one Llama-3-70B forward at 2, 4 and 8 GPUs.
+Sources: "pair" is this project's measurement on two H200 (torch 2.11, NCCL 2.28.9, CUDA graphs); "H100" is what
+benchmarks/results/*.csv hold of two H100 80GB (SXM, NVLink; the same torch and NCCL, CUDA graphs, two ranks), whose
+`shape` and `impl` are named; "survey" is the published table of 160 NCCL all-reduces of one Llama-3-70B forward at 2, 4
+and 8 GPUs. tests/cpu/test_planner.py finds each H100 and verify figure in its CSV file.
 """
 
 from __future__ import annotations
@@ -49,7 +51,45 @@ LAYER_CONSTANT_BATCH = 1  # the one batch of PAIR_DECODE_MS, without all-reduces
 # Performance up to 1.44x with NVIDIA TensorRT Model Optimizer on NVIDIA H200 GPUs", table 1. Used for no constant.
 PUBLISHED_405B_TOKENS_PER_S = {(2048, 128): 463.1, (32768, 2048): 320.1, (120000, 2048): 71.5}
 
+# H100: all_reduce.csv, tokens of hidden 8192 in bf16 -> (nccl, fused) microseconds
+H100_ALL_REDUCE_US = {
+    1: (7.88, 2.54), 8: (8.31, 2.82), 32: (11.28, 3.98), 64: (15.73, 5.65), 128: (29.12, 8.94), 256: (34.20, 15.31),
+    512: (48.69, 26.97), 1024: (76.06, 52.77), 8192: (465.67, 419.00),
+}  # fmt: skip
+
+# H100: matmul_all_reduce.csv, (M, K, N) of a rank -> microseconds of (cublas: the matmul, fused: with its all-reduce)
+H100_MATMUL_US = {
+    (1, 4096, 8192): (25.14, 26.67),
+    (1, 14336, 8192): (80.75, 81.56),
+    (16, 4096, 8192): (25.59, 27.41),
+    (16, 14336, 8192): (81.14, 82.11),
+    (64, 4096, 8192): (26.47, 32.61),
+    (64, 14336, 8192): (82.29, 88.16),
+    (512, 4096, 8192): (46.90, 80.54),
+    (512, 14336, 8192): (176.51, 200.46),
+    (2048, 4096, 8192): (177.55, 250.76),
+    (2048, 14336, 8192): (604.25, 681.06),
+    (8192, 4096, 8192): (740.98, 954.03),
+    (8192, 14336, 8192): (2710.88, 3030.26),
+}
+
+# H100: decode_step.csv, 20 layers of Llama-3-70B's shapes, TP2, 1024 tokens with the new one: impl -> batch -> us
+H100_DECODE_US = {"torch_nccl": {1: 8164.48, 64: 9887.10}, "fused": {1: 6812.35, 64: 8099.46}}
+H100_DECODE_LAYERS, H100_CONTEXT = 20, 1023
+
+# H100: p2p.csv, fused_push, bytes -> microseconds of a message one way
+H100_PUSH_US = {4194304: 16.67, 16777216: 53.58}
+
+# One H200: verify.csv, method=rejection, draft=onehot (what fp.generate does at temperature 0), rows of logits
+# B (k + 1) of 128256 in bf16 -> (fused, torch_argmax_only: the least that plain torch does with them) microseconds
+VERIFY_US = {
+    5: (13.73, 71.68), 40: (18.23, 99.10), 160: (34.45, 261.41), 320: (52.18, 502.56), 512: (64.51, 722.94),
+    640: (86.91, 932.99),
+}  # fmt: skip
+VERIFY_ROW_BYTES = 128256 * 2
+
 H200_HBM_GB_S, H200_BF16_TFLOPS = 4800, 989.5  # NVIDIA H200 datasheet
+H100_HBM_GB_S, H100_BF16_TFLOPS = 3350, 989.5  # NVIDIA H100 datasheet, SXM5 80GB
 
 
 def _line(xs: Sequence[float], ys: Sequence[float]) -> tuple[float, float]:
@@ -92,25 +132,66 @@ def fit_link(survey: str) -> dict[str, float]:
     return {"start_us": start, "hop_us": hop, "bus_gb_s": bus / 1e3, "sharing": sharing}
 
 
-@cache
-def matmul_start_us() -> float:
-    """What a skinny matmul costs besides reading its weight: the line through the pair's two at one token."""
-    return _line(*_skinny())[0]
+def _gpu_constants(matmul_us: dict[tuple[int, int, int], float], gb_s: float, tflops: float) -> dict[str, float]:
+    """Of a GPU from its matmuls: `matmul_start_us`, what a skinny one costs besides reading its weight, and
+    `memory_share`, the share of the datasheet's bandwidth it reads with, from the line through the two at one token;
+    `compute_share`, the share of the datasheet's dense bf16 rate that large ones reach: the median of M >= 512."""
+    one = [(k * n * 2, us) for (m, k, n), us in matmul_us.items() if m == 1]
+    start, slope = _line([size for size, _ in one], [us for _, us in one])
+    rates = [2 * m * k * n / us / 1e6 for (m, k, n), us in matmul_us.items() if m >= 512]
+    return {
+        "matmul_start_us": start,
+        "memory_share": 1e-3 / slope / gb_s,
+        "compute_share": statistics.median(rates) / tflops,
+    }
 
 
 @cache
-def memory_share() -> float:
-    """The share of the datasheet's memory bandwidth that a skinny matmul reads with, from the same line."""
-    return 1 / _line(*_skinny())[1] / 1e3 / H200_HBM_GB_S
-
-
-def _skinny() -> tuple[list[float], list[float]]:
-    points = [(k * n * 2, us) for (m, k, n), us in PAIR_MATMUL_US.items() if m == 1]
-    return [p[0] for p in points], [p[1] for p in points]
+def h200_constants() -> dict[str, float]:
+    """From the pair's cuBLAS."""
+    return _gpu_constants(PAIR_MATMUL_US, H200_HBM_GB_S, H200_BF16_TFLOPS)
 
 
 @cache
-def compute_share() -> float:
-    """The share of the datasheet's dense bf16 rate that large matmuls reach: the median of the pair's, M >= 512."""
-    rates = [2 * m * k * n / us / 1e6 for (m, k, n), us in PAIR_MATMUL_US.items() if m >= 512]
-    return statistics.median(rates) / H200_BF16_TFLOPS
+def h100_constants() -> dict[str, float]:
+    """From the H100's cuBLAS."""
+    return _gpu_constants({s: us for s, (us, _) in H100_MATMUL_US.items()}, H100_HBM_GB_S, H100_BF16_TFLOPS)
+
+
+Points = tuple[tuple[float, float], ...]  # (bytes, microseconds)
+
+
+def h100_all_reduce(ours: bool) -> Points:
+    """This library's, or NCCL's, by bytes."""
+    return tuple((tokens * 8192 * 2, us[ours]) for tokens, us in H100_ALL_REDUCE_US.items())
+
+
+def h100_behind() -> Points:
+    """What this library's all-reduce adds to the matmul before it, by bytes: fused less cublas, the mean over K."""
+    added: dict[int, list[float]] = {}
+    for (m, _, n), (alone, fused) in H100_MATMUL_US.items():
+        added.setdefault(m * n * 2, []).append(fused - alone)
+    return tuple((size, statistics.mean(us)) for size, us in sorted(added.items()))
+
+
+@cache
+def ours_all_reduce() -> tuple[float, float]:
+    """(microseconds of the smallest, GB/s of large ones) of this library's all-reduce on two H100: the line through the
+    smallest and the largest."""
+    (b0, t0), *_, (b1, t1) = h100_all_reduce(ours=True)
+    return t0, (b1 - b0) / (t1 - t0) / 1e3
+
+
+@cache
+def push() -> tuple[float, float]:
+    """(microseconds, GB/s) of this library's messages between two H100: the line through what was measured."""
+    start, slope = _line(list(H100_PUSH_US), list(H100_PUSH_US.values()))
+    return start, 1e-3 / slope
+
+
+@cache
+def verify_constants(ours: bool) -> tuple[float, float]:
+    """(microseconds, GB/s of logits on an H200) of verifying, by this library, or of plain torch's argmax."""
+    sizes = [rows * VERIFY_ROW_BYTES for rows in VERIFY_US]
+    start, slope = _line(sizes, [us[0 if ours else 1] for us in VERIFY_US.values()])
+    return start, 1e-3 / slope

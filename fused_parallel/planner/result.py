@@ -9,7 +9,7 @@ from pathlib import Path
 
 from .._table import print_table
 
-PLAN_VERSION = 2
+PLAN_VERSION = 3
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,8 @@ class Candidate:
 
     tp, pp, dp: tensor-parallel ranks, pipeline stages, replicas; stages: layers of each stage; batch: requests in
     flight over all replicas; microbatches a replica's are cut into; prefill_chunk: tokens of a prompt that pass at
-    once (None: whole); resident: share of the layers on the GPU; drafted: tokens a round of speculation (0: none).
+    once (None: whole); resident: share of the layers on the GPU; drafted: tokens a round of speculation (0: none);
+    backend: whose costs these are, this library's ("ours") or plain torch's and NCCL's ("nccl").
     ttft_ms, tpot_ms: time to the first token of a prompt alone, and a token of each request after it. tokens_per_s:
     output tokens over all replicas, their prefills included. stage_ms, hop_ms: what a micro-batch takes on each stage
     in decoding, and from each to the next. stage_gb: memory of a rank of each stage; memory_gb: of the fullest, by what
@@ -36,6 +37,7 @@ class Candidate:
     resident: float
     drafted: int
     gpus: int
+    backend: str
     ttft_ms: float
     tpot_ms: float
     tokens_per_s: float
@@ -127,7 +129,7 @@ class Plan:
 
     def table(self, rows: int = 10) -> None:
         """Print the best plans, why the first is as fast as it is, and the wall."""
-        columns = ["#", "TP", "PP", "DP", "dtype", "batch", "resident", "k", "TTFT ms", "TPOT ms", "tok/s"]
+        columns = ["#", "TP", "PP", "DP", "dtype", "batch", "resident", "k", "kernels", "TTFT ms", "TPOT ms", "tok/s"]
         columns += ["GPU-s/tok", "comm %", "bubble %", "GB/GPU", "limit"]
         print_table(
             f"{self.model} on {self.cluster}, by {self.rank}: {self.searched} plans fit",
@@ -155,6 +157,7 @@ def _row(number: int, c: Candidate) -> list[object]:
         c.batch,
         f"{c.resident:.0%}",
         c.drafted,
+        c.backend,
         f"{c.ttft_ms:.1f}",
         f"{c.tpot_ms:.2f}",
         f"{c.tokens_per_s:.1f}",

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from ..pipeline.stage_links import SLOTS as MOST_MICROBATCHES  # of fp.generate
-from .cluster import Cluster
-from .cost import StageCost, Step, expected_tokens, send_us, stage_cost
+from .cluster import OURS, Cluster
+from .cost import QUANTIZED_ROWS, StageCost, Step, expected_tokens, send_us, stage_cost
 from .model import ACTIVATION_BYTES, ModelShape
 from .result import Candidate
 from .schedule import Schedule, simulate
@@ -19,6 +20,11 @@ RESERVED_GB = 2.0
 MAX_CHUNK = 8192  # tokens of prompts in one pass; bounds the activations
 MIN_CHUNK = 256
 DRAFTED = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32)
+# Beyond so many new tokens a sequence, this library's attention is torch's, under a mask over all of the cache, which
+# is made as bool and as bf16 (reference/verify_attention.py; csrc/verify_attention.h has the number).
+KERNEL_QUERIES = 64
+MASK_BYTES = 3
+DEQUANTIZED_PEAK = {"int8": 2, "int4": 3}  # bytes a weight of the matrix that is being dequantised
 SLOTS = 2  # device blocks of a streamed layer (fused_parallel.nn.StreamedLayers)
 
 
@@ -72,13 +78,21 @@ class Search:
                     for dp, batch in self._replicas(self._room(tp, pp)):
                         yield from self._plans(dtype, tp, pp, dp, batch)
 
+    def _groups(self, tp: int) -> tuple[int, int]:
+        """Tensor-parallel groups that an island and a host hold, 0 where a group is larger: one stays in an island if
+        it can, and takes whole ones if not."""
+        island, per_host = self.cluster.island, self.cluster.gpus_per_host
+        if tp <= island:
+            return island // tp, island // tp * (per_host // island)
+        return 0, per_host // island // math.ceil(tp / island)
+
     def _room(self, tp: int, pp: int) -> int:
         """Replicas that the cluster holds when a tensor-parallel group stays in a host if it can, and then a replica;
         what is larger takes whole hosts."""
         per_host, hosts = self.cluster.gpus_per_host, self.cluster.hosts
-        if tp > per_host:
+        groups = self._groups(tp)[1]
+        if groups == 0:
             return hosts // (math.ceil(tp / per_host) * pp)
-        groups = per_host // tp
         return hosts * (groups // pp) if pp <= groups else hosts // math.ceil(pp / groups)
 
     def _replicas(self, room: int) -> Iterator[tuple[int, int]]:
@@ -108,7 +122,7 @@ class Search:
         options = []
         for drafted, streamed in streamed_by_drafted.items():
             for micro in groups:
-                schedule, costs, drafts = self._decode(dtype, tp, stages, share, micro, streamed, drafted)
+                schedule, costs, drafts = self.decode_round(dtype, tp, stages, share, micro, streamed, drafted)
                 accepted = expected_tokens(self.workload.acceptance, drafted) if drafted else 1.0
                 options.append((schedule.period / accepted, drafted, micro, schedule, costs, drafts))
         tpot, drafted, micro, schedule, costs, drafts = min(options, key=lambda o: o[:3])
@@ -139,6 +153,7 @@ class Search:
             resident=1 - streamed / self.model.layers,
             drafted=drafted,
             gpus=gpus,
+            backend=self.cluster.backend,
             ttft_ms=ttft / 1e3,
             tpot_ms=tpot / 1e3,
             tokens_per_s=throughput,
@@ -155,13 +170,15 @@ class Search:
     ) -> list[Memory]:
         """Of a rank of each stage, for a replica's `batch` requests; `streamed` layers are in host memory."""
         model, workload = self.model, self.workload
-        # fp.generate leaves room for what a round may take a sequence too far, and for one more round (in
-        # micro-batches two) while it stands still.
-        margin = (drafted + 1) * (2 if len(stages) == 1 else 3)
-        tokens = batch * (workload.input + workload.output + margin)
+        capacity = self._capacity(len(stages), drafted)
+        tokens = batch * capacity
         queries = batch * (drafted + 1)
         passed = max(min(batch * workload.input, MAX_CHUNK), queries)
         activations = model.activation_bytes(passed, queries, tp) / 1e9
+        if workload.input > KERNEL_QUERIES:
+            activations += passed * capacity * MASK_BYTES / 1e9
+        if dtype in DEQUANTIZED_PEAK and passed > QUANTIZED_ROWS:
+            activations += DEQUANTIZED_PEAK[dtype] * max(k * n for _, k, n in model.matmuls(tp)) / 1e9
         key = (dtype, tp, tuple(stages))
         if key not in self._sizes:
             self._sizes[key] = [
@@ -175,6 +192,15 @@ class Search:
             last = ranks[-1]
             ranks[-1] = Memory(last.weights, last.kv + tokens * self._draft_gb[1], activations, RESERVED_GB)
         return ranks
+
+    def _capacity(self, stages: int, drafted: int) -> int:
+        """Tokens a sequence's cache has room for: fp.generate leaves some for what a round may take it too far, and for
+        one more round (in micro-batches two) while it stands still."""
+        return self.workload.input + self.workload.output + (drafted + 1) * (2 if stages == 1 else 3)
+
+    def _masked(self, queries: int, stages: int) -> int:
+        """Step.masked of a prefill by so many tokens at a time."""
+        return self._capacity(stages, 0) if self.cluster.backend == OURS and queries > KERNEL_QUERIES else 0
 
     def fit(
         self, dtype: str, tp: int, stages: list[int], batch: int, dp: int, drafted: int
@@ -210,7 +236,15 @@ class Search:
         key = (dtype, tp, layers, head, step, streamed)
         if key not in self._costs:
             self._costs[key] = stage_cost(
-                self.model, self.cluster, step, tp=tp, layers=layers, dtype=dtype, head=head, streamed=streamed
+                self.model,
+                self.cluster,
+                step,
+                tp=tp,
+                layers=layers,
+                dtype=dtype,
+                head=head,
+                streamed=streamed,
+                judged=True,
             )
         return self._costs[key]
 
@@ -220,12 +254,20 @@ class Search:
     def _hops(self, tp: int, stages: list[int], tokens: int) -> list[float]:
         """Each rank sends its 1/tp of the hidden states to the next stage, which gathers them."""
         size = tokens * self.model.hidden * ACTIVATION_BYTES / tp
-        groups = self.cluster.gpus_per_host // tp  # of a host; 0: a group is larger than one
-        return [
-            send_us(self.cluster, groups == 0 or s // groups != (s + 1) // groups, size) for s in range(len(stages) - 1)
-        ]
+        of_island, of_host = self._groups(tp)
 
-    def _decode(self, dtype, tp, stages, share, micro, streamed, drafted):
+        def reach(s: int) -> str:
+            if of_host == 0 or s // of_host != (s + 1) // of_host:
+                return "hosts"
+            return "host" if of_island == 0 or s // of_island != (s + 1) // of_island else "island"
+
+        return [send_us(self.cluster, reach(s), size) for s in range(len(stages) - 1)]
+
+    def decode_round(
+        self, dtype: str, tp: int, stages: list[int], share: int, micro: int, streamed: int, drafted: int
+    ) -> tuple[Schedule, list[StageCost], list[float]]:
+        """A round of a replica's `share` requests in `micro` micro-batches: its schedule in microseconds, the cost of a
+        micro-batch on each stage, and of its drafting there."""
         key = (dtype, tp, len(stages), share, micro, streamed, drafted)
         if key not in self._decodes:
             size = math.ceil(share / micro)
@@ -234,6 +276,9 @@ class Search:
             drafts = [0.0] * len(stages)
             if drafted:
                 drafts[0] = drafted * self._draft_us(size, context)
+            if streamed and drafted:  # the first layers are copied while the draft runs: as many as there are slots
+                ahead = min(drafts[0], SLOTS / streamed * costs[0].stream_us)
+                costs[0] = dataclasses.replace(costs[0], stream_us=costs[0].stream_us - ahead)
             times = [c.us + d for c, d in zip(costs, drafts, strict=True)]
             hops = self._hops(tp, stages, size * (drafted + 1))
             schedule = simulate(times, hops, micro, rounds=3, depends=True)
@@ -245,9 +290,20 @@ class Search:
         if batch not in self._drafts:
             draft = self.workload.draft
             step = Step(batch, 1, context, 1)
-            cost = stage_cost(draft, self.cluster, step, tp=1, layers=draft.layers, dtype="bf16", head=True)
+            cost = stage_cost(
+                draft, self.cluster, step, tp=1, layers=draft.layers, dtype="bf16", head=True, judged=True
+            )
             self._drafts[batch] = cost.us
         return self._drafts[batch]
+
+    def prefill_us(self, dtype, tp, stages, streamed: int, chunks: int) -> tuple[float, float, int | None]:
+        """What _prefill gives, for a prompt in so many chunks."""
+        length = self.workload.input
+        size = math.ceil(length / chunks)
+        step = Step(1, size, (length - size) // 2, 1, self._masked(size, len(stages)))
+        times = [c.us for c in self._stages(dtype, tp, stages, step, streamed)]
+        last = simulate(times, self._hops(tp, stages, size), chunks).last
+        return last, chunks * max(times), size if chunks > 1 else None
 
     def _prefill(self, dtype, tp, stages, streamed) -> tuple[float, float, int | None]:
         """(time to the first token of a prompt alone, time a prompt keeps the slowest stage, tokens of a chunk or None
@@ -257,11 +313,7 @@ class Search:
             length, results = self.workload.input, []
             chunks = math.ceil(length / MAX_CHUNK)
             while not results or (len(stages) > 1 and chunks <= 4 * len(stages) and length / chunks >= MIN_CHUNK):
-                size = math.ceil(length / chunks)
-                costs = self._stages(dtype, tp, stages, Step(1, size, (length - size) // 2, 1), streamed)
-                times = [c.us for c in costs]
-                last = simulate(times, self._hops(tp, stages, size), chunks).last
-                results.append((last, chunks * max(times), size if chunks > 1 else None))
+                results.append(self.prefill_us(dtype, tp, stages, streamed, chunks))
                 chunks *= 2
             self._prefills[key] = min(results, key=lambda r: r[:2])
         return self._prefills[key]

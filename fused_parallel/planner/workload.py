@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from .cluster import NCCL, OURS
 from .model import WEIGHT_BYTES, ModelShape, load_model
 
 RANKINGS = ("latency", "throughput", "cost")
+BACKENDS = (OURS, NCCL, "best")
 
 
 @dataclass(frozen=True)
@@ -18,6 +20,8 @@ class Workload:
     (GPU-seconds an output token). slo_tpot_ms, slo_ttft_ms: plans beyond these are left out. draft, acceptance: a
     smaller model (anything load_model takes) and the probability that a token it drafts is accepted. dtypes: of the
     weights, out of bf16, fp8, int8, int4. offload: whether layers may stay in host memory where they do not fit.
+    backend: the costs of this library's kernels ("ours"), of plain torch and NCCL ("nccl"), or of each plan the faster
+    ("best"); None: ours where the cluster has them, else nccl.
     """
 
     input: int = 1024
@@ -30,6 +34,7 @@ class Workload:
     acceptance: float | None = None
     dtypes: tuple[str, ...] = ("bf16",)
     offload: bool = True
+    backend: str | None = None
 
     def __post_init__(self) -> None:
         for name, value in (("input", self.input), ("output", self.output), *(("batch", b) for b in self.batches)):
@@ -39,6 +44,8 @@ class Workload:
             raise ValueError(f"workload: batch must hold at least one number, got {self.batch!r}")
         if self.rank not in RANKINGS:
             raise ValueError(f"workload: rank must be one of {', '.join(RANKINGS)}, got {self.rank!r}")
+        if self.backend is not None and self.backend not in BACKENDS:
+            raise ValueError(f"workload: backend must be one of {', '.join(BACKENDS)}, got {self.backend!r}")
         for name, limit in (("slo_tpot_ms", self.slo_tpot_ms), ("slo_ttft_ms", self.slo_ttft_ms)):
             if limit is not None and not limit > 0:
                 raise ValueError(f"workload: {name} must be positive, got {limit!r}")

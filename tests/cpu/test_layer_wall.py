@@ -2,6 +2,7 @@
 drawn."""
 
 import dataclasses
+import itertools
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ import fused_parallel as fp
 from fused_parallel.cli import main
 from fused_parallel.models.config import LlamaConfig
 from fused_parallel.planner import CLUSTERS, load_model
-from fused_parallel.planner.cost import Step, all_reduce_us, stage_cost
+from fused_parallel.planner.cost import Step, all_reduce_us, layer_us, stage_cost
 from fused_parallel.planner.layer_wall import GLOO, NCCL, OURS, LayerTime, LayerWall, _Stack, predict_wall, rank_config
 from fused_parallel.planner.layer_wall import measure_wall as measure
 from fused_parallel.testing.spawn import run_ranks
@@ -69,15 +70,22 @@ def test_predictions_are_the_cost_models():
     cluster = CLUSTERS["2x8xh100-eth100"]
     wall = predict_wall(M70, cluster, (1, 256), 1024)
     assert [r.tp for r in wall.of(NCCL, 1)] == [1, 2, 4, 8, 16] and not wall.measured
+    ours = cluster.of("ours")
     for r in wall.rows:
-        cost = stage_cost(M70, cluster, Step(r.batch, 1, 1024, 1), tp=r.tp, layers=1, dtype="bf16", head=False)
-        assert r.us == pytest.approx(cost.busy)
-        expected = 2 * all_reduce_us(cluster, r.tp, r.batch * 8192 * 2) if r.tp > 1 else 0
-        assert r.communication_us == pytest.approx(expected)
+        step, costs = Step(r.batch, 1, 1024, 1), ours if r.backend == OURS else cluster
+        same = {"tp": r.tp, "layers": 1, "dtype": "bf16", "head": False, "layer_constant": layer_us(ours)}
+        assert r.us == pytest.approx(stage_cost(M70, costs, step, **same).busy)
+        size = r.batch * 8192 * 2
+        assert r.communication_us == pytest.approx(2 * all_reduce_us(costs, r.tp, size, True) if r.tp > 1 else 0)
+    for batch, tp in itertools.product((1, 256), (2, 4, 8)):
+        nccl, mine = (next(r for r in wall.of(b, batch) if r.tp == tp) for b in (NCCL, OURS))
+        assert mine.compute_us == pytest.approx(nccl.compute_us) and mine.communication_us < nccl.communication_us
+    across = [next(r for r in wall.of(b, 1) if r.tp == 16) for b in (NCCL, OURS)]
+    assert across[0].us == across[1].us  # between hosts the library is NCCL's, too
     text = wall.sentences()
     assert "Batch 256: NCCL: fastest at TP8" in text[1]
     assert "TP16 takes" in text[1] and "from TP16 on it communicates longer than it computes" in text[1]
-    assert [r.tp for r in predict_wall(M70, cluster, (1,), 1024, (8, 2)).rows] == [2, 8]
+    assert [r.tp for r in predict_wall(M70, cluster, (1,), 1024, (8, 2)).of(NCCL, 1)] == [2, 8]
 
 
 def test_degrees_that_are_not_there():

@@ -202,7 +202,7 @@ def test_json_round_trip():
     with pytest.raises(ValueError, match="plan_version is 7"):
         Plan.from_json('{"plan_version": 7}')
     with pytest.raises(ValueError, match="incomplete"):
-        Plan.from_json('{"plan_version": 2}')
+        Plan.from_json('{"plan_version": 3}')
 
 
 def test_command_prints_a_table(capsys):
