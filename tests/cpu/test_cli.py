@@ -54,6 +54,7 @@ def test_generate_alone_and_on_two_ranks():
         (("--prompt-file", "/nowhere.txt"), "/nowhere.txt"),
         (("--prompt", "x", "--device", "cuda"), "has no GPU"),
         (("--prompt", "x", "--host-memory", "1"), "give --offload GB, too"),
+        (("--prompt", "x", "--num-draft-tokens", "3,x"), "numbers with commas between them, got '3,x'"),
         (("--prompt", "x", "--num-draft-tokens", "auto"), "give --draft DIR or --draft ngram, too"),
         (("--prompt", "x", "--offload", "0", "--host-memory", "-1"), "host_bytes must be an integer of at least 0"),
     ],
