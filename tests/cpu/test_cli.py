@@ -54,7 +54,6 @@ def test_generate_alone_and_on_two_ranks():
         (("--prompt-file", "/nowhere.txt"), "/nowhere.txt"),
         (("--prompt", "x", "--device", "cuda"), "has no GPU"),
         (("--prompt", "x", "--host-memory", "1"), "give --offload GB, too"),
-        (("--prompt", "x", "--num-draft-tokens", "3,x"), "numbers with commas between them, got '3,x'"),
         (("--prompt", "x", "--num-draft-tokens", "auto"), "give --draft DIR or --draft ngram, too"),
         (("--prompt", "x", "--offload", "0", "--host-memory", "-1"), "host_bytes must be an integer of at least 0"),
     ],
@@ -68,6 +67,19 @@ def test_generate_errors(options, message, capsys):
     assert code == 1
     text = capsys.readouterr().err
     assert message in text and "Traceback" not in text
+
+
+def test_generate_with_a_tree(capsys):
+    options = ["generate", "--model", str(TARGET), "--device", "cpu", "--prompt", "import os", "--max-new-tokens", "20"]
+    texts = []
+    for more in ([], ["--draft", str(TARGET.parent / "tiny-draft"), "--num-draft-tokens", "3,2,1"]):
+        assert main([*options, *more]) == 0
+        told = capsys.readouterr()
+        texts.append(told.out)
+    assert texts[0] == texts[1] and "acceptance" in told.err
+    with pytest.raises(SystemExit):
+        main([*options, "--num-draft-tokens", "3,x"])
+    assert "numbers with commas between them, got '3,x'" in capsys.readouterr().err
 
 
 def test_generate_offloaded_and_quantised(capsys):
