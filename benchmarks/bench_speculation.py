@@ -242,7 +242,7 @@ def run(arguments: argparse.Namespace) -> int:
     config = _shape(arguments.model, arguments.layers)
     arguments.name = f"{arguments.model}:{arguments.layers}"
     arguments.all_layers = (TINY if tiny else MODELS[arguments.model])["num_hidden_layers"]
-    with torch.inference_mode():
+    with torch.no_grad():
         draft = fp.LlamaForCausalLM(
             _shape("tiny" if tiny else "llama-3-8b", arguments.draft_layers),
             mesh=None,
