@@ -160,7 +160,9 @@ def _run(bench: Bench, arguments: argparse.Namespace) -> int:
     hidden = arguments.hidden
     most = max(t * hidden * _calls(t * hidden * bench.dtype.itemsize) for t in arguments.tokens)
     buffer = bench.attempt("torch_one_shot, torch_two_shot", lambda: _symmetric_buffer(bench, most))
-    flashinfer = _flashinfer.peers(bench, hidden)
+    flashinfer = SimpleNamespace(trtllm=None, vllm=None)
+    if not arguments.impls or any(name.startswith("flashinfer") for name in arguments.impls):
+        flashinfer = _flashinfer.peers(bench, hidden)
     for tokens in arguments.tokens:
         _all_reduce(bench, tokens, hidden, buffer, flashinfer)
     why_not = _ext.why_no_kernels() if bench.device.type == "cuda" else None

@@ -236,6 +236,14 @@ void bind_operations(py::module_& m) {
       py::arg("x"), py::arg("values"), py::arg("scales"), py::arg("out"), py::arg("rows"), py::arg("n"), py::arg("k"),
       py::arg("x_row_stride"), py::arg("bits"), py::arg("dtype"), py::arg("device"), py::arg("stream"));
   m.def(
+      "dequantize",
+      [](Address values, Address scales, Address out, std::int64_t n, std::int64_t k, int bits, int dtype, int device,
+         Address stream) {
+        fp::dequantize(pointer(values), pointer(scales), pointer(out), n, k, bits, dtype, device, pointer(stream));
+      },
+      py::arg("values"), py::arg("scales"), py::arg("out"), py::arg("n"), py::arg("k"), py::arg("bits"),
+      py::arg("dtype"), py::arg("device"), py::arg("stream"));
+  m.def(
       "rotary_cache_write",
       [](Address q, Address k, Address v, Address cos, Address sin, Address positions, Address q_out, Address k_cache,
          Address v_cache, const fp::Strides& q_strides, const fp::Strides& k_strides, const fp::Strides& v_strides,

@@ -15,6 +15,7 @@ namespace fp {
 namespace {
 
 constexpr int kWarp = 32;
+constexpr int kDequantizeThreads = 256;
 constexpr int kWarps = 4;  // of a CTA; they share nothing, but read the same x at about the same time, from L1
 
 template <typename T>
@@ -149,7 +150,63 @@ void run(Params<T> p, std::int64_t m, cudaStream_t stream) {
   }
 }
 
+// The weight itself: a row a CTA, eight columns a thread at a time, so that what a warp stores is contiguous. Launched
+// the usual way, as above.
+template <typename T, int kBits>
+__global__ void __launch_bounds__(kDequantizeThreads)
+    dequantize_rows(const std::uint8_t* values, const T* scales, T* out, int k, int scales_per_row) {
+  using Raw = std::conditional_t<kBits == 8, uint2, unsigned>;  // eight columns
+  const std::int64_t row = blockIdx.x;
+  const Raw* const from = reinterpret_cast<const Raw*>(values + row * (static_cast<std::int64_t>(k) * kBits / 8));
+#pragma unroll 4
+  for (int i = threadIdx.x; i < k / 8; i += kDequantizeThreads) {
+    uint4 raw = {};
+    if constexpr (kBits == 8) {
+      const uint2 eight_bytes = __ldcs(from + i);
+      raw.x = eight_bytes.x;
+      raw.y = eight_bytes.y;
+    } else {
+      raw.x = __ldcs(from + i);
+    }
+    float w[8];
+    weights<kBits>(raw, 0, w);
+    const float scale = to_float(scales[row * scales_per_row + (kBits == 8 ? 0 : 8 * i / kQuantizedGroup)]);
+#pragma unroll
+    for (int e = 0; e < 8; ++e) w[e] *= scale;
+    T* const to = out + row * k + 8 * i;
+    constexpr int kSize = Vec<T>::kSize;
+#pragma unroll
+    for (int part = 0; part < 8 / kSize; ++part) {
+      float some[kSize];
+#pragma unroll
+      for (int e = 0; e < kSize; ++e) some[e] = w[part * kSize + e];
+      store(to + part * kSize, from_floats<T>(some));
+    }
+  }
+}
+
 }  // namespace
+
+void dequantize(const void* values, const void* scales, void* out, std::int64_t n, std::int64_t k, int bits, int dtype,
+                int device, void* stream) {
+  if (n == 0 || k == 0) return;
+  constexpr std::int64_t kMost = std::numeric_limits<int>::max() / 2;
+  if (n < 0 || n > kMost || k < 0 || k > kMost || (bits != 8 && bits != 4) || k % 8 != 0 || !is_vec_aligned(values) ||
+      !is_vec_aligned(out)) {
+    throw std::runtime_error("dequantize: n=" + std::to_string(n) + ", k=" + std::to_string(k) +
+                             ", bits=" + std::to_string(bits) + ", or values or out not aligned to 16 bytes");
+  }
+  const DeviceGuard guard(device);
+  dispatch_dtype(static_cast<DType>(dtype), [&](auto* null) {
+    using T = std::remove_pointer_t<decltype(null)>;
+    const int scales_per_row = bits == 8 ? 1 : static_cast<int>((k + kQuantizedGroup - 1) / kQuantizedGroup);
+    const auto kernel = bits == 8 ? dequantize_rows<T, 8> : dequantize_rows<T, 4>;
+    kernel<<<static_cast<unsigned>(n), kDequantizeThreads, 0, static_cast<cudaStream_t>(stream)>>>(
+        static_cast<const std::uint8_t*>(values), static_cast<const T*>(scales), static_cast<T*>(out),
+        static_cast<int>(k), scales_per_row);
+    FP_CUDA_CHECK(cudaGetLastError());
+  });
+}
 
 void quantized_matmul(const void* x, const void* values, const void* scales, void* out, std::int64_t m, std::int64_t n,
                       std::int64_t k, std::int64_t x_row_stride, int bits, int dtype, int device, void* stream) {

@@ -21,4 +21,9 @@ constexpr int kQuantizedRows = 8;
 void quantized_matmul(const void* x, const void* values, const void* scales, void* out, std::int64_t m, std::int64_t n,
                       std::int64_t k, std::int64_t x_row_stride, int bits, int dtype, int device, void* stream);
 
+// out[n, k] = value * scale, rounded once to the dtype: the weight, for a matmul of many rows. Arguments as above; k a
+// multiple of 8, values and out aligned to 16 bytes.
+void dequantize(const void* values, const void* scales, void* out, std::int64_t n, std::int64_t k, int bits, int dtype,
+                int device, void* stream);
+
 }  // namespace fp

@@ -10,7 +10,8 @@ A GPU shows it with a pair for which a pass costs something; trained and measure
         --lengths 4 8 16 24 --cuda-graph
 
 Greedy, so that every row but the quantised ones gives the same tokens. "predicted": tokens a round over (time of a
-plain offloaded pass + k times that of a draft's pass, both measured), against the plain offloaded model.
+plain offloaded pass + k times that of a draft's pass, of a tree as many as it is deep; both measured), against the
+plain offloaded model.
 """
 
 import argparse
@@ -23,6 +24,7 @@ import torch
 import fused_parallel as fp
 from fused_parallel._table import print_table
 from fused_parallel.models.tokenizer import load_tokenizer
+from fused_parallel.speculative.tree import Tree
 
 ASSETS = Path(__file__).parent / "assets"
 PROMPTS = (
@@ -37,6 +39,9 @@ parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch
 parser.add_argument("--target", type=Path, default=ASSETS / "tiny-target", help="directory of the model")
 parser.add_argument("--draft", type=Path, default=ASSETS / "tiny-draft", help="directory of the smaller model")
 parser.add_argument("--lengths", type=int, nargs="+", default=[4], help="draft lengths, beside the automatic one")
+parser.add_argument(
+    "--tree", nargs="+", default=[], metavar="WIDTHS", help="trees, too: such as 2,2,1 or, by parents, --tree=-1,-1,0"
+)
 parser.add_argument("--prompts", type=int, default=1, help=f"how many prompts, one at a time (1 to {len(PROMPTS)})")
 parser.add_argument("--max-new-tokens", type=int, default=200)
 parser.add_argument("--cuda-graph", action="store_true", help="rounds of fixed length in CUDA graphs, too")
@@ -89,6 +94,9 @@ rows = [
 ]
 for k in arguments.lengths:
     rows.append(Row(f"offloaded + draft, k = {k}", offloaded, {"draft": draft, "num_draft_tokens": k}))
+for tree in arguments.tree:
+    options = {"draft": draft, "num_draft_tokens": tuple(map(int, tree.split(",")))}
+    rows.append(Row(f"offloaded + draft, tree {tree}", offloaded, options))
 rows.append(Row("offloaded + draft, k chosen", offloaded, {"draft": draft, "num_draft_tokens": "auto"}))
 rows.append(Row("offloaded + n-grams, k chosen", offloaded, {"draft": "ngram", "num_draft_tokens": "auto"}))
 if arguments.cuda_graph:  # last on this model: after a capture nothing is copied ahead between passes
@@ -122,7 +130,10 @@ for row in rows:
     rounds, drafted = sum(s.rounds for s in stats), sum(s.drafted for s in stats)
     predicted = ""
     if plain and row.load == offloaded and row.generate.get("draft") is draft:
+        drafted_as = row.generate["num_draft_tokens"]
         lengths = sum(k * count for s in stats for k, count in s.rounds_by_length.items()) / rounds
+        if isinstance(drafted_as, tuple):  # the draft passes once for each depth, not for each node
+            lengths = Tree(drafted_as).depth
         predicted = plain / (plain + lengths * of_draft[row.generate.get("cuda_graph", False)])
         predicted = f"{predicted * sum(s.new_tokens - 1 for s in stats) / rounds:.2f}"
     shares = [s.link_utilisation for s in stats if s.link_utilisation is not None]

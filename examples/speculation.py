@@ -2,8 +2,8 @@
 
     python examples/speculation.py [--device cuda] [--plot speculation.png]
 
-Greedy, so that every row gives the same tokens; "auto" chooses the length itself, "ngram" drafts from the text. Half a
-minute on two idle cores.
+Greedy, so that every row gives the same tokens; "auto" chooses the length itself, "ngram" drafts from the text, `--tree
+2,1,1` adds a tree with these widths. Half a minute on two idle cores.
 """
 
 import argparse
@@ -28,6 +28,9 @@ arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argpars
 arguments.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
 arguments.add_argument("--max-new-tokens", type=int, default=200)
 arguments.add_argument("--lengths", type=int, nargs="+", default=range(9), help="draft lengths, default 0 to 8")
+arguments.add_argument(
+    "--tree", nargs="+", default=[], metavar="WIDTHS", help="trees, too: such as 2,2,1 or, by parents, --tree=-1,-1,0"
+)
 arguments.add_argument("--plot", type=Path, help="write a plot (needs matplotlib)")
 arguments = arguments.parse_args()
 
@@ -39,6 +42,7 @@ tokenizer = load_tokenizer(ASSETS / "tiny-target")
 prompts = [tokenizer.encode(text).ids for text in PROMPTS]
 
 rows = [(f"k = {k}", draft if k else None, k or 4) for k in arguments.lengths]
+rows += [(f"tree {tree}", draft, tuple(map(int, tree.split(",")))) for tree in arguments.tree]
 rows += [("auto", draft, "auto"), ("ngram, k = 4", "ngram", 4), ("ngram, auto", "ngram", "auto")]
 fp.generate(model, prompts[:1], 20, draft=draft)  # what is made at first use
 table, plain = [], None

@@ -38,7 +38,7 @@ def add_parser(subparsers) -> None:
     parser.add_argument(
         "--num-draft-tokens",
         type=_length,
-        help='tokens drafted a round (default 4), or "auto": as many as pay',
+        help='tokens drafted a round (default 4), "auto": as many as pay, or a tree: 4,2,1 are its widths',
     )
     parser.add_argument("--method", choices=("rejection", "block"), default="rejection", help="rule of verification")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 (the default) is greedy")
@@ -84,13 +84,16 @@ def add_parser(subparsers) -> None:
     parser.set_defaults(run=run)
 
 
-def _length(text: str) -> int | str:
+def _length(text: str) -> int | str | tuple[int, ...]:
     if text == "auto":
         return text
     try:
-        return int(text)
+        numbers = tuple(map(int, text.split(",")))
     except ValueError:
-        raise argparse.ArgumentTypeError(f"expected a number of tokens or auto, got {text!r}") from None
+        raise argparse.ArgumentTypeError(
+            f"expected a number of tokens, auto or numbers with commas between them, got {text!r}"
+        ) from None
+    return numbers if "," in text else numbers[0]
 
 
 def run(args: argparse.Namespace) -> int:

@@ -49,15 +49,18 @@ class DistributedTransport:
         return backend
 
     def _probe(self) -> None:
-        """One word each way: connections that are made at first use are made here."""
+        """One word each way: connections that are made at first use are made here. First upwards, on both ends: NCCL
+        connects a communicator on the host, where one end's first send waits for the other's first receive."""
         word = torch.zeros(16, dtype=torch.uint8, device=self.device)
         other = 1 - self.pair.index
-        sent = self._out.send([word], other, _HEADER_TAG)
-        got = torch.empty_like(word)
-        with self._measured("p2p channel", word):
-            self._finish(self._in.recv([got], other, _HEADER_TAG))
-            self._finish(sent)
+        for backend in self._both:
+            with self._measured("p2p channel", word):
+                does = backend.send if backend is self._out else backend.recv
+                self._finish(does([word], other, _HEADER_TAG))
         if self.device.type == "cuda":
+            # Headers' pinned memory, kept by torch's allocator: taking some may wait for kernels, and a send's kernel
+            # waits for the peer.
+            _ = [torch.empty(HEADER_BYTES, dtype=torch.uint8, pin_memory=True) for _ in range(4 * self.slots)]
             torch.cuda.synchronize(self.device)
 
     def _measured(self, op: str, tensor: torch.Tensor):

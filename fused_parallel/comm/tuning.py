@@ -52,8 +52,7 @@ def default_table(world: int) -> Table:
             (24 * _MB, TWO),
             (None, Choice("one_shot", 128)),
         ]
-        with_norm = [(96 << 10, Choice("one_shot", cluster=8)), (3 * _MB // 4, Choice("one_shot", cluster=4))]
-        with_norm.append((None, Choice("one_shot", cluster=1)))
+        with_norm = [(640 << 10, Choice("one_shot", cluster=8)), (None, Choice("one_shot", cluster=1))]
     else:
         all_reduce = [(_MB // world, ONE), (None, TWO)]
         # Only one-shot keeps the sums for the norm.

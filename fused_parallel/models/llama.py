@@ -54,8 +54,10 @@ class LlamaDecoderLayer(nn.Module):
         self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps, device=device, dtype=dtype)
         self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps, device=device, dtype=dtype)
 
-    def forward(self, x, residual, cos, sin, cache, positions, lens, next_norm: RMSNorm | None):
-        x, residual = self.self_attn(x, cos, sin, cache, positions, residual, self.post_attention_layernorm, lens)
+    def forward(self, x, residual, cos, sin, cache, positions, lens, next_norm: RMSNorm | None, tree_mask=None):
+        x, residual = self.self_attn(
+            x, cos, sin, cache, positions, residual, self.post_attention_layernorm, lens, tree_mask
+        )
         if next_norm is None:
             return self.mlp(x), residual
         return self.mlp(x, residual, next_norm)
@@ -106,12 +108,14 @@ class LlamaModel(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, device=device, dtype=dtype) if last else None
         self.rotary_emb = RotaryEmbedding(config.head_dim, config.rope_theta, config.rope_scaling, device)
 
-    def forward(self, x: torch.Tensor, cache: KVCache, positions: torch.Tensor):
+    def forward(self, x: torch.Tensor, cache: KVCache, positions: torch.Tensor, tree=None):
         """Ids [B, S] on the first stage, else the previous stage's hidden states [B, S, hidden] -> normed hidden states
-        on the last stage, else two tensors whose sum is the hidden states: PipelineStage adds them on their way."""
+        on the last stage, else two tensors whose sum is the hidden states: PipelineStage adds them on their way.
+        `positions` [B, S] are those in the cache; in a `tree` the tokens stand elsewhere in the text."""
         residual = x if self.embed_tokens is None else self.embed_tokens(x)
         # What all layers share is computed once.
-        cos, sin = self.rotary_emb(positions, residual.dtype)
+        offsets, mask = (None, None) if tree is None else tree
+        cos, sin = self.rotary_emb(positions if tree is None else positions[:, :1] + offsets, residual.dtype)
         lens = lens_after(positions)
         layers = list(self.layers.values())
         norms = [layer.input_layernorm for layer in layers[1:]] + [self.norm]
@@ -119,7 +123,7 @@ class LlamaModel(nn.Module):
         streamed = isinstance(self.layers, StreamedLayers)
         passing = self.layers.items(x.shape[0] * x.shape[1]) if streamed else self.layers.items()
         for (_, layer), norm in zip(passing, norms, strict=True):
-            normed, residual = layer(normed, residual, cos, sin, cache, positions, lens, norm)
+            normed, residual = layer(normed, residual, cos, sin, cache, positions, lens, norm, mask)
         return (residual, normed) if self.norm is None else normed
 
 
@@ -310,7 +314,11 @@ class LlamaForCausalLM(nn.Module):
 
     @torch.no_grad()
     def forward(
-        self, input_ids: torch.Tensor, cache: KVCache | None = None, logits_at: torch.Tensor | None = None
+        self,
+        input_ids: torch.Tensor,
+        cache: KVCache | None = None,
+        logits_at: torch.Tensor | None = None,
+        tree: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> torch.Tensor | None:
         """Logits of the tokens that follow `cache`.
 
@@ -319,6 +327,8 @@ class LlamaForCausalLM(nn.Module):
             cache: its first `cache.lens` tokens are the context; the S tokens are written behind them, `lens` stays
                 (the caller counts the tokens that it accepts). None: no context.
             logits_at: int64 [B]: only the logits after that token of each sequence.
+            tree: the tokens are branches, not one text: (int64 [S], how far each stands behind the first; bool
+                [B, S, S], which of the S each one sees, itself among them). They are cached in the order given.
 
         Returns:
             On the last stage [B, S, local vocabulary] ([B, 1, local vocabulary] with `logits_at`), else None.
@@ -336,6 +346,7 @@ class LlamaForCausalLM(nn.Module):
             self.dtype,
             cache=cache,
             positions=positions,
+            tree=tree,
         )
         if hidden is None:
             return None

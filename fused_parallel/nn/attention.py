@@ -65,7 +65,8 @@ class ParallelAttention(nn.Module):
     [B, S, hidden], cos and sin [B, S, head_dim], the cache and the tokens' positions [B, S] -> [B, S, hidden]; with
     `residual` and `norm`, (norm(sum), sum) for sum = residual + output. The S tokens are written to the cache; its
     `lens` stay as they are. `lens` int32 [B], the tokens in the cache with the new ones, can be given where it serves
-    many layers; default: the last token's position + 1.
+    many layers; default: the last token's position + 1. `tree_mask` bool [B, S, S]: which of the new tokens each one
+    sees, as of `fp.verify_attention`; default: those up to itself.
     """
 
     def __init__(
@@ -97,9 +98,11 @@ class ParallelAttention(nn.Module):
         residual: torch.Tensor | None = None,
         norm: RMSNorm | None = None,
         lens: torch.Tensor | None = None,
+        tree_mask: torch.Tensor | None = None,
     ):
         q, k, v = self.qkv_proj(x)
         k_cache, v_cache = cache.k[self.layer], cache.v[self.layer]
         q = ops.rotary_cache_write(q, k, v, cos, sin, k_cache, v_cache, positions)
-        out = ops.verify_attention(q, k_cache, v_cache, lens_after(positions) if lens is None else lens)
+        lens = lens_after(positions) if lens is None else lens
+        out = ops.verify_attention(q, k_cache, v_cache, lens, tree_mask=tree_mask)
         return self.o_proj(out.flatten(2), residual, norm)

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 
 from .. import _ext
 from ..reference import quantized_matmul as reference
 from ._dispatch import choose_fused
 from ._library import as_rows, check_floating, register, why_no_kernel_for
 
-# Rows that the kernel takes: it reads the weight once for 8 of them, where the reference writes and reads it in x's
-# dtype, once.
-MOST_ROWS = 32
+# Rows that the kernel takes: it reads the weight once for 8 of them, and its fp32 sums are then what takes time. Beyond
+# it the weight is written and read in x's dtype, once, for the tensor cores (measured on an H100: docs/offload.md).
+MOST_ROWS = 16
 
 
 def _aligned(t: torch.Tensor) -> torch.Tensor:
@@ -41,6 +42,24 @@ def _launch(x: torch.Tensor, values: torch.Tensor, scales: torch.Tensor) -> torc
     return out
 
 
+def _dequantize(values: torch.Tensor, scales: torch.Tensor, k: int) -> torch.Tensor:
+    """The weight [N, k] in the scales' dtype, by the kernel: the bits of `reference.dequantize`."""
+    values, scales = _aligned(values.contiguous()), scales.contiguous()
+    out = scales.new_empty(values.shape[0], k)
+    _ext.extension().dequantize(
+        values=values.data_ptr(),
+        scales=scales.data_ptr(),
+        out=out.data_ptr(),
+        n=values.shape[0],
+        k=k,
+        bits=8 if values.dtype == torch.int8 else 4,
+        dtype=_ext.DTYPE_CODES[scales.dtype],
+        device=scales.device.index,
+        stream=torch.cuda.current_stream(scales.device).cuda_stream,
+    )
+    return out
+
+
 def _why_not_fused(x: torch.Tensor, values: torch.Tensor) -> str | None:
     reason = why_no_kernel_for(x)
     if reason is not None:
@@ -51,9 +70,11 @@ def _why_not_fused(x: torch.Tensor, values: torch.Tensor) -> str | None:
 
 def _impl(x: torch.Tensor, values: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
     rows = x.numel() // max(x.shape[-1], 1)
-    if rows <= MOST_ROWS and choose_fused("quantized_matmul", _why_not_fused(x, values), on_gpu=x.is_cuda):
+    if not choose_fused("quantized_matmul", _why_not_fused(x, values), on_gpu=x.is_cuda):
+        return reference.quantized_matmul(x, values, scales)
+    if rows <= MOST_ROWS:
         return _launch(x, values, scales)
-    return reference.quantized_matmul(x, values, scales)
+    return F.linear(x, _dequantize(values, scales, x.shape[-1]))
 
 
 def _fake(x: torch.Tensor, values: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
@@ -74,9 +95,10 @@ def quantized_matmul(x: torch.Tensor, values: torch.Tensor, scales: torch.Tensor
             dtype.
 
     Returns:
-        [..., N]. Up to 32 rows of x on a GPU: one kernel for 8 of them, summed in fp32 in a fixed order and rounded
-        once; a row's result does not depend on the others. More rows, CPUs, and K that is no multiple of 32 (int8: 16):
-        the weight is dequantised to memory of its own and multiplied by torch.
+        [..., N]. Up to 16 rows of x on a GPU: one kernel for 8 of them, summed in fp32 in a fixed order and rounded
+        once; a row's result does not depend on the others. More rows: the weight is dequantised by a kernel to memory
+        of its own (N K elements of x's dtype, given back after) and multiplied by torch. CPUs, and K that is no
+        multiple of 32 (int8: 16): the same in plain torch.
 
     Raises TypeError or ValueError for dtypes and shapes that do not fit, NoFusedKernelError under fp.use("fused") where
     the kernel cannot run. Runs on the current stream; capturable in CUDA graphs; traced by torch.compile as one node.

@@ -30,10 +30,10 @@ ATTENTION_SHARE = 0.5
 OVERLAP = 3
 
 
-# Beyond so many rows this library dequantises a weight before each matmul (ops/quantized_matmul.py), for which
-# reference/quantized_matmul.py reads and writes so many bytes a weight in all.
-QUANTIZED_ROWS = 32
-DEQUANTIZED_BYTES = {"int8": 7, "int4": 15}
+# Beyond so many rows this library dequantises a weight before each matmul (ops/quantized_matmul.py), which reads and
+# writes so many bytes a weight; the matmul reads 2 more.
+QUANTIZED_ROWS = 16
+DEQUANTIZED_BYTES = {"int8": 3, "int4": 2.5}
 
 
 @dataclass(frozen=True)

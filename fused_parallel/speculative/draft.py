@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from .. import ops
+from .tree import PlacedTree
 
 
 class ModelDraft:
@@ -49,12 +50,7 @@ class ModelDraft:
             (tokens int64 [B, k], the log-weights they were sampled from [B, k, V], or None if greedy, None: all k
             count).
         """
-        # The draft has never seen the last token it proposed itself; feeding two tokens covers the case that it was
-        # accepted, and rewrites the same values otherwise.
-        window = missed + 2
-        self.cache.lens.copy_(lens + 1 - window)
-        at = (lens + 1 - window).long().unsqueeze(1) + torch.arange(window, device=lens.device)
-        feed = history.gather(1, at)
+        feed = self._unseen(history, lens, missed)
         drawn = temperature > 0
         tokens, weights = [], []
         for i in range(k):
@@ -63,15 +59,80 @@ class ModelDraft:
             if greedy:
                 token = ops.sample(logits, seed=seed, step=step, temperature=0.0, position=i)
             else:
-                # Scaled before sampling, so that what verify is given is exactly what was sampled from. A row drafted
-                # at temperature 0 comes from a point mass.
-                scaled = logits.float() / temperature.clamp_min(1e-30).unsqueeze(1)
+                # A row drafted at temperature 0 comes from a point mass.
+                scaled = _scaled(logits, temperature)
                 token = ops.sample(scaled, seed=seed, step=step, temperature=drawn.float(), position=i)
                 point = torch.full_like(scaled, -torch.inf).scatter_(1, token.unsqueeze(1), 0.0)
                 weights.append(torch.where(drawn.unsqueeze(1), scaled, point))
             tokens.append(token)
             feed = token.unsqueeze(1)
         return torch.stack(tokens, 1), None if greedy else torch.stack(weights, 1), None
+
+    def propose_tree(
+        self,
+        history: torch.Tensor,
+        lens: torch.Tensor,
+        placed: PlacedTree,
+        *,
+        missed: int,
+        seed: torch.Tensor,
+        step: torch.Tensor,
+        temperature: torch.Tensor,
+        greedy: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Draft a tree of N tokens a sequence, depth by depth; arguments as of `propose`.
+
+        Siblings are the most likely tokens where the temperature is 0, else drawn one after the other without those
+        before them: as the argmax of log-weight + noise, the same noise for all of a node's children.
+
+        Returns:
+            (tokens int64 [B, N], the log-weights each was drawn from before any sibling was removed [B, N, V], or None
+            if greedy): "without_replacement" and "deterministic" siblings of `fp.verify_tree`.
+        """
+        tree, batch = placed.tree, history.shape[0]
+        tokens = torch.zeros(batch, tree.nodes, dtype=torch.int64, device=history.device)
+        weights = None
+        logits = self.model(self._unseen(history, lens, missed), self.cache)[:, -1:, : self.vocab_size]
+        self.cache.lens.copy_(lens + 1)
+        for depth in range(1, tree.depth + 1):
+            above = [-1] if depth == 1 else list(tree.level(depth - 1))
+            if depth > 1:
+                # All nodes so far once more: those of one depth alone would see every branch behind them.
+                end = above[-1] + 1
+                logits = self.model(tokens[:, :end], self.cache, tree=placed.down_to[depth - 2])
+                logits = logits[:, above[0] :, : self.vocab_size]
+            for row, parent in enumerate(above):
+                children = tree.children(parent)
+                if not children:
+                    continue
+                left = logits[:, row].float() if greedy else _scaled(logits[:, row], temperature)
+                if not greedy:
+                    if weights is None:
+                        weights = left.new_empty(batch, tree.nodes, self.vocab_size)
+                    weights[:, children.start : children.stop] = left.unsqueeze(1)
+                left = left.clone()
+                for child in children:
+                    heat = 0.0 if greedy else (temperature > 0).float()
+                    token = ops.sample(left, seed=seed, step=step, temperature=heat, position=parent + 1)
+                    tokens[:, child] = token
+                    left.scatter_(1, token.unsqueeze(1), -torch.inf)
+        self.cache.lens.copy_(lens)  # where `keep_path` expects the root
+        return tokens, weights
+
+    def _unseen(self, history: torch.Tensor, lens: torch.Tensor, missed: int) -> torch.Tensor:
+        """The tokens to begin a round with, the last of each sequence among them; sets the cache's lengths to what is
+        before them."""
+        # The draft has never seen the last token it proposed itself (of a tree: those of the last depth); feeding two
+        # tokens covers the case that it was accepted, and rewrites the same values otherwise.
+        window = missed + 2
+        self.cache.lens.copy_(lens + 1 - window)
+        at = (lens + 1 - window).long().unsqueeze(1) + torch.arange(window, device=lens.device)
+        return history.gather(1, at)
+
+
+def _scaled(logits: torch.Tensor, temperature: torch.Tensor) -> torch.Tensor:
+    """Scaled before sampling, so that what verification is given is exactly what was sampled from."""
+    return logits.float() / temperature.clamp_min(1e-30).unsqueeze(1)
 
 
 class NgramDraft:

@@ -19,6 +19,7 @@ from ..pipeline.stage_links import SLOTS
 from .adaptive import LENGTHS, LENGTHS_OFFLOADED, AdaptiveLength
 from .microbatches import MicroBatch, run
 from .round import Round
+from .tree import Tree
 
 
 @dataclass
@@ -138,12 +139,33 @@ def _check(model, prompts, max_new_tokens, draft, num_draft_tokens, method) -> l
         if draft.tp_group.size() * draft.pp_group.size() != 1:
             raise ValueError("generate: make the draft with mesh=None, every rank runs it whole")
     bad = not isinstance(num_draft_tokens, int) or num_draft_tokens < 1
-    if draft is not None and num_draft_tokens != "auto" and bad:
+    if draft is not None and num_draft_tokens != "auto" and bad and not _is_tree(num_draft_tokens):
         raise ValueError(
-            f'generate: num_draft_tokens must be an integer of at least 1 with a draft, or "auto", got '
+            'generate: num_draft_tokens must be an integer of at least 1 with a draft, or "auto", or a tree, got '
             f"{num_draft_tokens!r}"
         )
     return prompts
+
+
+def _is_tree(num_draft_tokens) -> bool:
+    return isinstance(num_draft_tokens, Sequence) and not isinstance(num_draft_tokens, str)
+
+
+def _tree_of(num_draft_tokens, draft, method: str, microbatches: int, vocab: int) -> Tree | None:
+    """The tree to draft, None for a chain."""
+    if draft is None or not _is_tree(num_draft_tokens):
+        return None
+    tree = Tree(num_draft_tokens)
+    if draft == "ngram":
+        raise ValueError("generate: trees are drafted by a model, not by n-grams: give num_draft_tokens as one integer")
+    if method != "rejection":
+        raise ValueError(f'generate: trees have one rule of verification, method="rejection", got {method!r}')
+    if microbatches != 1:
+        raise ValueError(f"generate: trees need microbatches=1, got {microbatches!r}")
+    widest = max(len(tree.children(node)) for node in range(-1, tree.nodes))
+    if widest > vocab:
+        raise ValueError(f"generate: a node of the tree has {widest} children, more than the {vocab} tokens there are")
+    return tree
 
 
 def _check_parts(microbatches, prefill_chunk, batch: int, cuda_graph: bool, adaptive, offloaded: bool) -> None:
@@ -173,7 +195,7 @@ def generate(
     max_new_tokens: int,
     *,
     draft=None,
-    num_draft_tokens: int | str = 4,
+    num_draft_tokens: int | str | Sequence[int] = 4,
     method: str = "rejection",
     temperature: float | Sequence[float] = 0.0,
     top_k=None,
@@ -198,7 +220,11 @@ def generate(
         num_draft_tokens: tokens drafted a round; "auto": 0 to 8 (32 where the model's layers are offloaded), chosen
             each round for the batch by what rounds have cost and how often drafts were right (`speculative.adaptive`).
             The time of a round is the clock's, so two runs may choose differently; greedy tokens do not depend on it,
-            sampled ones do (not their distribution).
+            sampled ones do (not their distribution). A sequence of integers is a tree of at most 63 nodes: (4, 2, 1) is
+            4 tokens for the next place, two after each of them and one after each of those; or it begins with -1 and
+            names the node that each node follows, -1 for the sequence itself. Siblings are the draft's most likely
+            tokens, or drawn without replacement where the temperature is above 0. A tree needs a draft model,
+            method="rejection" and microbatches=1.
         method: "rejection" or "block", which leave the model's distribution unchanged, or "greedy", which ignores the
             temperature; as `fp.verify`.
         temperature, top_k, top_p, min_p, seed: one value, or one per prompt; temperature 0 is greedy. With one seed,
@@ -233,7 +259,9 @@ def generate(
         raise ValueError(
             'generate: a captured round has a fixed length: num_draft_tokens="auto" needs cuda_graph=False'
         )
+    tree = _tree_of(num_draft_tokens, draft, method, microbatches, model.config.vocab_size)
     k = 0 if draft is None else max(adaptive.lengths) if adaptive is not None else num_draft_tokens
+    k = k if tree is None else tree.nodes
     _check_parts(microbatches, prefill_chunk, len(prompts), cuda_graph, adaptive, model.offloaded)
     batch, device = len(prompts), model.device
     lens = torch.tensor([len(p) for p in prompts], dtype=torch.int32, device=device)
@@ -269,6 +297,7 @@ def generate(
             temperature=temperature_t[part.start : part.stop],
             sampling={name: x if x is None else x[part.start : part.stop] for name, x in sampling.items()},
             method=method,
+            tree=tree,
         )
         for part in parts
     ]

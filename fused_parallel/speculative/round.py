@@ -10,7 +10,9 @@ import torch
 
 from .. import ops
 from ..comm import collectives
+from ..nn.linear import gather_last
 from .draft import ModelDraft, NgramDraft
+from .tree import PlacedTree, Tree
 
 
 class Round:
@@ -20,18 +22,34 @@ class Round:
         model: a LlamaForCausalLM.
         draft: a smaller one, "ngram", or None: k is 0 and a round yields one token.
         k: tokens drafted a round, at most; the attribute `k` may be lowered between rounds that are not captured.
+        tree: the k tokens are its nodes; needs a draft model.
         capacity: of the KV caches, in tokens.
         seed, temperature, sampling, method: as `fp.verify` takes them, [B] on the model's device.
 
     Attributes, on the device, B sequences:
-        tokens: int64 [B, k + 1], accepted: int32 [B]: the last round's verdict, the same on every rank.
+        tokens: int64 [B, k + 1] (tree: depth + 1), accepted: int32 [B]: the last round's verdict, the same on every
+            rank.
         drafted: int32 [B]: how many tokens were drafted.
         alive: bool [B]: sequences that go on; the others stand still. The caller clears it.
         clock: int64 [1]: a number of this rank that `heard` has after the next round on every rank, from the last
             stage's first rank.
     """
 
-    def __init__(self, model, draft, k: int, batch: int, capacity: int, *, seed, temperature, sampling, method) -> None:
+    def __init__(
+        self,
+        model,
+        draft,
+        k: int,
+        batch: int,
+        capacity: int,
+        *,
+        seed,
+        temperature,
+        sampling,
+        method,
+        tree: Tree | None = None,
+    ) -> None:
+        self.tree = None if tree is None else PlacedTree(tree, batch, model.device)
         self.model, self.k, self.method, self.sampling = model, k, method, sampling
         self.seed, self.temperature = seed, temperature
         self.greedy = not bool((temperature > 0).any())
@@ -50,7 +68,7 @@ class Round:
         self.drafts = torch.zeros(batch, k + 1, **like)
         self.drafted = torch.zeros(batch, dtype=torch.int32, device=model.device)
         self.missed = 0  # rounds without a draft since the last one with
-        self.tokens = torch.zeros(batch, k + 1, **like)
+        self.tokens = torch.zeros(batch, (k if tree is None else tree.depth) + 1, **like)
         self.accepted = torch.zeros(batch, dtype=torch.int32, device=model.device)
         self.alive = torch.ones(batch, dtype=torch.bool, device=model.device)
         self._graph: torch.cuda.CUDAGraph | None = None
@@ -114,16 +132,13 @@ class Round:
         if self.k:
             self.model.prefetch()  # offloaded layers, beside the drafting
         if self.k and self.drafter is not None:
-            proposed, weights, counts = self.drafter.propose(
-                self.history,
-                self.cache.lens,
-                self.k,
-                missed=self.missed,
-                seed=self.seed,
-                step=self.step,
-                temperature=self.temperature,
-                greedy=self.greedy,
-            )
+            options = {"missed": self.missed, "seed": self.seed, "step": self.step}
+            options |= {"temperature": self.temperature, "greedy": self.greedy}
+            if self.tree is not None:
+                proposed, weights = self.drafter.propose_tree(self.history, self.cache.lens, self.tree, **options)
+                counts = None
+            else:
+                proposed, weights, counts = self.drafter.propose(self.history, self.cache.lens, self.k, **options)
             self.drafts[:, : self.k] = proposed
             self.drafts[:, -1] = self.k if counts is None else counts
         self.missed = 0 if self.k else self.missed + 1
@@ -131,7 +146,8 @@ class Round:
 
     def judge(self, weights: torch.Tensor | None) -> torch.Tensor:
         """Run the model on the last token and the drafts, which every stage has, and verify on the last stage; what it
-        gives counts there only: int64 [B, k + 3], the tokens, how many were accepted, and the clock."""
+        gives counts there only: int64 [B, k + 3], the tokens, how many were accepted, and the clock; of a tree int64
+        [B, 2 depth + 3], the accepted path behind them."""
         k = self.k
         drafts = self.drafts[:, :k]
         if k:
@@ -140,12 +156,20 @@ class Round:
             self.drafted.zero_()
         at = self.cache.lens.long().unsqueeze(1)  # of the token that the model has not seen yet
         fed = torch.cat((self.history.gather(1, at), drafts), 1)
+        if self.tree is not None:
+            return self._judge_tree(self.model(fed, self.cache, tree=self.tree.whole), drafts, weights)
         counts = self.drafted if isinstance(self.drafter, NgramDraft) and k else None
         return self._judge(self.model(fed, self.cache), drafts, weights, counts)
 
     def update(self, verdict: torch.Tensor) -> None:
         """Take over a verdict, the same on every rank, and end the round."""
         k, at = self.k, self.cache.lens.long().unsqueeze(1)
+        if self.tree is not None:
+            k = self.tree.tree.depth
+            path = verdict[:, k + 3 :]
+            self.cache.keep_path(path)
+            if self.drafter is not None:
+                self.drafter.cache.keep_path(path)
         self.tokens.fill_(-1)
         self.tokens[:, : k + 1] = verdict[:, : k + 1]
         self.accepted.copy_(verdict[:, k + 1])
@@ -191,6 +215,29 @@ class Round:
                 **self.sampling,
             )
             verdict[:, :-2], verdict[:, -2] = result.tokens, result.num_accepted
+        return verdict
+
+    def _judge_tree(self, logits, drafts, weights) -> torch.Tensor:
+        """As `_judge`, a tree. The vocabulary's shards are gathered first, which costs little at the few rows of a
+        tree: the kernels of `fp.verify_tree` want it whole."""
+        placed, depth = self.tree, self.tree.tree.depth
+        verdict = torch.empty(drafts.shape[0], 2 * depth + 3, dtype=torch.int64, device=drafts.device)
+        verdict[:, depth + 2] = self.clock
+        if logits is not None:
+            result = ops.verify_tree(
+                gather_last(logits, self.model.config.vocab_size, self.tp),
+                drafts,
+                placed.parents,
+                weights,
+                seed=self.seed,
+                step=self.step,
+                temperature=self.temperature,
+                siblings="deterministic" if weights is None else "without_replacement",
+                max_depth=depth,
+                **self.sampling,
+            )
+            verdict[:, : depth + 1], verdict[:, depth + 1] = result.tokens, result.num_accepted
+            verdict[:, depth + 3 :] = result.path
         return verdict
 
 

@@ -70,6 +70,19 @@ def test_generate_errors(options, message, capsys):
     assert message in text and "Traceback" not in text
 
 
+def test_generate_with_a_tree(capsys):
+    options = ["generate", "--model", str(TARGET), "--device", "cpu", "--prompt", "import os", "--max-new-tokens", "20"]
+    texts = []
+    for more in ([], ["--draft", str(TARGET.parent / "tiny-draft"), "--num-draft-tokens", "3,2,1"]):
+        assert main([*options, *more]) == 0
+        told = capsys.readouterr()
+        texts.append(told.out)
+    assert texts[0] == texts[1] and "acceptance" in told.err
+    with pytest.raises(SystemExit):
+        main([*options, "--num-draft-tokens", "3,x"])
+    assert "numbers with commas between them, got '3,x'" in capsys.readouterr().err
+
+
 def test_generate_offloaded_and_quantised(capsys, tmp_path):
     options = ["--device", "cpu", "--prompt", "import os", "--max-new-tokens", "12", "--offload", "0"]
     cached = ["--quantize", "int4", "--host-memory", "0", "--cache-dir", str(tmp_path)]

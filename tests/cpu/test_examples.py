@@ -30,10 +30,11 @@ def test_parallelize_transformers():
 
 def test_speculation():
     command = [sys.executable, str(ROOT / "examples" / "speculation.py"), "--device", "cpu", "--max-new-tokens", "24"]
-    done = subprocess.run([*command, "--lengths", "0", "3"], capture_output=True, text=True, timeout=120)
+    command += ["--lengths", "0", "3", "--tree", "2,1"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stdout + done.stderr
     rows = [line.split("│")[1:] for line in done.stdout.splitlines() if line.startswith("│")]
-    assert [row[0].strip() for row in rows] == ["k = 0", "k = 3", "auto", "ngram, k = 4", "ngram, auto"]
+    assert [row[0].strip() for row in rows] == ["k = 0", "k = 3", "tree 2,1", "auto", "ngram, k = 4", "ngram, auto"]
     assert all(row[5].strip() == "yes" for row in rows)
 
 
@@ -61,13 +62,15 @@ def test_links_and_paths_exist(document):
 
 def test_offload():
     command = [sys.executable, str(ROOT / "examples" / "offload.py"), "--device", "cpu", "--max-new-tokens", "24"]
+    command += ["--tree", "2,1,1"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stdout + done.stderr
     rows = [[cell.strip() for cell in line.split("│")[1:]] for line in done.stdout.splitlines() if line.startswith("│")]
     rows = {row[0]: row[1:] for row in rows}
-    assert len(rows) == 10 and [row[7] for name, row in rows.items() if "int" not in name] == ["yes"] * 7
+    assert len(rows) == 11 and [row[7] for name, row in rows.items() if "int" not in name] == ["yes"] * 8
     streamed = {name: float(row[5]) for name, row in rows.items()}
     assert streamed["on the device"] == 0 < streamed["offloaded, half resident"] < streamed["offloaded"]
     assert 0 < streamed["offloaded + draft, k = 4"] < streamed["offloaded"] / 2
     assert 0 < streamed["offloaded, int4"] < streamed["offloaded, int8"] < streamed["offloaded"] / 3
-    assert float(rows["offloaded + draft, k = 4"][2]) > 0  # predicted
+    for name in ("k = 4", "tree 2,1,1"):
+        assert float(rows[f"offloaded + draft, {name}"][2]) > 0  # predicted

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import fused_parallel as fp
+from fused_parallel.ops.quantized_matmul import _dequantize as by_kernel
 from fused_parallel.reference.quantized_matmul import dequantize, quantize
 from fused_parallel.testing.tolerances import RELATIVE_ERROR
 
@@ -35,7 +36,7 @@ def check(out, x, values, scales):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("n,k", SHAPES)
 def test_matches_float64(kind, dtype, n, k, seed):
-    for m in (1, 2, 3, 4, 7, 8, 9, 15, 31, 32):
+    for m in (1, 2, 3, 4, 7, 8, 9, 15, 16):
         x, values, scales = problem(kind, dtype, n, k, m)
         poison = torch.full((m, n), float("nan"), device="cuda", dtype=dtype)
         del poison  # what the output is then allocated over
@@ -54,11 +55,22 @@ def test_extreme_values(kind, seed):
     top = 127 if kind == "int8" else 7
     weight = torch.arange(n * k, device="cuda").view(n, k) % (2 * top + 1) - top
     values, scales = quantize(weight.float(), kind, torch.float32)
-    for start in range(0, k, 32):
-        x = torch.eye(k, device="cuda")[start : start + 32]
+    for start in range(0, k, 16):
+        x = torch.eye(k, device="cuda")[start : start + 16]
         with fp.use("fused"):
             out = fp.quantized_matmul(x, values, scales)
-        assert torch.equal(out, dequantize(values, scales, k).T[start : start + 32])
+        assert torch.equal(out, dequantize(values, scales, k).T[start : start + 16])
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("n,k", SHAPES)
+def test_dequantize_has_the_references_bits(kind, dtype, n, k, seed):
+    _, values, scales = problem(kind, dtype, n, k, 1)
+    expected = dequantize(values, scales, k)
+    poison = torch.full((n, k), float("nan"), device="cuda", dtype=dtype)
+    del poison  # what the output is then allocated over
+    assert torch.equal(by_kernel(values, scales, k), expected)
 
 
 @pytest.mark.parametrize("kind", ["int8", "int4"])

@@ -19,7 +19,9 @@ def test_offloaded_equals_resident(tmp_path, tp, pp):
     args = tmp_path / "target", tmp_path / "draft"
     expected = run_ranks(ranks.offloaded, 1, *args, None, device="cuda")[0][0]
     layer = 4 * (96 * (128 + 2 * 64) + 96 * 128 + 3 * 96 * 250) // tp
-    options = [{}, {"num_draft_tokens": "auto"}] + ([{"cuda_graph": True}] if pp == 1 else [])
+    options = [{}, {"num_draft_tokens": "auto"}, {"num_draft_tokens": (3, 2, 1)}] + (
+        [{"cuda_graph": True}] if pp == 1 else []
+    )
     for offload in (fp.Offload(), fp.Offload(resident_bytes=2 * layer + 8192), fp.Offload(host_bytes=7 * layer // 2)):
         for more in options:
             if offload.host_bytes is not None and "cuda_graph" in more:

@@ -49,6 +49,15 @@ def test_two_stages_give_the_same_tokens(expected, draft, options):
         assert tokens == expected and transports == {"memory"}
 
 
+@pytest.mark.parametrize("mesh", [{"tp": 2}, {"pp": 2}])
+@pytest.mark.parametrize("graph", [False, True])
+def test_trees_on_two_ranks(expected, mesh, graph):
+    for tree in ((3, 2, 1), (-1, -1, 0, 0, 2, 4)):
+        options = {"num_draft_tokens": tree, "cuda_graph": graph}
+        for tokens, _ in run_ranks(generated, 2, "tiny-draft", device="cuda", **mesh, **options):
+            assert tokens == expected
+
+
 def by_library(mesh):
     with fp.use("reference"):
         return generated(mesh, None)
