@@ -24,7 +24,7 @@ DRAFTED = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32)
 # is made as bool and as bf16 (reference/verify_attention.py; csrc/verify_attention.h has the number).
 KERNEL_QUERIES = 64
 MASK_BYTES = 3
-DEQUANTIZED_PEAK = {"int8": 2, "int4": 3}  # bytes a weight of the matrix that is being dequantised
+DEQUANTIZED_PEAK = {"int8": 2, "int4": 2}  # bytes a weight of the matrix that is dequantised for a matmul
 SLOTS = 2  # device blocks of a streamed layer (fused_parallel.nn.StreamedLayers)
 
 
