@@ -211,6 +211,8 @@ class Bench:
             value = function()
         except (RuntimeError, ValueError, NotImplementedError, AttributeError, ImportError) as e:
             error = textwrap.shorten(f"{type(e).__name__}: {e}", 200)
+            # At once: the other ranks may be waiting for this one where they cannot hear of it.
+            print(f"rank {self.pg.rank()}: {what}: {error}", file=sys.stderr, flush=True)
         errors = self.everyone(error)
         if any(errors):
             self.say(f"not measured: {what}: {next(e for e in errors if e)}")

@@ -275,7 +275,8 @@ class Prefill:
 
 
 def _time(bench: Bench, work: Decode | Prefill, links, graph: bool) -> list[float]:
-    """Microseconds a round, ROUNDS times over rounds that follow each other without a barrier."""
+    """Microseconds a round, ROUNDS times: of decoding over rounds that follow each other, the first of which, in which
+    the stages fill, is not counted; of a prompt from begin to end."""
     on_gpu = bench.device.type == "cuda"
     step: Callable = functools.partial(work.round, links)
     if isinstance(links, Pipelining):
@@ -285,12 +286,16 @@ def _time(bench: Bench, work: Decode | Prefill, links, graph: bool) -> list[floa
     def timed(replays: int) -> float:
         _synchronize(bench)
         if not on_gpu:
+            if work.gives_tokens:
+                step()
             begin = time.perf_counter()
             for _ in range(replays):
                 step()
             return 1e6 * (time.perf_counter() - begin) / replays
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         with torch.cuda.stream(stream):
+            if work.gives_tokens:
+                step()
             start.record()
             for _ in range(replays):
                 step()
@@ -313,7 +318,7 @@ def _time(bench: Bench, work: Decode | Prefill, links, graph: bool) -> list[floa
             gc.enable()
         step = captured.replay
     us = max(bench.everyone(timed(1)))
-    replays = max(1, min(20, round(ROUND_S * 1e6 / us)))
+    replays = max(1, min(20, round(ROUND_S * 1e6 / us))) if work.gives_tokens else 1
     times = [timed(replays) for _ in range(ROUNDS if us * replays < 2e6 * ROUND_S else ROUNDS // 2)]
     with torch.cuda.stream(stream):
         work.drain(links)

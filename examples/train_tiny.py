@@ -94,7 +94,7 @@ PRESETS = {
         target=Shape(1536, 4096, 12, 12, 4, 128, tied=False), draft=Shape(512, 1408, 3, 8, 4, 64, tied=True),
         context=1024, batch=32, steps=4000, lr=8e-4,
         draft_context=512, draft_batch=128, draft_steps=4000, draft_lr=2e-3,
-        rollouts=2048, warmup=60, prompts=64, saves=1, reports=4, by_layer=True,
+        rollouts=512, warmup=60, prompts=64, saves=1, reports=4, by_layer=True,
     ),
 }  # fmt: skip
 
@@ -307,7 +307,7 @@ def main(argv=None) -> None:
             saves=preset.saves,
             reports=preset.reports,
             by_layer=[target] if preset.by_layer else [],
-            deadline=args.minutes and started + 60 * args.minutes * 0.65,
+            deadline=args.minutes and started + 60 * args.minutes * 0.5,
         )
         print(f"target: took {taken} steps, batch {args.batch or preset.batch}", flush=True)
 

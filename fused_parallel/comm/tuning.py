@@ -23,13 +23,15 @@ class Choice(NamedTuple):
     threads: of a CTA, ctas: in the grid, at most; cluster: CTAs that share a row (with the norm). 0: the kernel's
     default.
     Of matmuls: "persistent", the kernel that exchanges tiles, "decode", the one for up to 64 rows, or "whole", matmul
-    and collective one after the other, also where the kernel does not take the shape.
+    and collective one after the other, also where the kernel does not take the shape. depth: "decode" only where the
+    weight has so many columns for each row of x: the exchange hides behind the reading of the weight.
     """
 
     algorithm: str
     threads: int = 0
     ctas: int = 0
     cluster: int = 0
+    depth: int = 0
 
 
 # op -> (most bytes of one rank's payload, or None for all larger ones; choice), ascending. The payload is what a
@@ -37,9 +39,9 @@ class Choice(NamedTuple):
 Table = dict[str, list[tuple[int | None, Choice]]]
 
 _MB = 1 << 20
-ONE, TWO, LIBRARY, WHOLE, DECODE, PERSISTENT = map(
-    Choice, ("one_shot", "two_shot", "library", "whole", "decode", "persistent")
-)
+ONE, TWO, LIBRARY, WHOLE, PERSISTENT = map(Choice, ("one_shot", "two_shot", "library", "whole", "persistent"))
+# Of 64 rows it wins at 4096 columns of 8192 rows, and loses at 2048 of 4096 (docs/matmul_all_reduce.md).
+DECODE = Choice("decode", depth=64)
 
 
 def default_table(world: int) -> Table:

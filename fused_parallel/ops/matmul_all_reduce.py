@@ -36,8 +36,9 @@ def algorithm(op: str, x: torch.Tensor, weight: torch.Tensor, pg: dist.ProcessGr
     m = x.numel() // max(k, 1)
     if not workspace.hopper or x.element_size() != 2 or k % 8 or n % 8 or k == 0 or m == 0:
         return "whole"
-    chosen = workspace.choice(op, m * n * x.element_size()).algorithm
-    if chosen == "decode" and workspace.takes_decode(m, n):
+    choice = workspace.choice(op, m * n * x.element_size())
+    chosen = choice.algorithm
+    if chosen == "decode" and m * choice.depth <= k and workspace.takes_decode(m, n):
         return chosen
     if chosen == "persistent" and m > _ext.extension().matmul_tile_rows * (pg.size() - 1):
         most = workspace.matmul().most_rows(n, op == "matmul_reduce_scatter")

@@ -1,8 +1,10 @@
 """The tuning table: defaults, the file, its errors; and `fused-parallel probe --tune` without GPUs."""
 
+import importlib
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -97,3 +99,18 @@ def test_tune_without_gpus_says_so(capsys):
         raise SystemExit(main(["probe", "--tune"]))
     assert end.value.code == 1
     assert "needs two or more GPUs, torch sees" in capsys.readouterr().err
+
+
+def test_few_rows_go_with_the_exchange_only_where_the_weight_is_deep(monkeypatch):
+    op = importlib.import_module("fused_parallel.ops.matmul_all_reduce")  # the name in the package is the function
+
+    workspace = SimpleNamespace(hopper=True, choice=lambda *_: tuning.DECODE, takes_decode=lambda m, n: m <= 64)
+    monkeypatch.setattr(op, "workspace_of", lambda pg: workspace)
+    monkeypatch.setattr(op, "choose_fused", lambda *_, **__: True)
+
+    def chosen(m, k):
+        x, weight = torch.empty(m, k, dtype=torch.float16), torch.empty(4096, k, dtype=torch.float16)
+        return op.algorithm("matmul_all_reduce", x, weight, SimpleNamespace(size=lambda: 2))
+
+    found = [chosen(*shape) for shape in ((64, 4096), (32, 2048), (64, 2048), (33, 2048))]
+    assert found == ["decode", "decode", "whole", "whole"]

@@ -77,7 +77,7 @@ def test_sums_have_the_bits_of_torch(push_bytes, dtype, seed):
     """send(x, add) of all sizes, unaligned, subnormal, infinite; beside plain messages in the same slots, and in the
     same stream as what writes the summands: the kernel is launched before that has ended."""
     generator = torch.Generator("cuda").manual_seed(seed)
-    with virtual_channel(slots=2, slot_bytes=1 << 21, push_bytes=push_bytes) as channel:
+    with virtual_channel(slots=2, slot_bytes=(1 << 21) + 256, push_bytes=push_bytes) as channel:
         for size in (1, 7, 8, 9, 4095, 8192, 16_384, 131_072, 131_073, 262_144):
             for skip in (0, 1):
                 exponents = torch.randint(-40, 14, (2, size + skip), device="cuda", generator=generator)
