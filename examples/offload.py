@@ -44,7 +44,7 @@ parser.add_argument(
 )
 parser.add_argument("--prompts", type=int, default=1, help=f"how many prompts, one at a time (1 to {len(PROMPTS)})")
 parser.add_argument("--max-new-tokens", type=int, default=200)
-parser.add_argument("--cuda-graph", action="store_true", help="rounds of fixed length in CUDA graphs, too")
+parser.add_argument("--cuda-graph", action="store_true", help="rounds in CUDA graphs, too")
 arguments = parser.parse_args()
 DTYPE = torch.float32  # so that rows of different lengths give the same tokens
 
@@ -103,6 +103,8 @@ if arguments.cuda_graph:  # last on this model: after a capture nothing is copie
     for k in arguments.lengths:
         options = {"draft": draft, "num_draft_tokens": k, "cuda_graph": True}
         rows.append(Row(f"offloaded + draft, k = {k}, graph", offloaded, options))
+    options = {"draft": draft, "num_draft_tokens": "auto", "cuda_graph": True}
+    rows.append(Row("offloaded + draft, k chosen, graph", offloaded, options))
 rows.append(Row("offloaded, half resident", {"offload": fp.Offload(resident_bytes=half)}))
 rows.append(Row("offloaded, int8", offloaded | {"quantize": "int8"}))
 rows.append(Row("offloaded, int4", offloaded | {"quantize": "int4"}))

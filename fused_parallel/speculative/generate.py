@@ -182,6 +182,11 @@ def _check_parts(microbatches, prefill_chunk, batch: int, cuda_graph: bool, adap
         raise ValueError(f"generate: prefill_chunk must be an integer of at least 1, got {prefill_chunk!r}")
 
 
+def on_gpus(model) -> bool:
+    """Whether its rounds can be captured in CUDA graphs."""
+    return model.device.type == "cuda" and model.stage.capturable
+
+
 def _parts(batch: int, count: int) -> list[range]:
     """Prompts of each micro-batch."""
     bounds = [batch * i // count for i in range(count + 1)]
@@ -231,8 +236,9 @@ def generate(
             prompt i uses seed + i.
         eos_token_id: token(s) that end a sequence; default: the model's configuration.
         cuda_graph: capture a whole round (draft, model, verification) once and replay it, each pipeline stage its own
-            part, of each micro-batch: GPUs only, stages on one host. The tokens are the same; stats then do not know
-            the time spent in communication (and count the capture of micro-batches as decoding).
+            part, of each micro-batch: GPUs only, stages on one host. With num_draft_tokens="auto", on one stage only,
+            each length is captured when it is first chosen. The tokens are the same; stats then do not know the time
+            spent in communication, and count captures as prefill (of micro-batches: as decoding).
         microbatches: parts of the batch that are decoded in turn, so that the stages of a pipeline work at once: about
             as many as stages, or more; at most 8, and one prompt each at least. Needs a fixed num_draft_tokens and
             cuda_graph=False.
@@ -247,7 +253,7 @@ def generate(
     bad input and PeerTimeoutError when a rank is lost.
     """
     prompts = _check(model, prompts, max_new_tokens, draft, num_draft_tokens, method)
-    if cuda_graph and (model.device.type != "cuda" or not model.stage.capturable):
+    if cuda_graph and not on_gpus(model):
         raise ValueError(
             "generate: cuda_graph=True needs a model on GPUs, and between pipeline stages GPUs that reach each other's "
             f"memory; this one is on {model.device} with {model.pp_group.size()} stage(s)"
@@ -255,9 +261,10 @@ def generate(
     adaptive = None
     if draft is not None and num_draft_tokens == "auto":
         adaptive = AdaptiveLength(LENGTHS_OFFLOADED if model.offloaded else LENGTHS)
-    if cuda_graph and adaptive is not None:
+    if cuda_graph and adaptive is not None and model.pp_group.size() > 1:
         raise ValueError(
-            'generate: a captured round has a fixed length: num_draft_tokens="auto" needs cuda_graph=False'
+            'generate: num_draft_tokens="auto" of a model in pipeline stages needs cuda_graph=False: a captured '
+            "message keeps its slot, so rounds of several lengths would have to be captured ahead"
         )
     tree = _tree_of(num_draft_tokens, draft, method, microbatches, model.config.vocab_size)
     k = 0 if draft is None else max(adaptive.lengths) if adaptive is not None else num_draft_tokens
@@ -327,9 +334,10 @@ def generate(
             at = slice(part.start, part.stop)
             take(of_part.prefill(ids[at], lens[at], prefill_chunk).unsqueeze(1).tolist(), part.start)
         advance(sum(map(len, new)))
-        if cuda_graph and microbatches == 1 and not all(done):
+        if cuda_graph and microbatches == 1 and adaptive is None and not all(done):
             round_.capture()
         middle = time.perf_counter()
+        capturing = 0.0  # after that
 
         if microbatches > 1:
             batches = [MicroBatch(r) for r in rounds]
@@ -345,10 +353,14 @@ def generate(
 
         while not all(done):
             begun = time.perf_counter()
-            alive = [not d for d in done]
-            round_.alive.copy_(torch.tensor(alive))
             if adaptive is not None:
                 round_.k = adaptive.choose()
+                if cuda_graph:
+                    round_.capture()
+                    capturing += time.perf_counter() - begun
+                    begun = time.perf_counter()  # a round's cost is that of the rounds after it, too
+            alive = [not d for d in done]
+            round_.alive.copy_(torch.tensor(alive))
             round_.run()
             before = sum(map(len, new))
             take(round_.tokens.tolist())  # waits for the round's work
@@ -370,8 +382,8 @@ def generate(
         sequences=batch,
         prompt_tokens=sum(map(len, prompts)),
         new_tokens=sum(map(len, new)),
-        prefill_seconds=middle - begin,
-        decode_seconds=end - middle,
+        prefill_seconds=middle - begin + capturing,
+        decode_seconds=end - middle - capturing,
         rounds=sum(rounds_by_length.values()),
         drafted=drafted,
         accepted=accepted,

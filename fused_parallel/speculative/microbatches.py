@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from .round import Round
+from .round import Round, graph_of
 
 
 class _Snapshot:
@@ -40,14 +40,6 @@ class _Snapshot:
         if self._event is not None:
             self._event.synchronize()
         return self._copy.tolist()
-
-
-def _graph_of(work: Callable[[], None]) -> Callable[[], None]:
-    """A replay of `work`, which has run before, in a CUDA graph."""
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        work()
-    return graph.replay
 
 
 class MicroBatch:
@@ -76,8 +68,8 @@ class MicroBatch:
         """From the second visit on, replay graphs. After the first visits of all micro-batches and `take` of all; on
         every rank, in the order of the visits."""
         if not self.round.is_last:
-            self._receive = _graph_of(self._receive_message)
-        self._work = _graph_of(self._run_round)
+            self._receive = graph_of(self._receive_message)
+        self._work = graph_of(self._run_round)
 
     def take(self) -> None:
         """Of the visit before: its verdict, and the drafts of the next."""

@@ -6,6 +6,8 @@ captured in a CUDA graph and replayed.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from .. import ops
@@ -14,6 +16,27 @@ from ..nn.linear import gather_last
 from .draft import ModelDraft, NgramDraft
 from .tree import PlacedTree, Tree
 
+MOST_GRAPHS = 24  # of a Round: a length chosen while running comes with few others, or is not worth a graph
+
+
+def graph_of(work: Callable[[], None], pool=None) -> Callable[[], None]:
+    """A replay of `work`, which has run before, in a CUDA graph; `pool`: its memory, shared with other graphs."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool):
+        work()
+    return graph.replay
+
+
+def _warmed_graph_of(work: Callable[[], None], pool) -> Callable[[], None]:
+    """As `graph_of`; first runs `work` on a stream of its own: what is made at first use is made outside the
+    capture."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        work()
+    torch.cuda.current_stream().wait_stream(side)
+    return graph_of(work, pool)
+
 
 class Round:
     """State of a batch of sequences, and the step from one round to the next.
@@ -21,7 +44,7 @@ class Round:
     Args:
         model: a LlamaForCausalLM.
         draft: a smaller one, "ngram", or None: k is 0 and a round yields one token.
-        k: tokens drafted a round, at most; the attribute `k` may be lowered between rounds that are not captured.
+        k: tokens drafted a round, at most; the attribute `k` may be lowered between rounds.
         tree: the k tokens are its nodes; needs a draft model.
         capacity: of the KV caches, in tokens.
         seed, temperature, sampling, method: as `fp.verify` takes them, [B] on the model's device.
@@ -71,7 +94,8 @@ class Round:
         self.tokens = torch.zeros(batch, (k if tree is None else tree.depth) + 1, **like)
         self.accepted = torch.zeros(batch, dtype=torch.int32, device=model.device)
         self.alive = torch.ones(batch, dtype=torch.bool, device=model.device)
-        self._graph: torch.cuda.CUDAGraph | None = None
+        self._graphs: dict[tuple[int, int], Callable[[], None]] = {}  # by k, and what was missed before
+        self._pool = None
 
     def prefill(self, ids: torch.Tensor, lens: torch.Tensor, chunk: int | None = None) -> torch.Tensor:
         """Take in the prompts, ids [B, S] padded on the right, lens int32 [B], `chunk` tokens at a time (None: all);
@@ -95,28 +119,40 @@ class Round:
         return first
 
     def run(self) -> None:
-        """The next round, on the current stream: eager, or by the captured graph."""
-        if self._graph is not None:
-            self._graph.replay()
-        else:
+        """The next round, on the current stream: eager, or by the graph captured of one like it."""
+        replay, missed = self._graphs.get(self._kind()), self.missed
+        if replay is None:
             self._run()
+        else:
+            replay()
+            self.missed = 0 if self.k else missed + 1  # as `propose` says, which did not run
+
+    def _kind(self) -> tuple[int, int]:
+        """What the shapes within the next round follow from."""
+        return self.k, self.missed if self.k else 0
 
     def capture(self) -> None:
-        """Capture the round in a CUDA graph. The state is as before when it returns."""
+        """Capture rounds like the next one in a CUDA graph, unless they are, or many others. The state is as before
+        when it returns."""
+        kind, missed = self._kind(), self.missed
+        if kind in self._graphs or len(self._graphs) == MOST_GRAPHS:
+            return
         state = [self.step, self.history, self.cache.lens]
         saved = [t.clone() for t in state]
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            self._run()  # what is made at first use is made outside the capture
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+
+        def work() -> None:
+            self.missed = missed
             self._run()
+
+        # One pool for all: graphs of one stream, none of which reads what another left in it.
+        if self._pool is None and self.step.is_cuda:
+            self._pool = torch.cuda.graph_pool_handle()
+        self._graphs[kind] = _warmed_graph_of(work, self._pool)
+        self.missed = missed
         for t, value in zip(state, saved, strict=True):
             t.copy_(value)
-        torch.cuda.synchronize()  # copies that an eager pass of offloaded layers started ahead are over
-        self._graph = graph
+        if self.step.is_cuda:
+            torch.cuda.synchronize()  # copies that an eager pass of offloaded layers started ahead are over
 
     def _run(self) -> None:
         weights = self.propose()

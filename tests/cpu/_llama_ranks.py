@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 
 import torch
@@ -125,7 +126,7 @@ def generated_by_replays(mesh, path, draft_path, prompts, max_new_tokens, **opti
     from fused_parallel.speculative import microbatches
 
     generate, counts, captured = sys.modules["fused_parallel.speculative.generate"], {}, 0
-    usual = generate.run, microbatches._graph_of
+    usual = generate.run, microbatches.graph_of
 
     def graph_of(work):
         nonlocal captured
@@ -141,12 +142,53 @@ def generated_by_replays(mesh, path, draft_path, prompts, max_new_tokens, **opti
     draft = draft_path
     if draft_path not in (None, "ngram"):
         draft = fp.LlamaForCausalLM.from_pretrained(draft_path, mesh=None, dtype=torch.float32)
-    generate.run, microbatches._graph_of = run, graph_of
+    generate.run, microbatches.graph_of = run, graph_of
     try:
         tokens = fp.generate(model, prompts, max_new_tokens, draft=draft, **options).tokens
     finally:
-        generate.run, microbatches._graph_of = usual
+        generate.run, microbatches.graph_of = usual
     return tokens, captured, mesh.get_local_rank("pp"), counts
+
+
+def generated_by_kept_rounds(mesh, path, draft_path, prompts, max_new_tokens, lengths, most, **options):
+    """As `generated` with captured rounds of the given lengths in turn, and a stand-in for CUDA graphs that keeps the
+    captured work to run it when it is replayed. Gives the tokens, the statistics, which rounds were captured and how
+    many replayed."""
+    from fused_parallel.speculative import round as module
+    from fused_parallel.speculative.adaptive import AdaptiveLength
+
+    captured, replayed = [], 0
+    usual = module._warmed_graph_of, module.MOST_GRAPHS, AdaptiveLength.choose
+
+    def warmed_graph_of(work, pool):
+        captured.append(rounds[-1]._kind())
+        work()
+
+        def replay():
+            nonlocal replayed
+            replayed += 1
+            work()
+
+        return replay
+
+    chosen, rounds = itertools.cycle(lengths), []
+    generate = sys.modules["fused_parallel.speculative.generate"]
+
+    class Kept(generate.Round):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            rounds.append(self)
+
+    own = generate.Round, generate.on_gpus
+    module._warmed_graph_of, module.MOST_GRAPHS = warmed_graph_of, most
+    AdaptiveLength.choose = lambda self: next(chosen)
+    generate.Round, generate.on_gpus = Kept, lambda model: True
+    try:
+        tokens, stats = generated(mesh, path, draft_path, prompts, max_new_tokens, cuda_graph=True, **options)
+    finally:
+        module._warmed_graph_of, module.MOST_GRAPHS, AdaptiveLength.choose = usual
+        generate.Round, generate.on_gpus = own
+    return tokens, stats, captured, replayed
 
 
 def offloaded(mesh, path, draft_path, offload, **options):

@@ -96,6 +96,33 @@ def test_captured_micro_batches_give_the_same_tokens(pair, tp, pp, microbatches)
                 assert (sent, received) == theirs[::-1] and sent + received > 0
 
 
+@pytest.mark.parametrize("tp,most", [(1, 24), (2, 24), (1, 2)])
+def test_captured_rounds_of_several_lengths_give_the_same_tokens(pair, tp, most):
+    """A graph for each length, and for what the draft has missed since its last round; no more than there may be."""
+    path, draft, target = pair
+    expected = greedy(target, new=40)
+    lengths = (4, 0, 4, 4, 0, 0, 2, 1, 1)
+    for draft_path in (draft, "ngram"):
+        args = path, draft_path, PROMPTS, 40, lengths, most
+        options = {"tp": tp, "num_draft_tokens": "auto"}
+        for tokens, stats, captured, replayed in run_ranks(ranks.generated_by_kept_rounds, tp, *args, **options):
+            assert tokens == expected and stats["rounds"] > len(lengths) + 3
+            in_order, missed = [], 0
+            for k in lengths * 2:
+                in_order.append((k, missed if k else 0))
+                missed = 0 if k else missed + 1
+            seen = list(dict.fromkeys(in_order[: stats["rounds"]]))
+            assert captured == seen[:most]
+            assert (replayed == stats["rounds"]) == (most == 24) and replayed > 2
+
+
+def test_auto_in_graphs_needs_one_stage(pair):
+    path, draft, _ = pair
+    args = path, draft, PROMPTS, 4, (4,), 24
+    with pytest.raises(RuntimeError, match="in pipeline stages needs cuda_graph=False"):
+        run_ranks(ranks.generated_by_kept_rounds, 2, *args, pp=2, num_draft_tokens="auto")
+
+
 @pytest.mark.parametrize("microbatches", [1, 3])
 def test_sampled_tokens_do_not_depend_on_stages(pair, microbatches):
     path, draft, _ = pair

@@ -1,5 +1,8 @@
 """The model, generation, verification and streaming on one GPU: the same results as on the CPU, and in CUDA graphs."""
 
+import itertools
+import sys
+
 import _llama_ranks as ranks
 import pytest
 import torch
@@ -45,6 +48,43 @@ def test_generate_equals_cpu(tmp_path):
             parts = options | {"cuda_graph": True, "microbatches": 2}
             ((captured, _),) = run_ranks(ranks.generated, 1, *args, device="cuda", **parts)
             assert captured == on_cpu
+
+
+@pytest.mark.parametrize("offload", [False, True])
+def test_captured_rounds_of_chosen_lengths(tmp_path, offload):
+    """Several graphs, of which now one, now another is replayed, and rounds without a draft between them."""
+    ranks.save_random_model(tmp_path / "target", scale=6.0)
+    ranks.save_random_model(tmp_path / "draft", scale=6.0, num_hidden_layers=1)
+    args = tmp_path / "target", None, PROMPTS, 60
+    ((expected, _),) = run_ranks(ranks.generated, 1, *args, device="cpu")
+    for draft in (tmp_path / "draft", "ngram"):
+        args = tmp_path / "target", draft, PROMPTS, 60, (4, 0, 4, 4, 0, 0, 2, 1, 1)
+        options = {"num_draft_tokens": "auto", "offload": fp.Offload() if offload else None}
+        ((tokens, stats, kinds),) = run_ranks(chosen_lengths, 1, *args, device="cuda", **options)
+        assert tokens == expected and len(stats["rounds_by_length"]) == 4 and len(kinds) == 5
+
+
+def chosen_lengths(mesh, path, draft, prompts, new, lengths, offload, **options):
+    """(tokens, statistics, what was captured) of rounds of the given lengths in turn, in CUDA graphs, fp32."""
+    from fused_parallel.speculative.adaptive import AdaptiveLength
+
+    model = fp.LlamaForCausalLM.from_pretrained(path, mesh=mesh, dtype=torch.float32, offload=offload)
+    if draft != "ngram":
+        draft = fp.LlamaForCausalLM.from_pretrained(draft, mesh=None, dtype=torch.float32)
+    generate = sys.modules["fused_parallel.speculative.generate"]
+    chosen, rounds, usual, own = itertools.cycle(lengths), [], AdaptiveLength.choose, generate.Round
+
+    class Kept(own):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            rounds.append(self)
+
+    AdaptiveLength.choose, generate.Round = lambda self: next(chosen), Kept
+    try:
+        result = fp.generate(model, prompts, new, draft=draft, cuda_graph=True, **options)
+    finally:
+        AdaptiveLength.choose, generate.Round = usual, own
+    return result.tokens, vars(result.stats), sorted(rounds[0]._graphs)
 
 
 @pytest.mark.parametrize("tree", [(3, 2, 1), (-1, -1, -1, 0, 0, 1, 3, 3, 6)])
