@@ -78,7 +78,7 @@ H100_DECODE_US = {"torch_nccl": {1: 8164.48, 64: 9887.10}, "fused": {1: 6812.35,
 H100_DECODE_LAYERS, H100_CONTEXT = 20, 1023
 
 # H100: p2p.csv, fused_push, bytes -> microseconds of a message one way
-H100_PUSH_US = {4194304: 16.67, 16777216: 53.58}
+H100_PUSH_US = {4194304: 16.43, 16777216: 53.22}
 
 # One H200: verify.csv, method=rejection, draft=onehot (what fp.generate does at temperature 0), rows of logits
 # B (k + 1) of 128256 in bf16 -> (fused, torch_argmax_only: the least that plain torch does with them) microseconds
