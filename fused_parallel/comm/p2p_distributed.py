@@ -58,8 +58,8 @@ class DistributedTransport:
                 does = backend.send if backend is self._out else backend.recv
                 self._finish(does([word], other, _HEADER_TAG))
         if self.device.type == "cuda":
-            # Headers' pinned memory, kept by torch's allocator: taking some may wait for kernels, and a send's kernel
-            # waits for the peer.
+            # Headers' pinned memory, which torch's allocator keeps (until a graph is captured in this process): taking
+            # some may wait for kernels, and a send's kernel waits for the peer.
             _ = [torch.empty(HEADER_BYTES, dtype=torch.uint8, pin_memory=True) for _ in range(4 * self.slots)]
             torch.cuda.synchronize(self.device)
 

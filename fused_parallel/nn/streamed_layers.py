@@ -370,8 +370,8 @@ class StreamedLayers(nn.Module):
         self.prefetch()
         self._ahead = self._ahead_in_capture = False
         self.passes += 1
-        self.streamed_bytes += sum(_padded(p) for i in streaming for p, *_ in self._views[i])
-        if not capturing:  # where events may not be queried
+        if not capturing:  # where nothing is copied, and events may not be queried
+            self.streamed_bytes += sum(_padded(p) for i in streaming for p, *_ in self._views[i])
             self._take_in_events()
         place = {index: number for number, index in enumerate(streaming)}
         for index, (name, layer) in enumerate(self._layers):

@@ -125,9 +125,12 @@ class ModelDraft:
         # The draft has never seen the last token it proposed itself (of a tree: those of the last depth); feeding two
         # tokens covers the case that it was accepted, and rewrites the same values otherwise.
         window = missed + 2
-        self.cache.lens.copy_(lens + 1 - window)
-        at = (lens + 1 - window).long().unsqueeze(1) + torch.arange(window, device=lens.device)
-        return history.gather(1, at)
+        # A sequence that stands still may be shorter than what the others missed: it begins at its first token and
+        # repeats its last, behind which there are none. What it drafts does not count.
+        start, last = (lens + 1 - window).clamp_min(0), lens.long().unsqueeze(1)
+        self.cache.lens.copy_(start)
+        at = start.long().unsqueeze(1) + torch.arange(window, device=lens.device)
+        return history.gather(1, torch.minimum(at, last))
 
 
 def _scaled(logits: torch.Tensor, temperature: torch.Tensor) -> torch.Tensor:

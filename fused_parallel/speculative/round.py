@@ -27,10 +27,8 @@ def graph_of(work: Callable[[], None], pool=None) -> Callable[[], None]:
     return graph.replay
 
 
-def _warmed_graph_of(work: Callable[[], None], pool) -> Callable[[], None]:
-    """As `graph_of`; first runs `work` on a stream of its own: what is made at first use is made outside the
-    capture."""
-    side = torch.cuda.Stream()
+def _warmed_graph_of(work: Callable[[], None], pool, side) -> Callable[[], None]:
+    """As `graph_of`; first runs `work` on the stream `side`: what is made at first use is made outside the capture."""
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         work()
@@ -95,7 +93,7 @@ class Round:
         self.accepted = torch.zeros(batch, dtype=torch.int32, device=model.device)
         self.alive = torch.ones(batch, dtype=torch.bool, device=model.device)
         self._graphs: dict[tuple[int, int], Callable[[], None]] = {}  # by k, and what was missed before
-        self._pool = None
+        self._pool = self._side = None
 
     def prefill(self, ids: torch.Tensor, lens: torch.Tensor, chunk: int | None = None) -> torch.Tensor:
         """Take in the prompts, ids [B, S] padded on the right, lens int32 [B], `chunk` tokens at a time (None: all);
@@ -118,22 +116,24 @@ class Round:
         self.history.scatter_(1, lens.long().unsqueeze(1), first.unsqueeze(1))
         return first
 
-    def run(self) -> None:
-        """The next round, on the current stream: eager, or by the graph captured of one like it."""
+    def run(self) -> bool:
+        """The next round, on the current stream: eager, or by the graph captured of one like it. Whether it was the
+        graph."""
         replay, missed = self._graphs.get(self._kind()), self.missed
         if replay is None:
             self._run()
         else:
             replay()
             self.missed = 0 if self.k else missed + 1  # as `propose` says, which did not run
+        return replay is not None
 
     def _kind(self) -> tuple[int, int]:
         """What the shapes within the next round follow from."""
-        return self.k, self.missed if self.k else 0
+        return self.k, self.missed if self.k and isinstance(self.drafter, ModelDraft) else 0
 
-    def capture(self) -> None:
-        """Capture rounds like the next one in a CUDA graph, unless they are, or many others. The state is as before
-        when it returns."""
+    def capture(self, replay: bool = False) -> None:
+        """Capture rounds like the next one in a CUDA graph, unless they are, or many others; with `replay`, and replay
+        it once, which takes longer than it will again. The state is as before when it returns."""
         kind, missed = self._kind(), self.missed
         if kind in self._graphs or len(self._graphs) == MOST_GRAPHS:
             return
@@ -147,7 +147,11 @@ class Round:
         # One pool for all: graphs of one stream, none of which reads what another left in it.
         if self._pool is None and self.step.is_cuda:
             self._pool = torch.cuda.graph_pool_handle()
-        self._graphs[kind] = _warmed_graph_of(work, self._pool)
+            # One, too: libraries keep memory for every stream that they have worked on.
+            self._side = torch.cuda.Stream(self.step.device)
+        self._graphs[kind] = _warmed_graph_of(work, self._pool, self._side)
+        if replay:
+            self._graphs[kind]()
         self.missed = missed
         for t, value in zip(state, saved, strict=True):
             t.copy_(value)

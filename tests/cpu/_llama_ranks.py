@@ -160,7 +160,7 @@ def generated_by_kept_rounds(mesh, path, draft_path, prompts, max_new_tokens, le
     captured, replayed = [], 0
     usual = module._warmed_graph_of, module.MOST_GRAPHS, AdaptiveLength.choose
 
-    def warmed_graph_of(work, pool):
+    def warmed_graph_of(work, pool, side):
         captured.append(rounds[-1]._kind())
         work()
 

@@ -109,11 +109,24 @@ def test_captured_rounds_of_several_lengths_give_the_same_tokens(pair, tp, most)
             assert tokens == expected and stats["rounds"] > len(lengths) + 3
             in_order, missed = [], 0
             for k in lengths * 2:
-                in_order.append((k, missed if k else 0))
+                in_order.append((k, missed if k and draft_path == draft else 0))
                 missed = 0 if k else missed + 1
             seen = list(dict.fromkeys(in_order[: stats["rounds"]]))
             assert captured == seen[:most]
-            assert (replayed == stats["rounds"]) == (most == 24) and replayed > 2
+            # Each once more when it is captured.
+            assert (replayed == stats["rounds"] + len(captured)) == (most == 24) and replayed > 2
+
+
+def test_a_short_sequence_that_has_ended(pair):
+    """The others go on for more rounds without a draft than it has tokens; then all draft."""
+    path, draft, target = pair
+    expected = greedy(target, new=40)
+    end = next(token for token in expected[1] if token not in expected[0] + expected[2])
+    expected[1] = expected[1][: expected[1].index(end) + 1]
+    args = path, draft, PROMPTS, 40, (*[0] * 16, 1), 24
+    options = {"num_draft_tokens": "auto", "eos_token_id": end}
+    ((tokens, stats, _, _),) = run_ranks(ranks.generated_by_kept_rounds, 1, *args, **options)
+    assert tokens == expected and len(expected[1]) < 14 and stats["rounds_by_length"][1] >= 2
 
 
 def test_auto_in_graphs_needs_one_stage(pair):
