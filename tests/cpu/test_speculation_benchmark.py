@@ -77,7 +77,6 @@ def test_benchmark_runs_on_ranks(tmp_path):
         for k in ("k=4", "k=auto"):
             for acceptance in ("acceptance=0.0", "acceptance=0.8"):
                 assert ("predicted_only", k, acceptance) in at
-        assert at["chain", "k=4", "acceptance=0.8"] < at["chain", "k=4", "acceptance=0.0"]
         assert ("plain", "k=0", "acceptance=any") in at and ("adaptive", "k=auto", "acceptance=0.8") in at
         assert {("verify_only", k, "acceptance=any") for k in ("k=0", "k=1", "k=4", "k=8")} <= set(at)
     assert done.stdout.count("of plain decoding's tokens/s") == 4 and "of one of 4 layers" in done.stdout
