@@ -240,8 +240,8 @@ def generate(
             each length is captured when it is first chosen. The tokens are the same; stats then do not know the time
             spent in communication, and count captures as prefill (of micro-batches: as decoding).
         microbatches: parts of the batch that are decoded in turn, so that the stages of a pipeline work at once: about
-            as many as stages, or more; at most 8, and one prompt each at least. Needs a fixed num_draft_tokens and
-            cuda_graph=False.
+            as many as stages, or more; at most 8, and one prompt each at least. Needs a fixed num_draft_tokens, and
+            with offloaded layers cuda_graph=False.
         prefill_chunk: take in prompts so many tokens at a time, which fills the stages of a pipeline (and bounds the
             memory of activations); None: whole.
         progress: show a progress bar on stderr (rank 0 only).
