@@ -120,6 +120,8 @@ def plot(op: str, rows: list[dict[str, str]], path: Path) -> None:
     x_key = _x_key(rows)
     panels: dict[tuple, list[dict[str, str]]] = {}
     for row in rows:
+        if not _is_number(parse_shape(row["shape"]).get(x_key, "")):  # such as "auto": in the table only
+            continue
         others = tuple(f"{k}={v}" for k, v in parse_shape(row["shape"]).items() if k != x_key)
         panels.setdefault((*(row[k] for k in GROUP), *others), []).append(row)
     columns = min(2, len(panels))

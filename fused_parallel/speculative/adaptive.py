@@ -10,6 +10,7 @@ LENGTHS = (0, 1, 2, 3, 4, 6, 8)  # tried draft lengths; 0 is plain decoding
 LENGTHS_OFFLOADED = (0, 1, 2, 4, 6, 8, 12, 16, 24, 32)
 _FIRST = (4, 0, 4, 0, 1)  # costs and acceptance are unknown at first
 _LOOK_AROUND = 32  # rounds between two looks at a neighbour of the best length
+_MOST_APART = 512  # where drafting does not pay, each look is twice as far from the one before, up to this
 _MEMORY = 0.95  # weight of what was seen a round ago
 
 
@@ -30,6 +31,7 @@ class AdaptiveLength:
         self.times: dict[int, deque[float]] = {}
         self.accepted, self.rejected = 0.0, 0.0
         self.rounds = 0
+        self.apart, self.look = _LOOK_AROUND, _LOOK_AROUND  # rounds between looks, and the round of the next
 
     def record(self, k: int, microseconds: float, drafted: int, accepted: int, rejected: int) -> None:
         """A round of length k took `microseconds`; of its `drafted` tokens `accepted` were, and in `rejected` sequences
@@ -37,6 +39,8 @@ class AdaptiveLength:
         if microseconds > 0:
             self.times.setdefault(k, deque(maxlen=5)).append(microseconds)
         if drafted:
+            if accepted > self.acceptance * (accepted + rejected):
+                self.apart, self.look = _LOOK_AROUND, min(self.look, self.rounds + _LOOK_AROUND)
             self.accepted = _MEMORY * self.accepted + accepted
             self.rejected = _MEMORY * self.rejected + rejected
 
@@ -67,7 +71,9 @@ class AdaptiveLength:
         if not self.times:
             return self.lengths[0]
         best = max(self.lengths, key=self.rate)
-        if self.rounds % _LOOK_AROUND == 0:
-            at = self.lengths.index(best) + (1 if self.rounds // _LOOK_AROUND % 2 or best == 0 else -1)
-            return self.lengths[min(max(at, 0), len(self.lengths) - 1)]
-        return best
+        if self.rounds < self.look:
+            return best
+        self.apart = _LOOK_AROUND if best else min(2 * self.apart, _MOST_APART)
+        self.look = self.rounds + self.apart
+        at = self.lengths.index(best) + (1 if self.look // _LOOK_AROUND % 2 == 0 or best == 0 else -1)
+        return self.lengths[min(max(at, 0), len(self.lengths) - 1)]

@@ -54,6 +54,20 @@ def test_a_change_is_noticed():
     assert rate > 2.0 * plain
 
 
+def test_looks_become_rare_where_drafting_does_not_pay():
+    """A look costs a draft's pass over all tokens since the last one. It is 32, 64, ... rounds to the next, until one
+    finds drafts that are right."""
+    adaptive, looks, k = AdaptiveLength(), [], 0
+    for number in range(4000):
+        k = adaptive.choose()
+        looks += [number] if k else []
+        right = k if number > 3000 else 0
+        adaptive.record(k, 1000.0 + 400.0 * k, k, right, int(right < k))
+    apart = [b - a for a, b in zip(looks[3:], looks[4:], strict=False) if b <= 3000]  # after the three rounds at first
+    assert apart[:4] == [64, 128, 256, 512] and set(apart[3:]) == {512}
+    assert k > 0 and adaptive.apart == 32
+
+
 def test_the_same_numbers_give_the_same_choices():
     one, other = AdaptiveLength(), AdaptiveLength()
     draw = random.Random(1)
