@@ -5,9 +5,12 @@
 Without torchrun it starts one rank a GPU. Random weights, `--context` tokens in the cache of every sequence, the logits
 of one new token each. Rows:
 
-    fused                      the model as `fp.use("auto")` runs it
-    row_parallel_only          the same, but cuBLAS in the column-parallel layers
-    cublas_allreduce           the same, but cuBLAS everywhere and this library's all-reduce + residual + RMSNorm
+    fused                      the model as `fp.use("auto")` runs it: by the tuning table
+    decode_kernels             the kernels for few rows in row- and column-parallel layers, whatever the table says
+    row_decode_kernels         the same, but cuBLAS in the column-parallel layers
+    linear_allreduce           the kernel for few rows in the column-parallel layers alone; in the row-parallel ones
+                               cuBLAS, then this library's all-reduce + residual + RMSNorm
+    cublas_allreduce           the same, but cuBLAS in the column-parallel layers, too
     nccl_add_rms_norm          as that, but NCCL and then the add_rms_norm kernel after every row-parallel matmul
     flashinfer_trtllm[_early]  as that, but FlashInfer's all-reduce + residual + RMSNorm there (pip: the extra `peers`)
     no_all_reduce_only         as that, but add_rms_norm alone there: wrong sums, what the communication costs
@@ -58,16 +61,16 @@ def _fill(model: fp.LlamaForCausalLM, rank: int) -> None:
 
 
 @contextlib.contextmanager
-def _instead(reduce: Callable | None = None, row: bool = True, column: bool = True):
-    """`reduce(x, residual, weight, eps, pg)` in the place of the all-reduce with residual and norm; cuBLAS in that of
-    the kernels for few rows, in row-parallel and in column-parallel layers, where False."""
+def _instead(reduce: Callable | None = None, row: str | None = None, column: bool = True):
+    """`reduce(x, residual, weight, eps, pg)` in the place of the all-reduce with residual and norm; in row-parallel
+    layers the algorithm `row` instead of the table's; cuBLAS in column-parallel layers, where False."""
     # By name: the modules' functions hide them.
     of_rows, of_columns = (sys.modules[f"fused_parallel.ops.{name}"] for name in ("matmul_all_reduce", "linear"))
     usual = of_rows.reduce_add_norm, of_rows.algorithm, of_columns._takes_kernel
     if reduce is not None:
         of_rows.reduce_add_norm = reduce
-    if reduce is not None or not row:
-        of_rows.algorithm = lambda *_: "whole"
+    if reduce is not None or row is not None:
+        of_rows.algorithm = lambda *_: row or "whole"
     if reduce is not None or not column:
         of_columns._takes_kernel = lambda *_: False
     try:
@@ -135,8 +138,10 @@ def _variants(bench: Bench, model: fp.LlamaForCausalLM, context: int, peers) -> 
     found = {
         "torch_nccl": (_plain(model, bench.pg, context), {}),
         "fused": (model_step, {}),
-        "row_parallel_only": (model_step, {"column": False}),
-        "cublas_allreduce": (model_step, {"row": False, "column": False}),
+        "decode_kernels": (model_step, {"row": "decode"}),
+        "row_decode_kernels": (model_step, {"row": "decode", "column": False}),
+        "linear_allreduce": (model_step, {"row": "whole"}),
+        "cublas_allreduce": (model_step, {"row": "whole", "column": False}),
         "nccl_add_rms_norm": (model_step, {"reduce": nccl}),
         "no_all_reduce_only": (
             model_step,

@@ -1,5 +1,6 @@
 """How many tokens are drafted: the estimate against simulated machines, and drafts from the sequence itself."""
 
+import itertools
 import random
 
 import pytest
@@ -63,7 +64,7 @@ def test_looks_become_rare_where_drafting_does_not_pay():
         looks += [number] if k else []
         right = k if number > 3000 else 0
         adaptive.record(k, 1000.0 + 400.0 * k, k, right, int(right < k))
-    apart = [b - a for a, b in zip(looks[3:], looks[4:], strict=False) if b <= 3000]  # after the three rounds at first
+    apart = [b - a for a, b in itertools.pairwise(looks[3:]) if b <= 3000]  # after the three rounds at first
     assert apart[:4] == [64, 128, 256, 512] and set(apart[3:]) == {512}
     assert k > 0 and adaptive.apart == 32
 
