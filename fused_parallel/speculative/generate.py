@@ -17,6 +17,7 @@ from ..models.llama import LlamaForCausalLM
 from ..ops.verify import METHODS
 from ..pipeline.stage_links import SLOTS
 from .adaptive import LENGTHS, LENGTHS_OFFLOADED, AdaptiveLength
+from .ahead import AHEAD, run_ahead
 from .microbatches import MicroBatch, run
 from .round import Round
 from .tree import Tree
@@ -249,8 +250,9 @@ def generate(
     Returns:
         Generation(tokens, stats), the same tokens on every rank.
 
-    The host reads the accepted tokens back once a round, and does nothing else in a captured one. Raises ValueError for
-    bad input and PeerTimeoutError when a rank is lost.
+    The host reads the accepted tokens back once a round, and does nothing else in a captured one; captured rounds are
+    queued one ahead of that, so that the device need not wait for it. Raises ValueError for bad input and
+    PeerTimeoutError when a rank is lost.
     """
     prompts = _check(model, prompts, max_new_tokens, draft, num_draft_tokens, method)
     if cuda_graph and not on_gpus(model):
@@ -274,9 +276,9 @@ def generate(
     lens = torch.tensor([len(p) for p in prompts], dtype=torch.int32, device=device)
     width = int(lens.max())
     ids = torch.tensor([p + [0] * (width - len(p)) for p in prompts], device=device)
-    # The round that ends a sequence may take it up to k tokens too far, and later rounds feed k + 1 from there; in
-    # micro-batches there is one more before they stand still.
-    capacity = width + max_new_tokens + (k + 1) * (2 if microbatches == 1 else 3)
+    # The round that ends a sequence may take it up to k tokens too far, and later rounds feed k + 1 from there; where
+    # rounds are queued ahead there is one more before they stand still.
+    capacity = width + max_new_tokens + (k + 1) * (3 if microbatches > 1 or cuda_graph else 2)
 
     if not isinstance(seed, (Sequence, torch.Tensor)):
         seed = [operator.index(seed) + i for i in range(batch)]
@@ -314,7 +316,6 @@ def generate(
     rounds_by_length: dict[int, int] = {}
     drafted = accepted = 0
     streamed, copying = model.streamed_bytes, model.stream_seconds
-    seen = (0, 0, 0, 0)  # of the round before: length, drafted, accepted, rejected
 
     def take(rows: list[list[int]], first: int = 0) -> None:
         """Append each unfinished sequence's tokens of this round, up to its end; `rows` are those from `first` on."""
@@ -339,43 +340,36 @@ def generate(
         middle = time.perf_counter()
         capturing = 0.0  # after that
 
+        def count(length: int, pairs: list[tuple[int, int]], rows: list[list[int]], first: int = 0) -> None:
+            nonlocal drafted, accepted
+            before = sum(map(len, new))
+            take(rows, first)
+            rounds_by_length[length] = rounds_by_length.get(length, 0) + 1
+            drafted += sum(made for made, _ in pairs)
+            accepted += sum(right for _, right in pairs)
+            advance(sum(map(len, new)) - before)
+
         if microbatches > 1:
             batches = [MicroBatch(r) for r in rounds]
             visits = run(batches, lambda m: [not done[i] for i in parts[m]], check, capture=cuda_graph)
             for m, length, known, lived in visits:
-                before = sum(map(len, new))
-                take([row[:-2] for row in known], parts[m].start)
-                pairs = [(row[-2], row[-1]) for row, lives in zip(known, lived, strict=True) if lives]
-                rounds_by_length[length] = rounds_by_length.get(length, 0) + 1
-                drafted += sum(made for made, _ in pairs)
-                accepted += sum(right for _, right in pairs)
-                advance(sum(map(len, new)) - before)
-
-        while not all(done):
-            begun = time.perf_counter()
-            if adaptive is not None:
-                round_.k = adaptive.choose()
-                if cuda_graph:
-                    round_.capture(replay=True)
-                    capturing += time.perf_counter() - begun
-                    begun = time.perf_counter()  # a round's cost is that of the rounds after it, too
-            alive = [not d for d in done]
-            round_.alive.copy_(torch.tensor(alive))
-            usual = round_.run() or not cuda_graph  # eager among captured ones, a round costs more than it should
-            before = sum(map(len, new))
-            take(round_.tokens.tolist())  # waits for the round's work
-            check()
-            if adaptive is not None:
-                # Every rank hears what the round before took on one of them, so that all choose alike.
-                adaptive.record(seen[0], int(round_.heard), *seen[1:])
-                round_.clock.fill_(int(1e6 * (time.perf_counter() - begun)) if usual else 0)
-            counts = zip(round_.drafted.tolist(), round_.accepted.tolist(), alive, strict=True)
-            pairs = [(made, right) for made, right, lives in counts if lives]
-            seen = (round_.k, sum(m for m, _ in pairs), sum(a for _, a in pairs), sum(a < m for m, a in pairs))
-            rounds_by_length[round_.k] = rounds_by_length.get(round_.k, 0) + 1
-            drafted += seen[1]
-            accepted += seen[2]
-            advance(sum(map(len, new)) - before)
+                pairs = [(row[-3], row[-2]) for row, lives in zip(known, lived, strict=True) if lives]
+                count(length, pairs, [row[:-3] for row in known], parts[m].start)
+        else:
+            told = run_ahead(
+                round_,
+                # Each unread round gives a sequence one token at least.
+                lambda unread: any(not d and len(n) + unread < max_new_tokens for d, n in zip(done, new, strict=True)),
+                lambda: [not d for d in done],
+                check,
+                ahead=AHEAD if cuda_graph else 1,
+                adaptive=adaptive,
+                capture=cuda_graph,
+            )
+            for length, rows, pairs, seconds in told:
+                capturing += seconds
+                if pairs:
+                    count(length, pairs, rows)
         end = time.perf_counter()
 
     stats = GenerationStats(

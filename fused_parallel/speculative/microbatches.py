@@ -20,26 +20,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from .round import Round, graph_of
-
-
-class _Snapshot:
-    """A small tensor on its way to the host."""
-
-    def __init__(self, x: torch.Tensor) -> None:
-        self._event = None
-        if not x.is_cuda:
-            self._copy = x.clone()
-            return
-        self._copy = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
-        self._copy.copy_(x, non_blocking=True)
-        self._event = torch.cuda.Event()
-        self._event.record()
-
-    def read(self) -> list:
-        if self._event is not None:
-            self._event.synchronize()
-        return self._copy.tolist()
+from .round import Round, Snapshot, graph_of
 
 
 class MicroBatch:
@@ -49,12 +30,8 @@ class MicroBatch:
         self.round, self.visits = round_, 0
         self._receive, self._work = self._receive_message, self._run_round
         self._taken = True  # no message of the last stage is on its way
-        k, batch = round_.k, round_.tokens.shape[0]
-        # Of the last known round: tokens, how many were drafted, how many of them accepted.
-        self._told = torch.zeros(batch, k + 3, dtype=round_.tokens.dtype, device=round_.tokens.device)
         self._weights: torch.Tensor | None = None
-        self._alive = [True] * round_.tokens.shape[0]
-        self._snapshots: deque[_Snapshot] = deque()
+        self._snapshots: deque[Snapshot] = deque()
 
     def start(self) -> None:
         """After the prefill: the last stage drafts, and tells the others."""
@@ -77,7 +54,7 @@ class MicroBatch:
             self._receive()
             self._taken = True
             if self.visits > 0:
-                self._snapshots.append(_Snapshot(self._told))
+                self._snapshots.append(Snapshot(self.round.told))
 
     def _message(self) -> torch.Tensor:
         drafts, k = self.round.drafts, self.round.k
@@ -90,14 +67,8 @@ class MicroBatch:
         r, k = self.round, self.round.k
         message = r.share(self._message())
         if self.visits > 0:
-            self._update(message[:, : k + 3])
+            r.update(message[:, : k + 3])
         r.drafts.copy_(message[:, k + 3 :])
-
-    def _update(self, verdict: torch.Tensor) -> None:
-        r = self.round
-        self._told[:, -2] = r.drafted
-        r.update(verdict)
-        self._told[:, :-2], self._told[:, -1] = r.tokens, r.accepted
 
     def _run_round(self) -> None:
         r = self.round
@@ -106,15 +77,15 @@ class MicroBatch:
             r.judge(None)
             return
         verdict = r.share_in_stage(r.judge(self._weights))
-        self._update(verdict)
+        r.update(verdict)
         weights = r.propose()
         if weights is not None:
             self._weights.copy_(weights)  # where a replay finds them
         self._send(verdict)
 
     def known(self) -> list | None:
-        """Of the round before the last visited one: for each sequence its tokens, how many were drafted, how many of
-        them accepted. None before there is one. Once before each visit, on every rank."""
+        """Of the round before the last visited one what `Round.told` holds. None before there is one. Once before each
+        visit, on every rank."""
         return self._snapshots.popleft().read() if self.visits >= 2 else None
 
     def visit(self, alive: list[bool]) -> None:
@@ -122,15 +93,11 @@ class MicroBatch:
         r = self.round
         self.take()
         # After the update of the round before, which the last stage made before it knew this, too.
-        if alive != self._alive:
-            self._alive = alive
-            on_host = torch.tensor(alive)
-            # From pinned memory: a copy from other memory waits for all that the stream has been given.
-            r.alive.copy_(on_host.pin_memory() if r.alive.is_cuda else on_host, non_blocking=True)
+        r.go_on(alive)
         self._work()
         self._taken = r.is_last
         if r.is_last:
-            self._snapshots.append(_Snapshot(self._told))
+            self._snapshots.append(Snapshot(self.round.told))
         self.visits += 1
 
 

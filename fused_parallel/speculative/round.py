@@ -19,6 +19,26 @@ from .tree import PlacedTree, Tree
 MOST_GRAPHS = 24  # of a Round: a length chosen while running comes with few others, or is not worth a graph
 
 
+class Snapshot:
+    """A small tensor on its way to the host."""
+
+    def __init__(self, x: torch.Tensor) -> None:
+        self._event = None
+        if not x.is_cuda:
+            self._copy = x.clone()
+            return
+        self._copy = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
+        self._copy.copy_(x, non_blocking=True)
+        self._event = torch.cuda.Event()
+        self._event.record()
+
+    def read(self) -> list:
+        """Waits for it."""
+        if self._event is not None:
+            self._event.synchronize()
+        return self._copy.tolist()
+
+
 def graph_of(work: Callable[[], None], pool=None) -> Callable[[], None]:
     """A replay of `work`, which has run before, in a CUDA graph; `pool`: its memory, shared with other graphs."""
     graph = torch.cuda.CUDAGraph()
@@ -51,7 +71,9 @@ class Round:
         tokens: int64 [B, k + 1] (tree: depth + 1), accepted: int32 [B]: the last round's verdict, the same on every
             rank.
         drafted: int32 [B]: how many tokens were drafted.
-        alive: bool [B]: sequences that go on; the others stand still. The caller clears it.
+        told: int64 [B, columns of tokens + 3]: all of these, and what was heard, in one tensor: tokens, drafted,
+            accepted, heard.
+        alive: bool [B]: sequences that go on; the others stand still. `go_on` sets it.
         clock: int64 [1]: a number of this rank that `heard` has after the next round on every rank, from the last
             stage's first rank.
     """
@@ -89,9 +111,11 @@ class Round:
         self.drafts = torch.zeros(batch, k + 1, **like)
         self.drafted = torch.zeros(batch, dtype=torch.int32, device=model.device)
         self.missed = 0  # rounds without a draft since the last one with
-        self.tokens = torch.zeros(batch, (k if tree is None else tree.depth) + 1, **like)
+        self.told = torch.zeros(batch, (k if tree is None else tree.depth) + 4, **like)
+        self.tokens = self.told[:, :-3]
         self.accepted = torch.zeros(batch, dtype=torch.int32, device=model.device)
         self.alive = torch.ones(batch, dtype=torch.bool, device=model.device)
+        self._going_on = [True] * batch
         self._graphs: dict[tuple[int, int], Callable[[], None]] = {}  # by k, and what was missed before
         self._pool = self._side = None
 
@@ -116,6 +140,15 @@ class Round:
         self.history.scatter_(1, lens.long().unsqueeze(1), first.unsqueeze(1))
         return first
 
+    def go_on(self, alive: list[bool]) -> None:
+        """From the next round on only these sequences do; does not wait."""
+        if alive == self._going_on:
+            return
+        self._going_on = alive
+        on_host = torch.tensor(alive)
+        # From pinned memory: a copy from other memory waits for all that the stream has been given.
+        self.alive.copy_(on_host.pin_memory() if self.alive.is_cuda else on_host, non_blocking=True)
+
     def run(self) -> bool:
         """The next round, on the current stream: eager, or by the graph captured of one like it. Whether it was the
         graph."""
@@ -131,12 +164,12 @@ class Round:
         """What the shapes within the next round follow from."""
         return self.k, self.missed if self.k and isinstance(self.drafter, ModelDraft) else 0
 
-    def capture(self, replay: bool = False) -> None:
+    def capture(self, replay: bool = False) -> bool:
         """Capture rounds like the next one in a CUDA graph, unless they are, or many others; with `replay`, and replay
-        it once, which takes longer than it will again. The state is as before when it returns."""
+        it once, which takes longer than it will again. The state is as before when it returns. Whether it did."""
         kind, missed = self._kind(), self.missed
         if kind in self._graphs or len(self._graphs) == MOST_GRAPHS:
-            return
+            return False
         state = [self.step, self.history, self.cache.lens]
         saved = [t.clone() for t in state]
 
@@ -157,6 +190,7 @@ class Round:
             t.copy_(value)
         if self.step.is_cuda:
             torch.cuda.synchronize()  # copies that an eager pass of offloaded layers started ahead are over
+        return True
 
     def _run(self) -> None:
         weights = self.propose()
@@ -214,6 +248,7 @@ class Round:
         self.tokens[:, : k + 1] = verdict[:, : k + 1]
         self.accepted.copy_(verdict[:, k + 1])
         self.heard.copy_(verdict[0, k + 2])
+        self.told[:, -3], self.told[:, -2], self.told[:, -1] = self.drafted, self.accepted, self.heard
         # A finished sequence stands still, so that it never outgrows the cache.
         self.cache.lens += (self.accepted + 1) * self.alive
         # Of a sequence that stands still, and behind the accepted tokens, this writes what does not count.

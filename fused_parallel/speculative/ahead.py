@@ -1,0 +1,88 @@
+"""The host's part of decoding: it queues rounds, and reads what they gave one or more rounds later.
+
+A host that reads each round before it queues the next leaves the device idle meanwhile: for as long as launching a
+graph, waiting for it and bringing tokens back takes. A round needs nothing of the host, so the next one may be queued
+already. What the host finds out late is that a sequence has ended: it is then fed for another round, whose tokens do
+not count.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from .adaptive import AdaptiveLength
+from .round import Round, Snapshot
+
+AHEAD = 2  # captured rounds that are queued and not read: one at work, one behind it
+
+
+class Told(NamedTuple):
+    """What a round gave: the length drafted; of each sequence its tokens; of each that lived how many tokens were
+    drafted and how many of them accepted; and the seconds that captures took before it was read."""
+
+    length: int
+    rows: list[list[int]]
+    pairs: list[tuple[int, int]]
+    capturing: float
+
+
+@dataclass
+class _Queued:
+    length: int
+    told: Snapshot
+    carried: tuple[int, int, int, int]  # of the round whose time it brings to all ranks
+    since: float
+    usual: bool  # its time is that of a round of its length
+
+
+def run_ahead(
+    round_: Round,
+    needed: Callable[[int], bool],
+    living: Callable[[], list[bool]],
+    check: Callable[[], None],
+    *,
+    ahead: int,
+    adaptive: AdaptiveLength | None = None,
+    capture: bool = False,
+) -> Iterator[Told]:
+    """Queue rounds while `needed`, asked with the number of those not read yet, and yield them in order; `ahead` are
+    queued before the first of them is read. `living()`: the sequences that go on, by what has been yielded; a round
+    after the last of them has ended yields no pairs. `adaptive` chooses lengths; with `capture` each is captured first.
+
+    Ranks that are told alike queue alike.
+    """
+    queued: deque[_Queued] = deque()
+    seen = (0, 0, 0, 0)  # of the round read last: length, drafted, accepted, rejected
+    read, capturing = 0.0, 0.0
+    while True:
+        while len(queued) < ahead and needed(len(queued)):
+            since = time.perf_counter()
+            if adaptive is not None:
+                round_.k = adaptive.choose()
+                if capture and round_.capture(replay=True):
+                    capturing += time.perf_counter() - since
+                    since = time.perf_counter()
+                    for q in queued:  # their end has been waited for there
+                        q.usual = False
+            round_.go_on(living())
+            replayed = round_.run()  # eager among captured ones, a round costs more than it should
+            queued.append(_Queued(round_.k, Snapshot(round_.told), seen, since, replayed or not capture))
+        if not queued:
+            return
+        q = queued.popleft()
+        told, lived = q.told.read(), living()
+        check()
+        took = time.perf_counter() - max(read, q.since)
+        read = time.perf_counter()
+        pairs = [(row[-3], row[-2]) for row, lives in zip(told, lived, strict=True) if lives]
+        if adaptive is not None:
+            # Every rank hears what a round before took on one of them, so that all choose alike.
+            adaptive.record(q.carried[0], told[0][-1], *q.carried[1:])
+            round_.clock.fill_(int(1e6 * took) if q.usual else 0)
+        seen = (q.length, sum(m for m, _ in pairs), sum(a for _, a in pairs), sum(a < m for m, a in pairs))
+        yield Told(q.length, [row[:-3] for row in told], pairs, capturing)
+        capturing = 0.0
