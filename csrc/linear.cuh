@@ -58,8 +58,8 @@ struct Plan {
   static constexpr int kVecs = std::max(1, kTokens* kRowVecs / kThreads);  // of a thread
   static constexpr unsigned kWeightBytes = kTileColumns * kDepth * 2;
   static constexpr unsigned kStageBytes = kWeightBytes + kTokens * kDepth * 2;
-  // Products, rounded, token by token. Rows are shifted by four banks: the 32 threads of a warp that leave elements of
-  // four pairs of tokens and eight neighbouring columns then meet in no bank, nor do eight that read vectors.
+  // Products, rounded, token by token. Rows are shifted by four banks, so that vectors of eight tokens, left together,
+  // meet in no bank.
   static constexpr int kResultStride = kTileColumns + 8;
   static constexpr unsigned kResultBytes = kTokens * kResultStride * 2;
   static constexpr unsigned kBarrierBytes = 512;  // static shared memory, at most
@@ -86,6 +86,34 @@ struct Fill {
     if (++stage == kStages) stage = 0, parity ^= 1;
   }
 };
+
+// Products, rounded, of this warp's 16 columns into result[token][column]. In the registers a token's are spread over
+// the warp: they are transposed on the way, eight tokens by eight columns at a time.
+template <typename T, int kTokens, int kStride>
+__device__ __forceinline__ void leave_result(const float (&d)[kTokens / 2], T* result) {
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int j = 0; j < kTokens / 8; j += 2) {
+    unsigned words[4] = {};
+#pragma unroll
+    for (int w = 0; w < 4; ++w) {
+      const int at = (j + w / 2) * 4 + w % 2 * 2;
+      if (at < kTokens / 2) words[w] = pair_from_float(make_float2(d[at], d[at + 1]), static_cast<T*>(nullptr));
+    }
+    // Row lane % 8 of matrix lane / 8, of which two lie beside each other: columns 0-7 and 8-15 of the warp.
+    const int token = (j + lane / 16) * 8 + lane % 8, column = threadIdx.x / 32 * 16 + lane / 8 % 2 * 8;
+    const unsigned to = shared_address(result + token * kStride + column);
+    if constexpr (kTokens == 8) {  // the upper half of the warp's addresses are not used
+      asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};" ::"r"(to), "r"(words[0]),
+                   "r"(words[1])
+                   : "memory");
+    } else {
+      asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(words[0]),
+                   "r"(words[1]), "r"(words[2]), "r"(words[3])
+                   : "memory");
+    }
+  }
+}
 
 // Of the threads that multiply alone: the warp that brings operands is ahead, and is not waited for.
 template <int kThreads>
@@ -217,11 +245,7 @@ __global__ void __launch_bounds__(Plan<kTokens, kGroups, kGated>::kThreads + 32)
       }
     }
     meet<P::kThreads>();  // the result of the tile before has been read
-#pragma unroll
-    for (int e = 0; e < kTokens / 2; ++e) {
-      const int of_token = e / 4 * 8 + lane % 4 * 2 + e % 2;
-      result[of_token * P::kResultStride + left + e % 4 / 2 * 8] = from_float<T>(d[e]);
-    }
+    leave_result<T, kTokens, P::kResultStride>(d, result);
     meet<P::kThreads>();
     const int column = tile * P::kColumns + chunk * 8;
 #pragma unroll
