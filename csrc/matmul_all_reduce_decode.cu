@@ -10,6 +10,7 @@
 #include "common/device.h"
 #include "common/launch.h"
 #include "common/tensor_map.h"
+#include "linear.h"
 #include "matmul_all_reduce.h"
 #include "matmul_all_reduce_decode.cuh"
 
@@ -44,52 +45,47 @@ int most_ctas(const AllReduceWorkspace& w) {
   return static_cast<int>(std::min<std::int64_t>(w.max_threads / 512, kSquaresBytes / 8 / kDecodeMaxRows - 1));
 }
 
-template <typename T, int kTokens, int kGroups, int kSplit, int kWorld, bool kGated>
+template <typename T, int kTokens, int kGroups, int kSplit, int kWorld>
 void launch(Params<T>& p, const void* x, const void* weight, std::int64_t k, int dtype, int device,
             cudaStream_t stream) {
-  using P = Plan<kTokens, kGroups, kSplit, kGated>;
+  using P = Plan<kTokens, kGroups, kSplit>;
   constexpr unsigned kSharedBytes = 1024 + P::kStages * P::kStageBytes;
   p.x = tensor_map(x, p.m, k, kTokens, dtype);
-  p.weight = tensor_map(weight, p.n * (kGated ? 2 : 1), k, kGroupColumns, dtype);
-  const auto kernel = matmul_decode<T, kTokens, kGroups, kSplit, kWorld, kGated>;
+  p.weight = tensor_map(weight, p.n, k, kGroupColumns, dtype);
+  const auto kernel = matmul_decode<T, kTokens, kGroups, kSplit, kWorld>;
   static thread_local int prepared = -1;  // the attribute is kept by the device
   if (prepared != device) {
     FP_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes));
     prepared = device;
   }
-  launch_dependent(kernel, p, tiles_of(p.n, kGated ? kGroupColumns : P::kTileColumns) * kSplit, P::kThreads + 32,
-                   kSplit, true, stream, kSharedBytes);
+  launch_dependent(kernel, p, tiles_of(p.n, P::kTileColumns) * kSplit, P::kThreads + 32, kSplit, true, stream,
+                   kSharedBytes);
 }
 
 // Calls launch with what is known at run time as constants.
-template <int kWorld, bool kGated = false, typename T>
+template <int kWorld, typename T>
 void dispatch(Params<T>& p, Split s, const void* x, const void* weight, std::int64_t k, int dtype, int device,
               cudaStream_t stream) {
   const auto with = [&](auto tokens, auto groups, auto split) {
-    launch<T, decltype(tokens)::value, decltype(groups)::value, decltype(split)::value, kWorld, kGated>(
-        p, x, weight, k, dtype, device, stream);
+    launch<T, decltype(tokens)::value, decltype(groups)::value, decltype(split)::value, kWorld>(p, x, weight, k, dtype,
+                                                                                                device, stream);
   };
   using std::integral_constant;
   const integral_constant<int, 1> one;
   const integral_constant<int, 2> two;
   const integral_constant<int, 4> four;
+  constexpr bool kOnlySplit = kWorld == 1;
   const auto few = [&](auto tokens) {
-    if constexpr (kGated) {
-      with(tokens, two, one);
-    } else {
+    if (kOnlySplit || s.split == 2) return with(tokens, one, two);
+    if constexpr (!kOnlySplit) {
       if (s.groups == 2) return with(tokens, two, one);
-      if (s.split == 2) return with(tokens, one, two);
       with(tokens, one, one);
     }
   };
   const auto many = [&](auto tokens) {
-    if constexpr (kGated) {
-      with(tokens, two, one);
-    } else {
-      if (s.split == 4) return with(tokens, two, four);
-      if (s.split == 2) return with(tokens, two, two);
-      with(tokens, two, one);
-    }
+    if (s.split == 4) return with(tokens, two, four);
+    if (kOnlySplit || s.split == 2) return with(tokens, two, two);
+    if constexpr (!kOnlySplit) with(tokens, two, one);
   };
   if (p.m <= 8) return few(integral_constant<int, 8>());
   if (p.m <= 16) return few(integral_constant<int, 16>());
@@ -159,9 +155,13 @@ void matmul_decode_only(const void* x, const void* weight, const void* bias, voi
   dispatch_half(dtype, [&](auto* null) {
     using T = std::remove_pointer_t<decltype(null)>;
     Split s = split_for(m, n, multiprocessor_count(device));
-    if (s.groups == 0) s = {2, 1};  // no CTA waits for another here: as many as there are tiles
+    if (s.groups == 0) s = {2, 1};  // no CTA waits for another here, and each takes as many tiles as there are
     check(s, m, n, k, is_vec_aligned(x) && is_vec_aligned(weight) && is_vec_aligned(bias) && is_vec_aligned(out),
           device);
+    if (gated || s.split == 1) {
+      linear_tiles(x, weight, bias, out, m, n, k, gated ? 2 : s.groups, gated, fresh_weight, dtype, device, stream);
+      return;
+    }
     Params<T> p = {};
     p.out = static_cast<T*>(out);
     p.bias = static_cast<const T*>(bias);
@@ -171,11 +171,7 @@ void matmul_decode_only(const void* x, const void* weight, const void* bias, voi
     p.n = static_cast<int>(n);
     p.k = static_cast<int>(k);
     p.depths = tiles_of(k, kDepth);
-    if (gated) {
-      dispatch<1, true>(p, s, x, weight, k, dtype, device, static_cast<cudaStream_t>(stream));
-    } else {
-      dispatch<1>(p, s, x, weight, k, dtype, device, static_cast<cudaStream_t>(stream));
-    }
+    dispatch<1>(p, s, x, weight, k, dtype, device, static_cast<cudaStream_t>(stream));
   });
 }
 

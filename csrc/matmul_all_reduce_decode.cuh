@@ -28,7 +28,9 @@ namespace fp::decode {
 
 constexpr int kDepth = kTensorBoxColumns;      // of a stage
 constexpr unsigned kStagesBytes = 100 * 1024;  // of a CTA: two fit a multiprocessor
-constexpr int kGroupColumns = 64;              // of the result: a warpgroup's
+// With what aligns them, and the barriers. A local kernel (linear.cuh) leaves room for as much beside it.
+constexpr unsigned kMostSharedBytes = kStagesBytes + 2 * 1024;
+constexpr int kGroupColumns = 64;  // of the result: a warpgroup's
 
 template <typename T>
 struct Params {
@@ -51,15 +53,13 @@ struct Params {
 #endif
 
 // The shape of a CTA's work: kGroups warpgroups of 64 columns, K split over clusters of kSplit.
-// kGated: of two groups, one has columns of the first half of the weight's rows, the other those of the second.
-template <int kTokens, int kGroups, int kSplit, bool kGated>
+template <int kTokens, int kGroups, int kSplit>
 struct Plan {
-  static_assert(!kGated || (kGroups == 2 && kSplit == 1));
   static constexpr int kThreads = kGroups * 128;  // that multiply; one more warp brings operands
   static constexpr int kTileColumns = kGroups * kGroupColumns;
-  static constexpr int kColumns = kTileColumns / kSplit / (kGated ? 2 : 1);  // of the finished result, a CTA's
-  static constexpr int kRowVecs = kColumns / 8;                              // vectors of a token
-  static constexpr int kVecs = std::max(1, kTokens* kRowVecs / kThreads);    // of a thread
+  static constexpr int kColumns = kTileColumns / kSplit;                   // of the finished result, a CTA's
+  static constexpr int kRowVecs = kColumns / 8;                            // vectors of a token
+  static constexpr int kVecs = std::max(1, kTokens* kRowVecs / kThreads);  // of a thread
   static constexpr unsigned kWeightBytes = kTileColumns * kDepth * 2;
   static constexpr unsigned kStageBytes = kWeightBytes + kTokens * kDepth * 2;
   static constexpr int kStages = static_cast<int>(kStagesBytes / kStageBytes);
@@ -168,16 +168,18 @@ __device__ __forceinline__ void find_scales(const Params<T>& p, const Call& call
 }
 #endif
 
-template <typename T, int kTokens, int kGroups, int kSplit, int kWorld, bool kGated>
-__global__ void __launch_bounds__(Plan<kTokens, kGroups, kSplit, kGated>::kThreads + 32)
+// kWorld == 1: no exchange, and K split; where it is not, linear.cuh has the kernel.
+template <typename T, int kTokens, int kGroups, int kSplit, int kWorld>
+__global__ void __launch_bounds__(Plan<kTokens, kGroups, kSplit>::kThreads + 32)
     matmul_decode(const __grid_constant__ Params<T> p) {
 #if FP_HAS_WGMMA
-  using P = Plan<kTokens, kGroups, kSplit, kGated>;
-  static_assert(!kGated || kWorld == 1);
+  using P = Plan<kTokens, kGroups, kSplit>;
+  static_assert(kWorld != 1 || kSplit > 1);
   constexpr int kStages = P::kStages;
   extern __shared__ unsigned char dynamic[];
   __shared__ Shared<kStages> shared;
   __shared__ float scales[kTokens];
+  static_assert(1024 + kStages * P::kStageBytes + sizeof(shared) + sizeof(scales) + 128 <= kMostSharedBytes);
   unsigned char* stages = dynamic + (1024 - shared_address(dynamic) % 1024) % 1024;  // the swizzle counts from there
   const Lamport& l = p.lamport;
   const int tile = blockIdx.x / kSplit, part = blockIdx.x % kSplit;
@@ -186,7 +188,7 @@ __global__ void __launch_bounds__(Plan<kTokens, kGroups, kSplit, kGated>::kThrea
   const int ahead = min(kStages, depths);
 
   const auto first_row = [&](int group) {  // of the weight
-    return kGated ? group * p.n + tile * kGroupColumns : (tile * kGroups + group) * kGroupColumns;
+    return (tile * kGroups + group) * kGroupColumns;
   };
   const auto bring_weight = [&](int i) {
     const int s = i % kStages;
@@ -217,7 +219,7 @@ __global__ void __launch_bounds__(Plan<kTokens, kGroups, kSplit, kGated>::kThrea
     const int bytes = static_cast<int>(min(static_cast<long long>(P::kAheadBytes), end - begin));
     for (int i = threadIdx.x % 32 - 1; bytes > 0 && i < P::kTileColumns; i += 31) {
       const int row = first_row(i / kGroupColumns) + i % kGroupColumns;
-      if (row >= p.n * (kGated ? 2 : 1)) break;
+      if (row >= p.n) break;
       asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(reinterpret_cast<const unsigned char*>(p.rows) +
                                                                       row * row_bytes + begin),
                    "r"(bytes)
@@ -301,7 +303,7 @@ __global__ void __launch_bounds__(Plan<kTokens, kGroups, kSplit, kGated>::kThrea
   // tokens, on.
   const int token = threadIdx.x / P::kRowVecs, chunk = threadIdx.x % P::kRowVecs;
   constexpr int kTokenStride = P::kThreads / P::kRowVecs;
-  const int column = tile * (kGated ? kGroupColumns : P::kTileColumns) + part * P::kColumns + chunk * 8;
+  const int column = tile * P::kTileColumns + part * P::kColumns + chunk * 8;
   const int row_vecs = p.n / 8, vectors = p.m * row_vecs, stride = kTokenStride * row_vecs;
   // Past the end for a thread that has none.
   const int v = multiplies && column < p.n ? token * row_vecs + column / 8 : vectors;
@@ -318,16 +320,6 @@ __global__ void __launch_bounds__(Plan<kTokens, kGroups, kSplit, kGated>::kThrea
       const float values[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
 #pragma unroll
       for (int e = 0; e < 8; ++e) sum[e] = from == 0 ? values[e] : sum[e] + values[e];
-    }
-    if constexpr (kGated) {
-      // Rounded in between, as where these are operations of their own.
-      float up[8];
-#pragma unroll
-      for (int e = 0; e < 8; ++e) up[e] = at[kGroupColumns + e];
-      to_floats(from_floats<T>(sum), sum);
-      to_floats(from_floats<T>(up), up);
-#pragma unroll
-      for (int e = 0; e < 8; ++e) sum[e] = silu_times<T>(sum[e], up[e]);
     }
     if constexpr (kWorld == 1) {
       if (p.bias != nullptr) {

@@ -1,14 +1,13 @@
-"""The matmul kernel for few rows: by itself, and with its exchange between virtual ranks of one GPU."""
+"""The matmul kernel for few rows with its exchange, between virtual ranks of one GPU."""
 
 import time
 
 import pytest
 import torch
-from _matmul_cases import NEEDS_HOPPER, operands, summed_products
+from _matmul_cases import NEEDS_HOPPER, launch_linear, operands, summed_products
 from _virtual_ranks import VirtualRanks
 
-import fused_parallel as fp
-from fused_parallel import _ext, ops
+from fused_parallel import _ext
 from fused_parallel.testing.tolerances import assert_close
 
 pytestmark = NEEDS_HOPPER
@@ -75,32 +74,6 @@ class Layer:
             assert all(torch.equal(a, b) for a, b in zip(out, got[0], strict=True))
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("m", ROWS)
-def test_linear(m, dtype, seed):
-    for k, n in [(8, 8), (64, 64), (72, 136), (2880, 2880), (4096, 8192), (520, 4104), (1024, 28672)]:
-        (x,), (weight,) = operands(1, m, k, n, dtype)
-        bias = torch.randn(n, device="cuda").to(dtype)
-        torch.cuda.synchronize()
-        with fp.use("fused"):
-            out = ops.linear(x, weight)
-            again = ops.linear(x, weight)
-            with_bias = ops.linear(x, weight, bias)
-        product = x.double() @ weight.double().t()
-        assert_close(out, product)
-        assert_close(with_bias, product + bias.double(), factor=2)
-        assert torch.equal(out, again)
-        apart = torch.empty(k, n, device="cuda", dtype=dtype).t().copy_(weight)
-        with fp.use("fused"):
-            assert torch.equal(ops.linear(x, apart), out)  # copied first
-        if n % 16 == 0:
-            with fp.use("fused"):
-                gated = ops.linear_silu_mul(x, weight)
-                assert torch.equal(gated, ops.linear_silu_mul(x, weight))
-            gate, up = product.to(dtype).double().chunk(2, -1)
-            assert_close(gated, gate * gate.sigmoid() * up, factor=2)
-
-
 @pytest.mark.parametrize("world", [2, 3, 4])
 @pytest.mark.parametrize("m", ROWS)
 def test_sums(world, m, seed):
@@ -156,6 +129,40 @@ def test_graph_with_changing_inputs_and_skew(seed):
         for layer in layers:
             layer.check([out[: 1 + layer.norm] for out in layer.outs])
         assert torch.equal(summed[0], layers[0].outs[0][0] * 2) and torch.equal(summed[0], summed[1])
+    ranks.check()
+
+
+@pytest.mark.parametrize("m", [1, 8, 16, 64])
+def test_around_a_local_kernel(m, seed):
+    """A decoding layer's second half: sum and norm, gate and up in more tiles than there are multiprocessors, sum and
+    norm. Each kernel is launched while the one before runs; what it reads differs in every replay."""
+    hidden, size = 2048, 9480
+    ranks = VirtualRanks(2, slot_bytes=2 << 20)
+    before = Layer(ranks, m, 512, hidden, torch.bfloat16, bias=False)
+    after = Layer(ranks, m, size, hidden, torch.bfloat16, bias=False)
+    before.fresh_weight = after.fresh_weight = False
+    gates = [torch.randn(2 * size, hidden, device="cuda").mul_(hidden**-0.5).to(torch.bfloat16) for _ in range(2)]
+
+    def chain(rank):
+        before.launch(rank)
+        launch_linear(before.outs[rank][0], gates[rank], after.xs[rank], gated=True, stream=ranks.streams[rank])
+        after.launch(rank)
+
+    graphs = ranks.skewed_graphs(chain, 8, 50_000)
+    for replay in range(100):
+        for x in (*before.xs, before.residual, after.residual):
+            x.normal_()
+        before.poison()
+        after.poison()
+        for x in after.xs:
+            x.fill_(float("nan"))
+        graphs[replay % len(graphs)].replay()
+        for layer in (before, after):
+            layer.check(layer.outs)
+        for rank in range(2):
+            product = before.outs[rank][0].double() @ gates[rank].double().t()
+            gate, up = product.to(torch.bfloat16).double().chunk(2, -1)
+            assert_close(after.xs[rank], gate * gate.sigmoid() * up, factor=2)
     ranks.check()
 
 
