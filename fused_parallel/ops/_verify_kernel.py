@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 
@@ -222,3 +223,106 @@ class Parts:
             self._run(part, sent, received)
             received = gather(sent)
         self._run(FINISH, None, received)
+
+
+class Known(NamedTuple):
+    """What the long way found for calls of one signature: all but addresses."""
+
+    numbers: tuple[int, ...]
+    tokens: tuple[int, ...]  # shapes
+    logprobs: tuple[int, ...] | None  # None: not wanted
+    path: tuple[int, ...] | None
+    scratch: int
+
+
+# Of calls without vocab_group; the others' are in their group's workspace. Nothing in it depends on an address.
+_known: dict[tuple, Known] = {}
+
+
+def launch_known(group, inputs: tuple, options: tuple) -> tuple[tuple | None, tuple | None]:
+    """The short way (ops/_direct.py) for `inputs`, what a caller gave in the order of `Parts.inputs`, and the options
+    that matter beside them: (tokens, num_accepted, logprobs or None, path or None), and the call's signature.
+
+    The first is None where the call must go the long way; if the second is not, `remember` may be told afterwards.
+    """
+    target, seed = inputs[0], inputs[3]
+    if not _direct.untraced() or type(target) is not torch.Tensor or not target.is_cuda:
+        return None, None
+    index = target.get_device()
+    signature, addresses = [index, options], []
+    for t in inputs:
+        if t is None:
+            signature.append(None)
+            addresses.append(0)
+        elif type(t) is torch.Tensor and t.get_device() == index and not t.requires_grad:
+            signature += t.dtype, t.shape, t.stride()
+            addresses.append(t.data_ptr())
+        else:
+            return None, None
+    signature = tuple(signature)
+    workspace = peers = None
+    if group is None:
+        known = _known.get(signature)
+    else:
+        workspace = _direct.workspace_for(group)
+        known = None if workspace is None else workspace.known.get(signature)
+    if known is None:
+        return None, signature
+    numbers, tokens, logprobs, path, scratch = known
+    if workspace is not None:
+        workspace.check()
+        peers = workspace.native
+    # These ways to call torch take half the time of a shape in one argument.
+    tokens = seed.new_empty(*tokens)
+    accepted = torch.empty_like(seed, dtype=torch.int32)
+    logprobs = None if logprobs is None else seed.new_empty(*logprobs, dtype=torch.float32)
+    path = None if path is None else seed.new_empty(*path)
+    scratch = seed.new_empty(scratch)
+    _ext.extension().verify(
+        *addresses,
+        tokens.data_ptr(),
+        accepted.data_ptr(),
+        0 if logprobs is None else logprobs.data_ptr(),
+        0 if path is None else path.data_ptr(),
+        scratch.data_ptr(),
+        0,  # sent
+        0,  # received
+        peers,
+        _direct.raw_stream(index),
+        ALL,
+        *numbers,
+    )
+    return (tokens, accepted, logprobs, path), signature
+
+
+def remember(
+    group, signature: tuple, inputs: tuple, target_logits, draft_tokens, draft_logits, seed, step, temperature,
+    num_draft_tokens, filters, method: str, part: VocabShard, position=None, stream: str = "residual", *,
+    flat: bool = False, **options,
+) -> None:  # fmt: skip
+    """After the long way for a call of this signature: the short way for the next ones, if the kernels took it and read
+    the caller's tensors as they are. What follows `inputs` is as for `Parts`; `flat`: the caller wants tokens [B]."""
+    tree = "parents" in options
+    if why_not_fused(target_logits, draft_tokens, draft_logits, filters, part, tree=tree) is not None:
+        return
+    if part.pg and (
+        existing_workspace(part.pg) is None or _why_no_peers(part, _rows(draft_tokens, draft_logits)) is not None
+    ):
+        return
+    parts = Parts(
+        target_logits, draft_tokens, draft_logits, seed, step, temperature, num_draft_tokens, filters, method, part,
+        position, stream, **options,
+    )  # fmt: skip
+    if parts.inputs != [0 if t is None else t.data_ptr() for t in inputs]:
+        return  # the kernels read a copy of something
+    known = Known(
+        parts.numbers,
+        tuple(parts.tokens.shape[:1] if flat else parts.tokens.shape),
+        tuple(parts.logprobs.shape) if options.get("return_logprobs") else None,
+        tuple(parts.path.shape) if tree else None,
+        parts.scratch.numel(),
+    )
+    if part.pg:
+        _direct.remember(group, part.pg, signature, known)
+    else:
+        _known[signature] = known
