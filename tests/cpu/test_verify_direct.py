@@ -1,5 +1,5 @@
-"""The short way of verify, sample and verify_tree to their kernels, which are compiled for the host: the same results as
-by the long way, and the long way for all that is new."""
+"""The short way of verify, sample and verify_tree to their kernels, compiled for the host: the same results as by the
+long way, and the long way for all that is new."""
 
 import _host_cuda as host
 import _verify_cases as cases
