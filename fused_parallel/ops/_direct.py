@@ -2,7 +2,8 @@
 
 torch's dispatcher, the checks and the choice of implementation cost several times the launch itself. A call may leave
 them out if they would find nothing new: plain CUDA tensors, nobody tracing, a size and dtype that the long way took a
-kernel for. What is left out decides nothing between ranks: the tuning table's choice is the same either way.
+kernel for. What is left out decides nothing between ranks: the tuning table's choice is the same either way. Nothing
+that is remembered depends on an address. Verification and sampling do likewise, by ops/_verify_kernel.py.
 """
 
 from __future__ import annotations

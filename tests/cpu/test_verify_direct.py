@@ -8,7 +8,7 @@ import torch
 
 import fused_parallel as fp
 from fused_parallel import _ext
-from fused_parallel.ops import _direct
+from fused_parallel.ops import _direct, _sampling
 from fused_parallel.ops import _verify_kernel as kernel
 
 FILTERS = ("top_k", "top_p", "min_p")
@@ -152,3 +152,65 @@ def test_errors_come_after_the_short_way_was_found(seed):
             fp.verify(**c | changed)
     with torch.enable_grad(), pytest.raises(ValueError, match="target_logits requires a gradient"):
         fp.verify(**c | {"target_logits": c["target_logits"].float().requires_grad_()}, vocab_size=1)
+
+
+def test_a_sharded_call_hands_over_the_same_either_way(seed, extension, monkeypatch):
+    """What reaches the extension, recorded instead of run: two shards exchange through memory of GPUs."""
+
+    class Group:
+        group_name = "two"
+
+        def size(self):
+            return 2
+
+        def rank(self):
+            return 1
+
+    class Workspace:
+        device_index, native, known, checks = -1, object(), {}, 0
+
+        def check(self):
+            self.checks += 1
+
+    group, workspace, launches = Group(), Workspace(), []
+    monkeypatch.setattr(_sampling, "resolve_group", lambda given: given)
+    monkeypatch.setattr(_sampling, "group_from_name", {"two": group}.get)
+    monkeypatch.setattr(kernel, "_why_no_peers", lambda part, records: None)
+    for module in (kernel, _direct):
+        monkeypatch.setattr(module, "existing_workspace", lambda pg: workspace)
+    monkeypatch.setattr(kernel, "workspace_of", lambda pg: workspace)
+    monkeypatch.setattr(_direct, "by_group", {})
+
+    def record(*values):
+        launches.append(dict(zip(extension.order, values, strict=True)))
+
+    monkeypatch.setattr(extension, "verify", record)
+    # Addresses of what a call itself allocates.
+    own = ("tokens", "num_accepted", "logprobs", "path", "scratch")
+    c = verify_case(mixed=False)
+    calls = {
+        "verify": lambda: fp.verify(**c, vocab_group=group, return_logprobs=True),
+        "sample": lambda: fp.sample(
+            c["target_logits"][:, 0], **{n: c[n] for n in ("seed", "step", "temperature")}, vocab_group=group
+        ),
+    }
+    for name, call in calls.items():
+        launches.clear()
+        checks = workspace.checks
+        assert [long_ways(call)[0] for _ in range(2)] == [1, 0], name
+        assert workspace.checks == checks + 2
+        long, short = launches
+        assert long["peers"] is workspace.native and (long["rank"], long["world"]) == (1, 2)
+        if name == "sample":
+            assert long["position"] != 0 and short["position"] == 0  # zeros, which need not be made
+            long["position"] = 0
+        assert [bool(long[n]) for n in own] == [bool(short[n]) for n in own], name
+        assert {n: v for n, v in long.items() if n not in own} == {n: v for n, v in short.items() if n not in own}
+    # Where the ranks cannot reach each other's memory, records travel by torch.distributed: always the long way.
+    workspace.known.clear()
+    monkeypatch.setattr(kernel, "_why_no_peers", lambda part, records: "the test says so")
+    monkeypatch.setattr(kernel.collectives, "all_gather", lambda x, pg: torch.cat((x, x)))
+    unfiltered = {name: t for name, t in c.items() if name not in FILTERS}
+    for _ in range(2):
+        assert long_ways(lambda: fp.verify(**unfiltered, vocab_group=group))[0] == 1
+    assert not workspace.known and not kernel._known
