@@ -286,7 +286,7 @@ void bind_verify(py::module_& m) {
   m.attr("verify_record_bytes") = fp::kShardRecordBytes;
   m.def("verify_scratch_bytes", &fp::verify_scratch_bytes, py::arg("batch"), py::arg("k"), py::arg("width"),
         py::arg("has_draft"), py::arg("tree"));
-  // Called with positions, not names: 41 names take pybind11 longer than all else on the way to the kernels.
+  // Called by position: by name, pybind11 takes three times as long for so many.
   m.def(
       "verify",
       [](Address target, Address draft, Address draft_tokens, Address seed, Address step, Address position,
