@@ -286,16 +286,17 @@ void bind_verify(py::module_& m) {
   m.attr("verify_record_bytes") = fp::kShardRecordBytes;
   m.def("verify_scratch_bytes", &fp::verify_scratch_bytes, py::arg("batch"), py::arg("k"), py::arg("width"),
         py::arg("has_draft"), py::arg("tree"));
+  // Called by position: by name, pybind11 takes three times as long for so many.
   m.def(
       "verify",
       [](Address target, Address draft, Address draft_tokens, Address seed, Address step, Address position,
-         Address temperature, Address num_draft_tokens, Address tokens, Address num_accepted, Address logprobs,
-         Address scratch, Address top_k, Address top_p, Address min_p, Address parents, Address path, Address sent,
-         Address received, std::int64_t target_batch_stride, std::int64_t target_row_stride,
-         std::int64_t draft_batch_stride, std::int64_t draft_row_stride, int num_draft_tokens_bytes, int batch, int k,
-         int width, int first, int vocab, int rank, int world, int method, int part, int parents_batch_stride,
-         int max_depth, unsigned noise_stream, int target_dtype, int draft_dtype, fp::AllReduceWorkspace* peers,
-         int device, Address stream) {
+         Address temperature, Address num_draft_tokens, Address top_k, Address top_p, Address min_p, Address parents,
+         Address tokens, Address num_accepted, Address logprobs, Address path, Address scratch, Address sent,
+         Address received, fp::AllReduceWorkspace* peers, Address stream, int part, std::int64_t target_batch_stride,
+         std::int64_t target_row_stride, std::int64_t draft_batch_stride, std::int64_t draft_row_stride,
+         int num_draft_tokens_bytes, int batch, int k, int width, int first, int vocab, int rank, int world, int method,
+         int parents_batch_stride, int max_depth, unsigned noise_stream, int target_dtype, int draft_dtype,
+         int device) {
         fp::VerifyArguments a = {};
         a.target = pointer(target);
         a.draft = pointer(draft);
@@ -338,14 +339,14 @@ void bind_verify(py::module_& m) {
         fp::verify(a, peers, device, pointer(stream));
       },
       py::arg("target"), py::arg("draft"), py::arg("draft_tokens"), py::arg("seed"), py::arg("step"),
-      py::arg("position"), py::arg("temperature"), py::arg("num_draft_tokens"), py::arg("tokens"),
-      py::arg("num_accepted"), py::arg("logprobs"), py::arg("scratch"), py::arg("top_k"), py::arg("top_p"),
-      py::arg("min_p"), py::arg("parents"), py::arg("path"), py::arg("sent"), py::arg("received"),
-      py::arg("target_batch_stride"), py::arg("target_row_stride"), py::arg("draft_batch_stride"),
+      py::arg("position"), py::arg("temperature"), py::arg("num_draft_tokens"), py::arg("top_k"), py::arg("top_p"),
+      py::arg("min_p"), py::arg("parents"), py::arg("tokens"), py::arg("num_accepted"), py::arg("logprobs"),
+      py::arg("path"), py::arg("scratch"), py::arg("sent"), py::arg("received"), py::arg("peers"), py::arg("stream"),
+      py::arg("part"), py::arg("target_batch_stride"), py::arg("target_row_stride"), py::arg("draft_batch_stride"),
       py::arg("draft_row_stride"), py::arg("num_draft_tokens_bytes"), py::arg("batch"), py::arg("k"), py::arg("width"),
-      py::arg("first"), py::arg("vocab"), py::arg("rank"), py::arg("world"), py::arg("method"), py::arg("part"),
+      py::arg("first"), py::arg("vocab"), py::arg("rank"), py::arg("world"), py::arg("method"),
       py::arg("parents_batch_stride"), py::arg("max_depth"), py::arg("noise_stream"), py::arg("target_dtype"),
-      py::arg("draft_dtype"), py::arg("peers"), py::arg("device"), py::arg("stream"));
+      py::arg("draft_dtype"), py::arg("device"));
 }
 
 fp::VerifyAttentionShape attention_shape(int batch, int new_tokens, int heads, int kv_heads, int head_dim,

@@ -2,7 +2,8 @@
 
 torch's dispatcher, the checks and the choice of implementation cost several times the launch itself. A call may leave
 them out if they would find nothing new: plain CUDA tensors, nobody tracing, a size and dtype that the long way took a
-kernel for. What is left out decides nothing between ranks: the tuning table's choice is the same either way.
+kernel for. What is left out decides nothing between ranks: the tuning table's choice is the same either way. Nothing
+that is remembered depends on an address. Verification and sampling do likewise, by ops/_verify_kernel.py.
 """
 
 from __future__ import annotations
@@ -20,19 +21,17 @@ _modes_active = torch._C._len_torch_dispatch_stack  # torch.utils._python_dispat
 raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
 
 
+def untraced() -> bool:
+    """Whether nothing watches this call on its way through torch's dispatcher, and a kernel may take it."""
+    return not _is_compiling() and not _modes_active() and current_mode() != "reference"
+
+
 def workspace_for(group) -> AllReduceWorkspace | None:
     """The workspace behind `group=` if the short way may be taken now."""
     if _is_compiling():
         return None
     found = by_group.get(id(group))
-    if (
-        found is None
-        or found[0] is not group
-        or _modes_active()
-        or debugging()
-        or counting()
-        or current_mode() == "reference"
-    ):
+    if found is None or found[0] is not group or debugging() or counting() or not untraced():
         return None
     return found[1]
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 
 from .. import _ext
 from ..comm import collectives
-from ..comm.workspace import slot_bytes_for, why_no_workspace, workspace_of
+from ..comm.workspace import existing_workspace, slot_bytes_for, why_no_workspace, workspace_of
 from ..reference.noise import STREAMS
 from ..reference.vocab_shard import VocabShard
+from . import _direct
 
 METHODS = ("rejection", "block", "greedy")  # in the order of enum VerifyMethod of csrc/verify.h
 ALL, ROWS, BEYOND, DRAW, FINISH = range(5)  # enum VerifyPart
@@ -70,7 +72,7 @@ def _readable(logits: torch.Tensor) -> torch.Tensor:
 
 
 def _stream(device: torch.device) -> int:
-    return torch.cuda.current_stream(device).cuda_stream
+    return _direct.raw_stream(device.index)
 
 
 def launch(
@@ -155,72 +157,59 @@ class Parts:
         draft_logits = _readable(draft_logits) if has_draft else None
         small = [draft_tokens, seed, step, position, temperature, num_draft_tokens, *filters, parents]
         small = [t if t is None else t.contiguous() for t in small]
-        draft_tokens, seed, step, position, temperature, num_draft_tokens, top_k, top_p, min_p, parents = small
+        seed, num_draft_tokens, parents = small[1], small[5], small[9]
         self.tokens = seed.new_empty((batch, columns))
         self.path = seed.new_empty((batch, 0 if parents is None else max_depth))
         self.accepted = seed.new_empty((batch,), dtype=torch.int32)
-        self.logprobs = temperature.new_empty((batch, columns if return_logprobs else 0))
+        self.logprobs = seed.new_empty((batch, columns if return_logprobs else 0), dtype=torch.float32)
         scratch_bytes = extension.verify_scratch_bytes(batch, rows - 1, width, has_draft, parents is not None)
-        scratch = torch.empty(scratch_bytes, dtype=torch.uint8, device=seed.device)
-        self._kept = (target_logits, draft_logits, small, scratch)
+        self.scratch = seed.new_empty(-(-scratch_bytes // 8))
+        self._kept = (target_logits, draft_logits, small)
         self._records = {
             ROWS: batch * (rows + (rows - 1 if has_draft and method != "greedy" else 0)),
             BEYOND: batch * (rows - 1),
             DRAW: batch,
         }
         self._sums = has_draft and rows > 2 and method == "block"
-
-        def address(t: torch.Tensor | None) -> int:
-            return 0 if t is None else t.data_ptr()
-
-        self._arguments = dict(
-            target=target_logits.data_ptr(),
-            draft=address(draft_logits),
-            draft_tokens=draft_tokens.data_ptr(),
-            seed=seed.data_ptr(),
-            step=step.data_ptr(),
-            position=address(position),
-            temperature=temperature.data_ptr(),
-            num_draft_tokens=address(num_draft_tokens),
-            tokens=self.tokens.data_ptr(),
-            num_accepted=self.accepted.data_ptr(),
-            logprobs=self.logprobs.data_ptr() if return_logprobs else 0,
-            scratch=scratch.data_ptr(),
-            top_k=address(top_k),
-            top_p=address(top_p),
-            min_p=address(min_p),
-            parents=address(parents),
-            path=0 if parents is None else self.path.data_ptr(),
-            parents_batch_stride=0 if parents is None or parents.dim() == 1 else parents.shape[1],
-            max_depth=0 if parents is None else max_depth,
-            target_batch_stride=target_logits.stride(0),
-            target_row_stride=target_logits.stride(1),
-            draft_batch_stride=draft_logits.stride(0) if has_draft else 0,
-            draft_row_stride=draft_logits.stride(1) if has_draft else 0,
-            num_draft_tokens_bytes=0 if num_draft_tokens is None else num_draft_tokens.element_size(),
-            batch=batch,
-            k=rows - 1,
-            width=width,
-            first=first if width else 0,
-            vocab=part.vocab_size,
-            rank=rank,
-            world=world,
-            method=METHODS.index(method),
-            noise_stream=STREAMS[stream],
-            target_dtype=_ext.DTYPE_CODES[target_logits.dtype],
-            draft_dtype=_ext.DTYPE_CODES[draft_logits.dtype] if has_draft else 0,
-            device=seed.device.index,
+        # What follows is in the order of the extension's `verify`, which is called by position (csrc/bindings.cpp).
+        self.inputs = [0 if t is None else t.data_ptr() for t in (target_logits, draft_logits, *small)]
+        self._outputs = (
+            self.tokens.data_ptr(),
+            self.accepted.data_ptr(),
+            self.logprobs.data_ptr() if return_logprobs else 0,
+            0 if parents is None else self.path.data_ptr(),
+            self.scratch.data_ptr(),
         )
+        self.numbers = (
+            target_logits.stride(0),
+            target_logits.stride(1),
+            draft_logits.stride(0) if has_draft else 0,
+            draft_logits.stride(1) if has_draft else 0,
+            0 if num_draft_tokens is None else num_draft_tokens.element_size(),
+            batch,
+            rows - 1,  # k
+            width,
+            first if width else 0,
+            part.vocab_size,
+            rank,
+            world,
+            METHODS.index(method),
+            0 if parents is None or parents.dim() == 1 else parents.shape[1],  # parents_batch_stride
+            0 if parents is None else max_depth,
+            STREAMS[stream],
+            _ext.DTYPE_CODES[target_logits.dtype],
+            _ext.DTYPE_CODES[draft_logits.dtype] if has_draft else 0,
+            seed.device.index,
+        )
+
+    def arguments(self, part: int, sent=None, received=None, peers=None) -> tuple:
+        """The extension's, for a launch of `part` on the current stream."""
+        exchanged = [0 if t is None else t.data_ptr() for t in (sent, received)]
+        stream = _stream(self.tokens.device)
+        return *self.inputs, *self._outputs, *exchanged, peers, stream, part, *self.numbers
 
     def _run(self, part: int, sent=None, received=None, peers=None) -> None:
-        self.extension.verify(
-            **self._arguments,
-            part=part,
-            sent=0 if sent is None else sent.data_ptr(),
-            received=0 if received is None else received.data_ptr(),
-            peers=peers,
-            stream=_stream(self.tokens.device),
-        )
+        self.extension.verify(*self.arguments(part, sent, received, peers))
 
     def whole(self, peers=None) -> None:
         """Everything; `peers`: the extension's workspace of the group that shares the vocabulary."""
@@ -234,3 +223,106 @@ class Parts:
             self._run(part, sent, received)
             received = gather(sent)
         self._run(FINISH, None, received)
+
+
+class Known(NamedTuple):
+    """What the long way found for calls of one signature: all but addresses."""
+
+    numbers: tuple[int, ...]
+    tokens: tuple[int, ...]  # shapes
+    logprobs: tuple[int, ...] | None  # None: not wanted
+    path: tuple[int, ...] | None
+    scratch: int
+
+
+# Of calls without vocab_group; the others' are in their group's workspace. Nothing in it depends on an address.
+_known: dict[tuple, Known] = {}
+
+
+def launch_known(group, inputs: tuple, options: tuple) -> tuple[tuple | None, tuple | None]:
+    """The short way (ops/_direct.py) for `inputs`, what a caller gave in the order of `Parts.inputs`, and the options
+    that matter beside them: (tokens, num_accepted, logprobs or None, path or None), and the call's signature.
+
+    The first is None where the call must go the long way; if the second is not, `remember` may be told afterwards.
+    """
+    target, seed = inputs[0], inputs[3]
+    if not _direct.untraced() or type(target) is not torch.Tensor or not target.is_cuda:
+        return None, None
+    index = target.get_device()
+    signature, addresses = [index, options], []
+    for t in inputs:
+        if t is None:
+            signature.append(None)
+            addresses.append(0)
+        elif type(t) is torch.Tensor and t.get_device() == index and not t.requires_grad:
+            signature += t.dtype, t.shape, t.stride()
+            addresses.append(t.data_ptr())
+        else:
+            return None, None
+    signature = tuple(signature)
+    workspace = peers = None
+    if group is None:
+        known = _known.get(signature)
+    else:
+        workspace = _direct.workspace_for(group)
+        known = None if workspace is None else workspace.known.get(signature)
+    if known is None:
+        return None, signature
+    numbers, tokens, logprobs, path, scratch = known
+    if workspace is not None:
+        workspace.check()
+        peers = workspace.native
+    # These ways to call torch take half the time of a shape in one argument.
+    tokens = seed.new_empty(*tokens)
+    accepted = torch.empty_like(seed, dtype=torch.int32)
+    logprobs = None if logprobs is None else seed.new_empty(*logprobs, dtype=torch.float32)
+    path = None if path is None else seed.new_empty(*path)
+    scratch = seed.new_empty(scratch)
+    _ext.extension().verify(
+        *addresses,
+        tokens.data_ptr(),
+        accepted.data_ptr(),
+        0 if logprobs is None else logprobs.data_ptr(),
+        0 if path is None else path.data_ptr(),
+        scratch.data_ptr(),
+        0,  # sent
+        0,  # received
+        peers,
+        _direct.raw_stream(index),
+        ALL,
+        *numbers,
+    )
+    return (tokens, accepted, logprobs, path), signature
+
+
+def remember(
+    group, signature: tuple, inputs: tuple, target_logits, draft_tokens, draft_logits, seed, step, temperature,
+    num_draft_tokens, filters, method: str, part: VocabShard, position=None, stream: str = "residual", *,
+    flat: bool = False, **options,
+) -> None:  # fmt: skip
+    """After the long way for a call of this signature: the short way for the next ones, if the kernels took it and read
+    the caller's tensors as they are. What follows `inputs` is as for `Parts`; `flat`: the caller wants tokens [B]."""
+    tree = "parents" in options
+    if why_not_fused(target_logits, draft_tokens, draft_logits, filters, part, tree=tree) is not None:
+        return
+    if part.pg and (
+        existing_workspace(part.pg) is None or _why_no_peers(part, _rows(draft_tokens, draft_logits)) is not None
+    ):
+        return
+    parts = Parts(
+        target_logits, draft_tokens, draft_logits, seed, step, temperature, num_draft_tokens, filters, method, part,
+        position, stream, **options,
+    )  # fmt: skip
+    if parts.inputs != [0 if t is None else t.data_ptr() for t in inputs]:
+        return  # the kernels read a copy of something
+    known = Known(
+        parts.numbers,
+        tuple(parts.tokens.shape[:1] if flat else parts.tokens.shape),
+        tuple(parts.logprobs.shape) if options.get("return_logprobs") else None,
+        tuple(parts.path.shape) if tree else None,
+        parts.scratch.numel(),
+    )
+    if part.pg:
+        _direct.remember(group, part.pg, signature, known)
+    else:
+        _known[signature] = known

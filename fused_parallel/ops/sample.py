@@ -11,7 +11,7 @@ from ._debug import check_agreement
 from ._dispatch import choose_fused
 from ._library import register
 from ._sampling import check_logits, check_seed, check_tensor, options, shard, vocabulary
-from ._verify_kernel import launch, why_not_fused
+from ._verify_kernel import launch, launch_known, remember, why_not_fused
 
 STREAMS = ("draft", "residual")
 
@@ -93,6 +93,15 @@ def sample(
 
     Sources: Salmon et al. 2011 (noise); the Gumbel-max trick, see Maddison et al. 2014, "A* Sampling".
     """
+    signature = None
+    if stream in STREAMS:
+        # The kernels take no position for 0, which saves making a tensor of zeros.
+        start = None if type(position) is int and position == 0 else position
+        inputs = (logits, None, None, seed, step, start, temperature, None, top_k, top_p, min_p, None)
+        signed = ("sample", stream, type(vocab_size), vocab_size)
+        outputs, signature = launch_known(vocab_group, inputs, signed)
+        if outputs is not None:
+            return outputs[0]
     check_logits("sample", "logits", logits, ("B", "V"))
     check_seed("sample", seed, step, logits)
     if stream not in STREAMS:
@@ -104,4 +113,11 @@ def sample(
     check_tensor("sample", "position", position, seed.shape, (torch.int64,), logits)
     temperature, top_k, top_p, min_p = options("sample", logits, temperature, top_k, top_p, min_p)
     vocab_size, group_name = vocabulary("sample", logits, vocab_size, vocab_group)
-    return _sample(logits, seed, step, temperature, position, top_k, top_p, min_p, stream, vocab_size, group_name)
+    tokens = _sample(logits, seed, step, temperature, position, top_k, top_p, min_p, stream, vocab_size, group_name)
+    if signature is not None:
+        remember(
+            vocab_group, signature, inputs, logits[:, None], seed.new_empty(seed.shape[0], 0), None, seed, step,
+            temperature, None, (top_k, top_p, min_p), "rejection", shard(logits, vocab_size, group_name), start, stream,
+            flat=True,
+        )  # fmt: skip
+    return tokens

@@ -12,7 +12,7 @@ from ._debug import check_agreement
 from ._dispatch import choose_fused
 from ._library import register
 from ._sampling import INTEGERS, check_logits, check_seed, check_tensor, options, shard, vocabulary
-from ._verify_kernel import METHODS, launch, why_not_fused
+from ._verify_kernel import METHODS, launch, launch_known, remember, why_not_fused
 
 
 class VerifyResult(NamedTuple):
@@ -161,6 +161,16 @@ def verify(
     "Accelerating Large Language Model Decoding with Speculative Sampling"; Sun et al. 2024, "Block Verification
     Accelerates Speculative Decoding".
     """
+    signature = None
+    if method in METHODS:
+        inputs = (
+            target_logits, draft_logits, draft_tokens, seed, step, None, temperature, num_draft_tokens, top_k, top_p,
+            min_p, None,
+        )  # fmt: skip
+        signed = ("verify", method, type(vocab_size), vocab_size, return_logprobs)
+        outputs, signature = launch_known(vocab_group, inputs, signed)
+        if outputs is not None:
+            return VerifyResult(*outputs)
     check_drafts("verify", target_logits, draft_tokens, draft_logits, num_draft_tokens)
     check_seed("verify", seed, step, target_logits)
     if method not in METHODS:
@@ -171,4 +181,10 @@ def verify(
         target_logits, draft_tokens, draft_logits, seed, step, temperature, num_draft_tokens, top_k, top_p, min_p,
         method, vocab_size, group_name, return_logprobs,
     )  # fmt: skip
+    if signature is not None:
+        remember(
+            vocab_group, signature, inputs, target_logits, draft_tokens, draft_logits, seed, step, temperature,
+            num_draft_tokens, (top_k, top_p, min_p), method, shard(target_logits, vocab_size, group_name),
+            return_logprobs=return_logprobs,
+        )  # fmt: skip
     return VerifyResult(tokens, accepted, logprobs if return_logprobs else None)

@@ -11,7 +11,7 @@ from ._debug import check_agreement
 from ._dispatch import choose_fused
 from ._library import register
 from ._sampling import check_seed, check_tensor, options, shard, vocabulary
-from ._verify_kernel import launch_tree, why_not_fused
+from ._verify_kernel import launch_known, launch_tree, remember, why_not_fused
 from .verify import VerifyResult, check_drafts
 
 SIBLINGS = ("without_replacement", "deterministic")
@@ -118,6 +118,16 @@ def verify_tree(
     Sources: Miao et al. 2024, "SpecInfer"; Chen et al. 2024, "Sequoia: Scalable, Robust, and Hardware-aware
     Speculative Decoding" (sampling without replacement).
     """
+    signature = None
+    if siblings in SIBLINGS and (siblings == "deterministic") == (draft_logits is None):
+        inputs = (
+            target_logits, draft_logits, draft_tokens, seed, step, None, temperature, num_draft_tokens, top_k, top_p,
+            min_p, parents,
+        )  # fmt: skip
+        signed = ("verify_tree", type(max_depth), max_depth, type(vocab_size), vocab_size, return_logprobs)
+        outputs, signature = launch_known(vocab_group, inputs, signed)
+        if outputs is not None:
+            return VerifyResult(*outputs)
     check_drafts("verify_tree", target_logits, draft_tokens, draft_logits, num_draft_tokens)
     check_seed("verify_tree", seed, step, target_logits)
     batch, nodes = draft_tokens.shape
@@ -149,4 +159,10 @@ def verify_tree(
         target_logits, draft_tokens, parents, draft_logits, seed, step, temperature, num_draft_tokens, top_k, top_p,
         min_p, max_depth, vocab_size, group_name, return_logprobs,
     )  # fmt: skip
+    if signature is not None:
+        remember(
+            vocab_group, signature, inputs, target_logits, draft_tokens, draft_logits, seed, step, temperature,
+            num_draft_tokens, (top_k, top_p, min_p), "rejection", shard(target_logits, vocab_size, group_name),
+            return_logprobs=return_logprobs, parents=parents, max_depth=max_depth,
+        )  # fmt: skip
     return VerifyResult(tokens, accepted, logprobs if return_logprobs else None, path)

@@ -70,6 +70,16 @@ def argument_fields() -> list[tuple[str, type]]:
     return fields
 
 
+def argument_order() -> list[str]:
+    """The names of the extension's `verify` by position, from the bindings, where they stand twice."""
+    text = (ROOT / "csrc" / "bindings.cpp").read_text()
+    text = text[text.index('"verify",') :]
+    parameters, body = re.search(r"\[\]\((.*?)\) \{(.*?)\);\n\}", text, re.DOTALL).groups()
+    order = [parameter.split()[-1] for parameter in parameters.split(",")]
+    assert order == re.findall(r'py::arg\("(\w+)"\)', body)
+    return order
+
+
 class HostExtension:
     """What ops/_verify_kernel.py takes of the extension."""
 
@@ -88,21 +98,24 @@ class HostExtension:
         class Arguments(ctypes.Structure):
             _fields_ = argument_fields()
 
-        self.Arguments = Arguments
+        self.Arguments, self.order = Arguments, argument_order()
         assert ctypes.sizeof(Arguments) == self.library.argument_bytes()
 
     def verify_scratch_bytes(self, batch, k, width, has_draft, tree) -> int:
         return self.library.scratch_bytes(batch, k, width, int(has_draft), int(tree))
 
-    def arguments(self, *, noise_stream, device, stream, peers, **fields):
-        return self.Arguments(**fields, stream=noise_stream)
+    def arguments(self, *values):
+        fields = dict(zip(self.order, values, strict=True))
+        for unused in ("device", "stream", "peers"):
+            fields.pop(unused)
+        return self.Arguments(stream=fields.pop("noise_stream"), **fields)
 
     def raise_if(self, failed: int) -> None:
         if failed:
             raise RuntimeError(self.library.last_error().decode())
 
-    def verify(self, **fields) -> None:
-        self.raise_if(self.library.verify(ctypes.byref(self.arguments(**fields))))
+    def verify(self, *values) -> None:
+        self.raise_if(self.library.verify(ctypes.byref(self.arguments(*values))))
 
     def row(self, arguments, row: int) -> tuple[float, float]:
         """Least logit kept and log2 of the sum of a target row, after a float32 call without draft logits."""

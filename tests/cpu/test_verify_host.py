@@ -156,7 +156,7 @@ def gather_all(calls):
 
 
 def prepared(extension, call):
-    return extension.arguments(**call._arguments, part=kernel.ALL, sent=0, received=0, peers=None, stream=0)
+    return extension.arguments(*call.arguments(kernel.ALL))
 
 
 @pytest.mark.parametrize("filters", SETS)

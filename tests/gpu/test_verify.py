@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+import fused_parallel as fp
+from fused_parallel.ops import _verify_kernel as kernel
 from fused_parallel.ops.sample import sample
 from fused_parallel.ops.verify import METHODS, verify
 from fused_parallel.ops.verify_tree import verify_tree
@@ -67,3 +69,23 @@ def test_equals_cpu_and_replays_in_a_graph(seed, name):
                 assert torch.allclose(got.cpu(), want, rtol=1e-6, atol=1e-6)
             else:
                 assert torch.equal(got.cpu(), want)
+
+
+@pytest.mark.parametrize("name", calls())
+def test_the_short_way_gives_what_the_long_way_does(seed, name):
+    """The first call of a signature goes through torch's dispatcher, the next ones do not; also on another stream."""
+    call, side = calls()[name], torch.cuda.Stream()
+    with torch.no_grad(), fp.use("fused"):
+        for _ in range(3):
+            inputs = {key: t.cuda() for key, t in make_inputs().items()}
+            kernel._known.clear()
+            long = call(**inputs)
+            assert len(kernel._known) == 1
+            short = call(**inputs)
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                beside = call(**inputs)
+            torch.cuda.synchronize()
+            for a, b, c in zip(long, short, beside, strict=True):
+                assert a is b is c is None or (torch.equal(a, b) and torch.equal(a, c))
+            assert len(kernel._known) == 1
