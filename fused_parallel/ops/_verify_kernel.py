@@ -49,8 +49,8 @@ def why_not_fused(
         return f"the kernels read draft_logits in {target_logits.dtype} or float32, not in {draft_logits.dtype}"
     if part.vocab_size > 2**30:
         return f"the kernels know vocabularies up to 2**30, not {part.vocab_size}"
-    if tree and _world(part) > 1:
-        return "the kernels know trees over the whole vocabulary only, and vocab_group is given"
+    if tree:
+        return None  # shards are gathered first
     if _world(part) > extension.verify_max_shards:
         return f"the kernels combine up to {extension.verify_max_shards} shards, not {_world(part)}"
     if _world(part) > 1 and any(f is not None for f in filters):
@@ -126,13 +126,23 @@ def launch_tree(
     *,
     return_logprobs: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """tokens, num_accepted, logprobs ([B, 0] unless asked for) and path as of `verify_tree`, on the current stream."""
+    """tokens, num_accepted, logprobs ([B, 0] unless asked for) and path as of `verify_tree`, on the current stream. The
+    kernel walks the whole vocabulary: its shards are gathered, a tree's rows being few."""
+    if _world(part) > 1:
+        target_logits = _gathered(target_logits, part)
+        draft_logits = None if draft_logits is None else _gathered(draft_logits, part)
+        part = VocabShard(target_logits.shape[-1], part.vocab_size)
     parts = Parts(
         target_logits, draft_tokens, draft_logits, seed, step, temperature, num_draft_tokens, filters, "rejection",
         part, return_logprobs=return_logprobs, parents=parents, max_depth=max_depth,
     )  # fmt: skip
     parts.whole()
     return parts.tokens, parts.accepted, parts.logprobs, parts.path
+
+
+def _gathered(logits: torch.Tensor, part: VocabShard) -> torch.Tensor:
+    """[B, rows, width] per rank -> [B, rows, world * width], the padding at the end."""
+    return collectives.all_gather(logits[None], part.pg).movedim(0, 2).flatten(2)
 
 
 class Parts:

@@ -103,7 +103,7 @@ def verify_tree(
         max_depth: nodes deeper than this are never accepted; it sets the result's width, 0..N. Default N, which fits
             any tree.
         num_draft_tokens: int32 [B]: the nodes from there on are passed over.
-        vocab_group: as in `fp.verify`, but the reference gathers the logits.
+        vocab_group: as in `fp.verify`, but the logits are gathered first.
         seed, step, temperature, top_k, top_p, min_p, vocab_size, return_logprobs: as in `fp.verify`.
 
     Returns:
@@ -111,15 +111,15 @@ def verify_tree(
         [B, max_depth] of the accepted nodes, -1 after the last).
 
     A chain (parents -1, 0, 1, ...) gives the tokens of `fp.verify` with method="rejection". `KVCache.keep_path` moves
-    the accepted nodes' keys and values together. The CUDA kernels take up to 63 nodes over the whole vocabulary, and
-    differ from the reference as docs/verify.md says. Everything else, streams, graphs and errors included, as in
+    the accepted nodes' keys and values together. The CUDA kernels take up to 63 nodes, and differ from the reference as
+    docs/verify.md says. Everything else, streams, graphs and errors included, as in
     `fp.verify`.
 
     Sources: Miao et al. 2024, "SpecInfer"; Chen et al. 2024, "Sequoia: Scalable, Robust, and Hardware-aware
     Speculative Decoding" (sampling without replacement).
     """
     signature = None
-    if siblings in SIBLINGS and (siblings == "deterministic") == (draft_logits is None):
+    if vocab_group is None and siblings in SIBLINGS and (siblings == "deterministic") == (draft_logits is None):
         inputs = (
             target_logits, draft_logits, draft_tokens, seed, step, None, temperature, num_draft_tokens, top_k, top_p,
             min_p, parents,

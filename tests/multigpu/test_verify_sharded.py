@@ -111,6 +111,34 @@ def test_equals_the_unsharded_kernels(peers):
         assert torch.equal(a, b)
 
 
+def trees(mesh):
+    """(differing requests, all) of trees over shards against the whole vocabulary, and the tokens and paths."""
+    group, differ, count, results = mesh["tp"], 0, 0, []
+    rank, world = group.get_local_rank(), group.size()
+    parents = torch.tensor([-1, -1, 0, 0, 1], device="cuda")
+    with torch.no_grad(), fp.use("fused"):
+        for call, full in enumerate((True, False)):
+            inputs = make_round(50 + call, 40, 5, VOCAB, full, False)
+            inputs |= {"draft_logits": inputs["draft_logits"][:, :1].expand(-1, 5, -1).contiguous()} if full else {}
+            options = {"siblings": "without_replacement" if full else "deterministic", "max_depth": 2}
+            whole = fp.verify_tree(**inputs, parents=parents, **options)
+            mine = share(inputs, rank, world)
+            got = fp.verify_tree(**mine, parents=parents, vocab_size=VOCAB, vocab_group=group, **options)
+            differ += int((~((whole.tokens == got.tokens).all(1) & (whole.path == got.path).all(1))).sum())
+            count += len(got.tokens)
+            results += [got.tokens.cpu(), got.path.cpu()]
+    fp.check()
+    return differ, count, results
+
+
+def test_trees_over_shards():
+    results = run_ranks(trees, 2, device="cuda")
+    differ, count, _ = results[0]
+    assert differ == 0 and count == 80  # the same kernel on the same logits
+    for a, b in zip(results[0][2], results[1][2], strict=True):
+        assert torch.equal(a, b)
+
+
 def generation(mesh, path, options):
     """Speculative generation over shards, and what it warned of verification."""
     model = fp.LlamaForCausalLM.from_pretrained(path, mesh=mesh, dtype=torch.bfloat16)
