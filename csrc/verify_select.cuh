@@ -1,16 +1,21 @@
 // The least logit of a row down to which a count (top-k) or a share of the mass (top-p) is reached.
 //
-// A CTA a row. It adds up how many tokens, or what weight, lie in each of 256 intervals of the weight, chooses the
-// interval in which what is wanted is reached, and goes on in the 256 parts of that, now by the order of the logits'
-// bits, until one value is left. A row is read again in each round, from the L2: two rounds find a 16-bit logit that is
-// not near 0, four any fp32 one.
+// A CTA a row, or a cluster of CTAs, of which each goes through a part. It adds up how many tokens, or what weight, lie
+// in each of 256 intervals of the weight, chooses the interval in which what is wanted is reached, and goes on in the
+// 256 parts of that, now by the order of the logits' bits, until one value is left. A row is read again in each round,
+// from the L2: two rounds find a 16-bit logit that is not near 0, four any fp32 one.
+//
+// Most tokens weigh next to nothing. At first those below 2^-16 of the greatest, the tail, are one sum, which threads
+// keep in registers; a round more tells its intervals apart, if what is wanted is only reached there.
 //
 // Sums are of integers: weights of an interval that spans a factor of 2 at most as multiples of 2^-23 of its upper
 // bound. So they depend on no order, and the threshold not on the number of CTAs or ranks; equal logits are kept or
 // left together. It can differ from the reference's only where the mass down to some logit is within the rounding of
-// fp32 exponentials (some 1e-6 of it) of the mass wanted.
+// fp32 exponentials (some 1e-6 of it) of the mass wanted. The tail's sum adds 2^-40 of the greatest weight a token to
+// that, and only to the whole of which the mass wanted is a share.
 #pragma once
 
+#include "common/cluster.cuh"
 #include "verify_exchange.cuh"
 
 namespace fp {
@@ -20,6 +25,14 @@ constexpr int kFilterThreads = 512;
 constexpr int kFilterWarps = kFilterThreads / 32;
 constexpr int kBins = 256;
 constexpr int kBinVectors = kBins / 2;  // in which ranks send them: two to a vector
+constexpr int kHeadBins = 64;           // the intervals above the tail
+constexpr float kTail = kHeadBins / 4;  // its weight's, as a negated exponent
+// Of the intervals above the tail every lane has sums of its own, each in the bank of the lane, so that lanes never
+// collide; and so has every group of warps, so that the sums' 32 bits last for longer.
+constexpr int kGroups = 4;
+// Vectors a thread may add before they might not: fewer than 2^9 weights of 2^23 (and 2^-23 of that more, by rounding).
+template <typename T>
+constexpr int kVectorsPerFlush = 511 / (kFilterWarps / kGroups * Vec<T>::kSize);
 // Vectors a thread has requested at once; with shards what the polls hold leaves fewer registers.
 template <bool kSharded>
 constexpr int kInFlight = kSharded ? 2 : 3;
@@ -29,16 +42,20 @@ template <typename T>
 constexpr int kEmptyBits = std::is_same_v<T, float>    ? 0
                            : std::is_same_v<T, __half> ? 13
                                                        : 16;
-// One by weight, and one for each 8 bits of the order; for top-k and for top-p; and the sum of what is kept.
+// By weight, of the tail by weight, and one for each 8 bits of the order; for top-k and for top-p; and the sum of what
+// is kept.
 template <typename T>
-constexpr int kRounds = 2 * (1 + (32 - kEmptyBits<T> + 7) / 8) + 1;
+constexpr int kRounds = 2 * (2 + (32 - kEmptyBits<T> + 7) / 8) + 1;
 template <typename T>
 constexpr int kRowBytes = kRounds<T> * kBinVectors * 16;  // of each slot that a row fills, at most
 
 struct FilterShared {
+  // All zero but while they are added to: who reads them clears them.
+  alignas(16) unsigned columns[kGroups][kHeadBins][32];
   unsigned low[kBins], high[kBins];  // 64-bit sums in two words, because shared memory adds 32 bits at once
-  unsigned long long bins[kBins];    // the same over all ranks
-  double parts[kFilterWarps];
+
+  unsigned long long own[2][kBins];  // of this CTA, in turns
+  unsigned long long bins[kBins];    // the same over the cluster, or over all ranks
   Call call;  // of the exchange; here it takes no registers
   Normaliser row;
   float logit;
@@ -47,6 +64,7 @@ struct FilterShared {
   unsigned long long wanted;  // of it: from its greatest key on
   unsigned long long above;   // in it, so far left behind on the side that is kept
   double before;              // in the intervals of greater weight
+  double whole;               // of mass: of all intervals
   int bin;
   bool none;  // fewer than wanted
 };
@@ -62,6 +80,14 @@ __device__ __forceinline__ float of_order_key(unsigned key) {
   constexpr unsigned kOnes = (1ull << kEmptyBits<T>)-1;
   const unsigned bits = key << kEmptyBits<T>;
   return __uint_as_float(bits >> 31 != 0 ? bits ^ 0x80000000u : ~(bits | kOnes));
+}
+
+// The greatest float of the key: where +inf was made FLT_MAX there are more than one.
+template <typename T>
+__device__ __forceinline__ float last_of_order_key(unsigned key) {
+  constexpr unsigned kOnes = (1ull << kEmptyBits<T>)-1;
+  const float first = of_order_key<T>(key);
+  return key >> (31 - kEmptyBits<T>) != 0 ? __uint_as_float(__float_as_uint(first) | kOnes) : first;
 }
 
 // A warp: the least key from `first` to `last` for which `kept` holds, given that it holds for `last` and for all keys
@@ -86,7 +112,8 @@ __device__ __forceinline__ unsigned least_key(unsigned first, unsigned last, Kep
 struct Weight {  // of a logit, in base 2 and negated: 0 for the greatest
   float maximum, scale;
 
-  __device__ __forceinline__ float operator()(float x) const { return (maximum - x) * scale; }
+  // A product of its own: were it fused with what follows, differently in each pass, their sums would not agree.
+  __device__ __forceinline__ float operator()(float x) const { return __fmul_rn(maximum - x, scale); }
   // Greater logits are in lower intervals, of a quarter each; what weighs under 2^-64 of the greatest is in the last.
   __device__ __forceinline__ int bin(float w) const { return static_cast<int>(fminf(w * 4.0f, kBins - 1.0f)); }
 };
@@ -95,33 +122,51 @@ __device__ __forceinline__ double power_of_two(int exponent) {
   return __hiloint2double((1023 + exponent) << 20, 0);
 }
 
-// Of an interval of factor 2^(1/4), in multiples of 2^-23 of the power of two at or above all of it.
-__device__ __forceinline__ unsigned mass(float w) {
-  return w < 64.0f ? __float2uint_rn(exp2_fast(floorf(w) - w) * 0x1p23f) : 0u;
+// The same for w < kTail, and the mass below, by additions that round where a conversion would: conversions share the
+// unit of the exponential, an eighth as wide. A float from 2^21 on counts quarters, from 2^23 on ones.
+__device__ __forceinline__ unsigned head_bin(float w) {
+  return __float_as_uint(__fadd_rd(w, 0x1p21f)) & (kHeadBins - 1);
 }
 
-// f(x) for all logits of the row but NaN and -inf. By the whole CTA.
-template <int kVectors, typename T, typename Function>
-__device__ __forceinline__ void for_each_logit(const Row<T>& row, Function&& f) {
+// Of an interval of factor 2^(1/4), in multiples of 2^-23 of the power of two at or above all of it; of all weights
+// below 2^-kLast in those of that.
+template <int kLast>
+__device__ __forceinline__ unsigned mass(float w) {
+  const float whole = fminf(__fadd_rd(w, 0x1p23f) - 0x1p23f, static_cast<float>(kLast));
+  return __float_as_uint(fmaf(exp2_fast(whole - w), 0x1p23f, 0x1p23f)) - 0x4b000000u;
+}
+
+// f(x) for the logits of a part of the row that are `from` or more: never NaN, and -inf if `from` is. By the whole CTA;
+// `flush` when a thread may have had kVectorsPerFlush vectors, and at the end.
+template <int kVectors, typename T, typename Function, typename Flush>
+__device__ __forceinline__ void for_each_logit(const Row<T>& row, int begin, int end, float from, Function&& f,
+                                               Flush&& flush) {
   constexpr int kSize = Vec<T>::kSize, kStride = kFilterThreads * kSize;
-  for (int first = static_cast<int>(threadIdx.x) * kSize; first < row.width; first += kVectors * kStride) {
+  constexpr int kTrips = kVectorsPerFlush<T> / kVectors;
+  int trips = 0;
+  for (int base = begin; base < end; base += kVectors * kStride) {  // the same in all threads
+    const int first = base + static_cast<int>(threadIdx.x) * kSize;
+    if (trips++ == kTrips) {
+      flush();
+      trips = 1;
+    }
     Vec<T> v[kVectors];
 #pragma unroll
     for (int i = 0; i < kVectors; ++i) {
-      if (first + i * kStride < row.width) v[i] = row.load(first + i * kStride);
+      if (first + i * kStride < end) v[i] = row.load(first + i * kStride);
     }
 #pragma unroll
     for (int i = 0; i < kVectors; ++i) {
-      if (first + i * kStride >= row.width) break;
+      if (first + i * kStride >= end) break;
       float x[kSize];
       to_floats(v[i], x);
 #pragma unroll
       for (int e = 0; e < kSize; ++e) {
-        const float c = clean(x[e]);
-        if (c > -INFINITY) f(c);
+        if (x[e] >= from) f(fminf(x[e], FLT_MAX));
       }
     }
   }
+  flush();
 }
 
 // The exchange between ranks within a row. Every round has its own place in the slots, which the row and the round
@@ -164,76 +209,149 @@ __device__ __noinline__ ulonglong2 bins_of_ranks(const ExchangeParams& p, const 
   return make_ulonglong2(a, b);
 }
 
-// A warp: the sum over all ranks, in their order, of what each has; NaN after a failed wait.
-__device__ __noinline__ double sum_of_ranks(const ExchangeParams& p, const Call& call, int place, double own) {
-  const int lane = threadIdx.x % 32, source = lane / 2, at = place + lane % 2;
-  unsigned words[7] = {};
-  set_wide(words, 0, own);
-  uint4 v = escaped(words);  // lane 0 has the first half, all others the second
-  if (lane < 2) push<0>(p.lamport, call.epoch % 3, at, v);
-  v.x = __shfl_sync(kAllLanes, v.x, lane % 2);
-  v.y = __shfl_sync(kAllLanes, v.y, lane % 2);
-  v.z = __shfl_sync(kAllLanes, v.z, lane % 2);
-  v.w = __shfl_sync(kAllLanes, v.w, lane % 2);
-  bool came = true;
-  if (source < p.world && source != p.lamport.rank) came = take(p, call, source, at, v);
-  const Share share = {unescaped(v)};
-  double sum = 0.0;
-#pragma unroll 1
-  for (int s = 0; s < p.world; ++s) sum += share.wide(s, 0);
-  return __all_sync(kAllLanes, came) ? sum : NAN;
-}
-
+// Where the sums of a round come together. Within a cluster each CTA reads what the others have (in `own`) after a
+// barrier of the cluster: its release and acquire order the CTAs' stores before it in front of these reads. The round
+// after next writes there again: behind the next round's barrier, before which all have read.
 template <typename T, bool kSharded>
 struct Rounds {
   const ExchangeParams& p;
   int item, round;  // of this launch's rows
+  int rank;         // in the cluster
 
+  __device__ __forceinline__ int cluster() const { return kSharded ? 1 : p.filter_cluster; }
   __device__ __forceinline__ int place() const { return (item * kRounds<T> + round) * kBinVectors; }
-
-  // sh.bins, from sh.low and sh.high. False after a failed wait, in all threads. Begins and ends with a barrier.
-  __device__ __forceinline__ bool total(FilterShared& sh) {
-    __syncthreads();
-    bool came = true;
-    const int i = threadIdx.x;
-    if (i < kBinVectors) {
-      ulonglong2 sums = make_ulonglong2(static_cast<unsigned long long>(sh.high[2 * i]) << 32 | sh.low[2 * i],
-                                        static_cast<unsigned long long>(sh.high[2 * i + 1]) << 32 | sh.low[2 * i + 1]);
-      if constexpr (kSharded) sums = bins_of_ranks(p, sh.call, place() + i, sums.x, sums.y);
-      came = sums.x != kNeverCame;
-      sh.bins[2 * i] = sums.x;
-      sh.bins[2 * i + 1] = sums.y;
-    }
-    ++round;
-    return __syncthreads_and(came) != 0;
+  __device__ __forceinline__ unsigned long long* own(FilterShared& sh) const { return sh.own[round % 2]; }
+  __device__ __forceinline__ const unsigned long long* own_before(FilterShared& sh) const {
+    return sh.own[(round + 1) % 2];
   }
 
-  // The sum over all threads of all ranks, the same everywhere; NaN after a failed wait.
-  __device__ __forceinline__ double total(FilterShared& sh, double mine) {
-    mine = warp_sum(mine);
-    if (threadIdx.x % 32 == 0) sh.parts[threadIdx.x / 32] = mine;
-    __syncthreads();
-    if (threadIdx.x < 32) {
-      double own = 0.0;
-      for (int w = 0; w < kFilterWarps; ++w) own += sh.parts[w];
-      if constexpr (kSharded) own = sum_of_ranks(p, sh.call, place(), own);
-      if (threadIdx.x == 0) sh.before = own;
-    }
+  // The part of a row of this CTA; whole lines of 128 bytes, if the row is aligned to them.
+  __device__ __forceinline__ int part() const {
+    constexpr int kLine = 8 * Vec<T>::kSize;
+    return kSharded ? p.width : ((p.width + cluster() - 1) / cluster() + kLine - 1) / kLine * kLine;
+  }
+  __device__ __forceinline__ int begin() const { return kSharded ? 0 : rank * part(); }
+  __device__ __forceinline__ int end() const { return kSharded ? p.width : min(begin() + part(), p.width); }
+
+  // sh.bins, from the CTAs' own. False after a failed wait, in all threads. Begins and ends with a barrier.
+  __device__ __forceinline__ bool total(FilterShared& sh) {
+    const unsigned long long* mine = own(sh);
+    const int i = threadIdx.x, at = place() + i;
     ++round;
+    if constexpr (kSharded) {
+      __syncthreads();
+      bool came = true;
+      if (i < kBinVectors) {
+        const ulonglong2 sums = bins_of_ranks(p, sh.call, at, mine[2 * i], mine[2 * i + 1]);
+        came = sums.x != kNeverCame;
+        sh.bins[2 * i] = sums.x;
+        sh.bins[2 * i + 1] = sums.y;
+      }
+      return __syncthreads_and(came) != 0;
+    }
+    if (cluster() == 1) {
+      __syncthreads();
+      if (i < kBins) sh.bins[i] = mine[i];
+    } else {
+      cluster_barrier();
+      if (i < kBins) {
+        unsigned long long sum = 0;
+        for (int r = 0; r < cluster(); ++r) sum += load_cluster(mine + i, r);
+        sh.bins[i] = sum;
+      }
+    }
     __syncthreads();
-    return sh.before;
+    return true;
   }
 };
 
-__device__ __forceinline__ void clear_bins(FilterShared& sh) {
-  __syncthreads();  // what was read of the last round's choice
+// By the whole CTA, before the first sums.
+__device__ __forceinline__ void clear_sums(FilterShared& sh) {
+  uint4* columns = reinterpret_cast<uint4*>(sh.columns);
+  for (int i = threadIdx.x; i < static_cast<int>(sizeof(sh.columns) / 16); i += kFilterThreads) {
+    columns[i] = make_uint4(0, 0, 0, 0);
+  }
   for (int i = threadIdx.x; i < kBins; i += kFilterThreads) sh.low[i] = sh.high[i] = 0;
+}
+
+__device__ __forceinline__ void add_to_bin(FilterShared& sh, int bin, unsigned long long value) {
+  const unsigned low = static_cast<unsigned>(value), before = atomicAdd(&sh.low[bin], low);
+  const unsigned high = static_cast<unsigned>(value >> 32) + (before + low < before);
+  if (high != 0) atomicAdd(&sh.high[bin], high);
+}
+
+__device__ __forceinline__ unsigned long long take_bin(FilterShared& sh, int bin) {
+  const unsigned long long sum = static_cast<unsigned long long>(sh.high[bin]) << 32 | sh.low[bin];
+  sh.low[bin] = sh.high[bin] = 0;
+  return sum;
+}
+
+// The CTA's columns, of which each thread sums those of four lanes.
+__device__ __forceinline__ void take_columns(FilterShared& sh, unsigned long long& sum) {
+  static_assert(kFilterThreads == kHeadBins * 8, "");
+  __syncthreads();
+#pragma unroll
+  for (int g = 0; g < kGroups; ++g) {
+    uint4* at = reinterpret_cast<uint4*>(sh.columns[g]) + threadIdx.x;
+    const uint4 v = *at;
+    *at = make_uint4(0, 0, 0, 0);
+    sum += static_cast<unsigned long long>(v.x) + v.y + v.z + v.w;
+  }
   __syncthreads();
 }
 
-__device__ __forceinline__ void add_to_bin(FilterShared& sh, int bin, unsigned value) {
-  const unsigned before = atomicAdd(&sh.low[bin], value);
-  if (before + value < before) atomicAdd(&sh.high[bin], 1u);
+// By weight, of the logits that are `from` or more: the intervals above the tail, and in the next one all of the tail.
+// False after a failed wait.
+template <bool kMass, typename T, bool kSharded>
+__device__ __forceinline__ bool sum_by_weight(const Row<T>& row, const Weight& weight, float from,
+                                              Rounds<T, kSharded>& rounds, FilterShared& sh) {
+  unsigned* column = &sh.columns[threadIdx.x / 32 % kGroups][0][threadIdx.x % 32];
+  unsigned long long tail = 0, sum = 0;
+  for_each_logit<kInFlight<kSharded>>(
+      row, rounds.begin(), rounds.end(), from,
+      [&](float x) {
+        const float w = weight(x);
+        const unsigned value = kMass ? mass<kHeadBins / 4>(w) : 1u;
+        if (w < kTail) {
+          atomicAdd(column + head_bin(w) * 32, value);
+        } else {
+          tail += value;
+        }
+      },
+      [&] { take_columns(sh, sum); });
+#pragma unroll
+  for (int offset = 16; offset > 0; offset /= 2) tail += __shfl_xor_sync(kAllLanes, tail, offset);
+  if (threadIdx.x % 32 == 0) add_to_bin(sh, kHeadBins, tail);
+#pragma unroll
+  for (int offset = 4; offset > 0; offset /= 2) sum += __shfl_xor_sync(kAllLanes, sum, offset);
+  __syncthreads();
+  unsigned long long* own = rounds.own(sh);
+  if (threadIdx.x % 8 == 0) own[threadIdx.x / 8] = sum;
+  if (threadIdx.x >= kHeadBins && threadIdx.x < kBins) own[threadIdx.x] = take_bin(sh, threadIdx.x);
+  return rounds.total(sh);
+}
+
+// Not inlined: it is seldom needed, and would take registers from the other loops.
+template <bool kMass, typename T>
+__device__ __noinline__ void add_tail(Row<T> row, int begin, int end, float from, Weight weight, FilterShared& sh) {
+  for_each_logit<1>(
+      row, begin, end, from,
+      [&](float x) {
+        const float w = weight(x);
+        if (w >= kTail) add_to_bin(sh, weight.bin(w), kMass ? mass<kBins / 4 - 1>(w) : 1u);
+      },
+      [] {});
+}
+
+// The same again for the intervals of the tail; those above stay.
+template <bool kMass, typename T, bool kSharded>
+__device__ __forceinline__ bool sum_tail_by_weight(const Row<T>& row, const Weight& weight, float from,
+                                                   Rounds<T, kSharded>& rounds, FilterShared& sh) {
+  add_tail<kMass>(row, rounds.begin(), rounds.end(), from, weight, sh);
+  __syncthreads();
+  const int i = threadIdx.x;
+  if (i < kBins) rounds.own(sh)[i] = i < kHeadBins ? rounds.own_before(sh)[i] : take_bin(sh, i);
+  return rounds.total(sh);
 }
 
 // Warp 0, first round: the interval in which `goal` is reached; of mass, `goal` is a fraction of the whole.
@@ -251,6 +369,7 @@ __device__ __forceinline__ void choose_bin(FilterShared& sh, double goal) {
     if (lane >= offset) sum += lower;
   }
   const double whole = __shfl_sync(kAllLanes, sum, 31);
+  if (lane == 0) sh.whole = whole;
   if (kMass) goal *= whole;
   double before = __shfl_up_sync(kAllLanes, sum, 1);
   if (lane == 0) before = 0.0;
@@ -310,15 +429,17 @@ struct Selected {
 template <bool kMass, typename T, bool kSharded>
 __device__ __forceinline__ Selected select(const Row<T>& row, const Weight& weight, unsigned least, double goal,
                                            Rounds<T, kSharded>& rounds, FilterShared& sh) {
-  clear_bins(sh);
-  for_each_logit<kInFlight<kSharded>>(row, [&](float x) {
-    if (order_key<T>(x) < least) return;
-    const float w = weight(x);
-    add_to_bin(sh, weight.bin(w), kMass ? mass(w) : 1u);
-  });
-  if (!rounds.total(sh)) return {0, 0.0, false};
+  // Keys between two logits are of no logit: that of the lower bound keeps the same ones.
+  const float from = least == 0 ? -FLT_MAX : of_order_key<T>(least);
+  if (!sum_by_weight<kMass>(row, weight, from, rounds, sh)) return {0, 0.0, false};
+  if (threadIdx.x < 32) choose_bin<kMass>(sh, goal);
+  __syncthreads();
+  if (!sh.none && sh.bin == kHeadBins) {  // the same in all threads
+    // The mass wanted is now a share of the sum of the tail's intervals and those above, whatever was left to rounding.
+    if (!sum_tail_by_weight<kMass>(row, weight, from, rounds, sh)) return {0, 0.0, false};
+    if (threadIdx.x < 32) choose_bin<kMass>(sh, goal);
+  }
   if (threadIdx.x < 32) {
-    choose_bin<kMass>(sh, goal);
     __syncwarp();
     if (!sh.none) {
       // From here on by the keys, of which the interval's are those of all its logits.
@@ -343,12 +464,16 @@ __device__ __forceinline__ Selected select(const Row<T>& row, const Weight& weig
   unsigned long long chosen = sh.bins[sh.bin];
   while (first < last) {
     const int shift = max(0, 24 - __clz(last - first));
-    clear_bins(sh);
-    for_each_logit<kInFlight<kSharded>>(row, [&](float x) {
-      const unsigned key = order_key<T>(x);
-      if (key < first || key > last) return;
-      add_to_bin(sh, (last - key) >> shift, kMass ? mass(weight(x)) : 1u);
-    });
+    const float lowest = of_order_key<T>(first), greatest = last_of_order_key<T>(last);
+    for_each_logit<kInFlight<kSharded>>(
+        row, rounds.begin(), rounds.end(), lowest,
+        [&](float x) {
+          if (x > greatest) return;
+          add_to_bin(sh, (last - order_key<T>(x)) >> shift, kMass ? mass<kBins / 4 - 1>(weight(x)) : 1u);
+        },
+        [] {});
+    __syncthreads();
+    if (threadIdx.x < kBins) rounds.own(sh)[threadIdx.x] = take_bin(sh, threadIdx.x);
     if (!rounds.total(sh)) return {0, 0.0, false};
     if (threadIdx.x < 32) choose_part(sh, first, last, shift);
     __syncthreads();
