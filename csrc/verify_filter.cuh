@@ -22,17 +22,24 @@ __device__ __forceinline__ bool filter_row(const ExchangeParams& p, int b, int r
                                            FilterShared& sh) {
   const Request request = read_request(p, b);
   if (row > request.limit) return true;  // the same on all ranks
-  const Row<TT> logits = target_row<TT>(p, b, row);
+  if (threadIdx.x == 0) {
+    sh.logits = target_row<TT>(p, b, row).data;
+    sh.weight.scale = request.scale_f;
+  }
   if constexpr (kSharded) {
-    if (threadIdx.x == 0) sh.row = p.prepared[static_cast<std::int64_t>(b) * rows_per_request(p) + row].row;
+    if (threadIdx.x == 0) {
+      sh.row = p.prepared[static_cast<std::int64_t>(b) * rows_per_request(p) + row].row;
+      sh.weight.maximum = sh.row.maximum;
+    }
   } else if (threadIdx.x < 32) {
     const Normaliser n =
         normaliser(combine(request_statistics(p, b) + row * p.target_chunks, p.target_chunks, request.scale));
     if (threadIdx.x == 0) {
       sh.row = n;
+      sh.weight.maximum = n.maximum;
       sh.logit = -INFINITY;
       if (row < request.limit && p.parents == nullptr) {
-        sh.logit = logits.at(static_cast<int>(p.draft_tokens[static_cast<std::int64_t>(b) * p.k + row]));
+        sh.logit = rounds.row(sh).at(static_cast<int>(p.draft_tokens[static_cast<std::int64_t>(b) * p.k + row]));
       }
     }
   }
@@ -43,36 +50,35 @@ __device__ __forceinline__ bool filter_row(const ExchangeParams& p, int b, int r
   auto min_p = [&] { return p.min_p == nullptr ? 0.0f : p.min_p[b]; };
   auto cuts_mass = [&] { return top_p() > 0.0f && top_p() < 1.0f; };
   if (!request.greedy && !sh.row.empty && (top_k() > 0 || cuts_mass() || min_p() > 0.0f)) {
-    const Weight weight = {sh.row.maximum, request.scale_f};
     unsigned least = 0;
-    double kept = -1.0;
+    bool summed = false;
     if (top_k() > 0) {
-      const Selected s = select<false>(logits, weight, least, static_cast<double>(top_k()), rounds, sh);
-      if (!s.came) return false;
-      least = s.key;
+      least = select<false>(least, top_k, rounds, sh);
+      if (least == kNoKey) return false;
     }
     if (cuts_mass()) {
-      const Selected s = select<true>(logits, weight, least, static_cast<double>(top_p()), rounds, sh);
-      if (!s.came) return false;
-      least = s.key;
-      kept = s.kept;
+      least = select<true>(least, top_p, rounds, sh);
+      if (least == kNoKey) return false;
+      summed = true;
     }
     if (min_p() > 0.0f) {
-      const unsigned of_min = key_of_min_p<TT>(weight.maximum, p.temperature[b], min_p());
+      const unsigned of_min = key_of_min_p<TT>(sh.row.maximum, p.temperature[b], min_p());
       if (of_min > least) {
         least = of_min;
-        kept = -1.0;
+        summed = false;
       }
     }
     const float threshold = least == 0 ? -INFINITY : of_order_key<TT>(least);
-    if (kept < 0.0) {
-      if (!sum_by_weight<true>(logits, weight, fmaxf(threshold, -FLT_MAX), rounds, sh)) return false;
-      if (threadIdx.x < 32) choose_bin<true>(sh, 1.0);
-      __syncthreads();
-      kept = sh.whole * 0x1p-23;
+    if (!summed) {
+      if (!sum_by_weight<true>(fmaxf(threshold, -FLT_MAX), rounds, sh)) return false;
+      if (threadIdx.x < 32) {
+        choose_bin<true>(sh, 1.0);
+        __syncwarp();
+      }
+      if (threadIdx.x == 0) sh.kept = sh.whole * 0x1p-23;
     }
     if (threadIdx.x == 0) {
-      sh.row.log2_sum = log2(kept);
+      sh.row.log2_sum = log2(sh.kept);
       sh.row.threshold = threshold;
     }
   }

@@ -35,7 +35,7 @@ template <typename T>
 constexpr int kVectorsPerFlush = 511 / (kFilterWarps / kGroups * Vec<T>::kSize);
 // Vectors a thread has requested at once; with shards what the polls hold leaves fewer registers.
 template <bool kSharded>
-constexpr int kInFlight = kSharded ? 2 : 3;
+constexpr int kInFlight = kSharded ? 1 : 2;
 
 // Low bits of the order of fp32 that logits of the type leave empty.
 template <typename T>
@@ -49,6 +49,15 @@ constexpr int kRounds = 2 * (2 + (32 - kEmptyBits<T> + 7) / 8) + 1;
 template <typename T>
 constexpr int kRowBytes = kRounds<T> * kBinVectors * 16;  // of each slot that a row fills, at most
 
+struct Weight {  // of a logit, in base 2 and negated: 0 for the greatest
+  float maximum, scale;
+
+  // A product of its own: were it fused with what follows, differently in each pass, their sums would not agree.
+  __device__ __forceinline__ float operator()(float x) const { return __fmul_rn(maximum - x, scale); }
+  // Greater logits are in lower intervals, of a quarter each; what weighs under 2^-64 of the greatest is in the last.
+  __device__ __forceinline__ int bin(float w) const { return static_cast<int>(fminf(w * 4.0f, kBins - 1.0f)); }
+};
+
 struct FilterShared {
   // All zero but while they are added to: who reads them clears them.
   alignas(16) unsigned columns[kGroups][kHeadBins][32];
@@ -57,8 +66,11 @@ struct FilterShared {
   unsigned long long own[2][kBins];  // of this CTA, in turns
   unsigned long long bins[kBins];    // the same over the cluster, or over all ranks
   Call call;  // of the exchange; here it takes no registers
+  // Of the row; here they take no registers either.
   Normaliser row;
   float logit;
+  const void* logits;
+  Weight weight;
   // What warp 0 tells the others of a choice.
   unsigned first, last;       // keys of the interval that is left
   unsigned long long wanted;  // of it: from its greatest key on
@@ -66,7 +78,9 @@ struct FilterShared {
   double before;              // in the intervals of greater weight
   double whole;               // of mass: of all intervals
   int bin;
-  bool none;  // fewer than wanted
+  int exponent;  // of the interval's unit
+  bool none;    // fewer than wanted
+  double kept;  // of mass, in units of the greatest weight
 };
 
 // Order-preserving, in as many bits as the type's values differ in; -0 as +0. And back, to a value of the type.
@@ -109,15 +123,6 @@ __device__ __forceinline__ unsigned least_key(unsigned first, unsigned last, Kep
   return last;
 }
 
-struct Weight {  // of a logit, in base 2 and negated: 0 for the greatest
-  float maximum, scale;
-
-  // A product of its own: were it fused with what follows, differently in each pass, their sums would not agree.
-  __device__ __forceinline__ float operator()(float x) const { return __fmul_rn(maximum - x, scale); }
-  // Greater logits are in lower intervals, of a quarter each; what weighs under 2^-64 of the greatest is in the last.
-  __device__ __forceinline__ int bin(float w) const { return static_cast<int>(fminf(w * 4.0f, kBins - 1.0f)); }
-};
-
 __device__ __forceinline__ double power_of_two(int exponent) {
   return __hiloint2double((1023 + exponent) << 20, 0);
 }
@@ -144,6 +149,7 @@ __device__ __forceinline__ void for_each_logit(const Row<T>& row, int begin, int
   constexpr int kSize = Vec<T>::kSize, kStride = kFilterThreads * kSize;
   constexpr int kTrips = kVectorsPerFlush<T> / kVectors;
   int trips = 0;
+#pragma unroll 1
   for (int base = begin; base < end; base += kVectors * kStride) {  // the same in all threads
     const int first = base + static_cast<int>(threadIdx.x) * kSize;
     if (trips++ == kTrips) {
@@ -218,6 +224,9 @@ struct Rounds {
   int item, round;  // of this launch's rows
   int rank;         // in the cluster
 
+  __device__ __forceinline__ Row<T> row(const FilterShared& sh) const {
+    return {static_cast<const T*>(sh.logits), p.width, p.target_aligned != 0};
+  }
   __device__ __forceinline__ int cluster() const { return kSharded ? 1 : p.filter_cluster; }
   __device__ __forceinline__ int place() const { return (item * kRounds<T> + round) * kBinVectors; }
   __device__ __forceinline__ unsigned long long* own(FilterShared& sh) const { return sh.own[round % 2]; }
@@ -286,10 +295,16 @@ __device__ __forceinline__ unsigned long long take_bin(FilterShared& sh, int bin
   return sum;
 }
 
-// The CTA's columns, of which each thread sums those of four lanes.
-__device__ __forceinline__ void take_columns(FilterShared& sh, unsigned long long& sum) {
-  static_assert(kFilterThreads == kHeadBins * 8, "");
+// Adds the CTA's columns to `own`, and the threads' `tail` to the bin of the tail.
+__device__ __forceinline__ void take_columns(FilterShared& sh, unsigned long long* own, unsigned& tail) {
+  static_assert(kFilterThreads == kHeadBins * 8, "a thread has four lanes' columns of an interval");
+  unsigned long long sum = tail;
+  tail = 0;
+#pragma unroll
+  for (int offset = 16; offset > 0; offset /= 2) sum += __shfl_xor_sync(kAllLanes, sum, offset);
+  if (threadIdx.x % 32 == 0) add_to_bin(sh, kHeadBins, sum);
   __syncthreads();
+  sum = 0;
 #pragma unroll
   for (int g = 0; g < kGroups; ++g) {
     uint4* at = reinterpret_cast<uint4*>(sh.columns[g]) + threadIdx.x;
@@ -297,18 +312,22 @@ __device__ __forceinline__ void take_columns(FilterShared& sh, unsigned long lon
     *at = make_uint4(0, 0, 0, 0);
     sum += static_cast<unsigned long long>(v.x) + v.y + v.z + v.w;
   }
+#pragma unroll
+  for (int offset = 4; offset > 0; offset /= 2) sum += __shfl_xor_sync(kAllLanes, sum, offset);
+  if (threadIdx.x % 8 == 0) own[threadIdx.x / 8] += sum;  // nobody else does
   __syncthreads();
 }
 
 // By weight, of the logits that are `from` or more: the intervals above the tail, and in the next one all of the tail.
 // False after a failed wait.
 template <bool kMass, typename T, bool kSharded>
-__device__ __forceinline__ bool sum_by_weight(const Row<T>& row, const Weight& weight, float from,
-                                              Rounds<T, kSharded>& rounds, FilterShared& sh) {
+__device__ __forceinline__ bool sum_by_weight(float from, Rounds<T, kSharded>& rounds, FilterShared& sh) {
+  const Weight weight = sh.weight;
+  if (threadIdx.x % 8 == 0) rounds.own(sh)[threadIdx.x / 8] = 0;
   unsigned* column = &sh.columns[threadIdx.x / 32 % kGroups][0][threadIdx.x % 32];
-  unsigned long long tail = 0, sum = 0;
+  unsigned tail = 0;  // of fewer logits between two flushes than a column is of
   for_each_logit<kInFlight<kSharded>>(
-      row, rounds.begin(), rounds.end(), from,
+      rounds.row(sh), rounds.begin(), rounds.end(), from,
       [&](float x) {
         const float w = weight(x);
         const unsigned value = kMass ? mass<kHeadBins / 4>(w) : 1u;
@@ -318,45 +337,31 @@ __device__ __forceinline__ bool sum_by_weight(const Row<T>& row, const Weight& w
           tail += value;
         }
       },
-      [&] { take_columns(sh, sum); });
-#pragma unroll
-  for (int offset = 16; offset > 0; offset /= 2) tail += __shfl_xor_sync(kAllLanes, tail, offset);
-  if (threadIdx.x % 32 == 0) add_to_bin(sh, kHeadBins, tail);
-#pragma unroll
-  for (int offset = 4; offset > 0; offset /= 2) sum += __shfl_xor_sync(kAllLanes, sum, offset);
-  __syncthreads();
-  unsigned long long* own = rounds.own(sh);
-  if (threadIdx.x % 8 == 0) own[threadIdx.x / 8] = sum;
-  if (threadIdx.x >= kHeadBins && threadIdx.x < kBins) own[threadIdx.x] = take_bin(sh, threadIdx.x);
+      [&] { take_columns(sh, rounds.own(sh), tail); });
+  if (threadIdx.x >= kHeadBins && threadIdx.x < kBins) rounds.own(sh)[threadIdx.x] = take_bin(sh, threadIdx.x);
   return rounds.total(sh);
 }
 
-// Not inlined: it is seldom needed, and would take registers from the other loops.
-template <bool kMass, typename T>
-__device__ __noinline__ void add_tail(Row<T> row, int begin, int end, float from, Weight weight, FilterShared& sh) {
+// The same again for the intervals of the tail; those above stay.
+template <bool kMass, typename T, bool kSharded>
+__device__ __forceinline__ bool sum_tail_by_weight(float from, Rounds<T, kSharded>& rounds, FilterShared& sh) {
+  const Weight weight = sh.weight;
   for_each_logit<1>(
-      row, begin, end, from,
+      rounds.row(sh), rounds.begin(), rounds.end(), from,
       [&](float x) {
         const float w = weight(x);
         if (w >= kTail) add_to_bin(sh, weight.bin(w), kMass ? mass<kBins / 4 - 1>(w) : 1u);
       },
       [] {});
-}
-
-// The same again for the intervals of the tail; those above stay.
-template <bool kMass, typename T, bool kSharded>
-__device__ __forceinline__ bool sum_tail_by_weight(const Row<T>& row, const Weight& weight, float from,
-                                                   Rounds<T, kSharded>& rounds, FilterShared& sh) {
-  add_tail<kMass>(row, rounds.begin(), rounds.end(), from, weight, sh);
   __syncthreads();
   const int i = threadIdx.x;
   if (i < kBins) rounds.own(sh)[i] = i < kHeadBins ? rounds.own_before(sh)[i] : take_bin(sh, i);
   return rounds.total(sh);
 }
 
-// Warp 0, first round: the interval in which `goal` is reached; of mass, `goal` is a fraction of the whole.
+// Warp 0, first round: the interval in which `goal` is reached; of mass, it is a fraction of the whole.
 template <bool kMass>
-__device__ __forceinline__ void choose_bin(FilterShared& sh, double goal) {
+__device__ __forceinline__ void choose_bin(FilterShared& sh, double given) {
   constexpr int kEach = kBins / 32;
   const int lane = threadIdx.x;
   auto value = [&](int bin) { return static_cast<double>(sh.bins[bin]) * (kMass ? power_of_two(-(bin / 4)) : 1.0); };
@@ -370,7 +375,7 @@ __device__ __forceinline__ void choose_bin(FilterShared& sh, double goal) {
   }
   const double whole = __shfl_sync(kAllLanes, sum, 31);
   if (lane == 0) sh.whole = whole;
-  if (kMass) goal *= whole;
+  const double goal = kMass ? given * whole : given;
   double before = __shfl_up_sync(kAllLanes, sum, 1);
   if (lane == 0) before = 0.0;
   const unsigned reached = __ballot_sync(kAllLanes, sum >= goal);
@@ -388,6 +393,7 @@ __device__ __forceinline__ void choose_bin(FilterShared& sh, double goal) {
   const unsigned long long most = sh.bins[bin];
   const unsigned long long wanted = left > 1.0 ? static_cast<unsigned long long>(ceil(left)) : 1ull;
   sh.bin = bin;
+  sh.exponent = kMass ? bin / 4 : 0;
   sh.before = before;
   sh.wanted = wanted < most ? wanted : most;
   sh.above = 0;
@@ -419,30 +425,28 @@ __device__ __forceinline__ void choose_part(FilterShared& sh, unsigned first, un
   sh.bin = part;
 }
 
-struct Selected {
-  unsigned key;  // of the least logit kept; 0: all are
-  double kept;   // in units of the greatest weight; of kMass only
-  bool came;     // false after a failed wait
-};
+constexpr unsigned kNoKey = ~0u;  // none of a number's
 
-// The greatest logit down to which `goal` is reached: a count, or a fraction of the mass, of the keys from `least` on.
-template <bool kMass, typename T, bool kSharded>
-__device__ __forceinline__ Selected select(const Row<T>& row, const Weight& weight, unsigned least, double goal,
-                                           Rounds<T, kSharded>& rounds, FilterShared& sh) {
+// The key of the greatest logit down to which `goal` is reached: a count, or a fraction of the mass, of the keys from
+// `least` on; 0 if all are kept, kNoKey after a failed wait. Of mass also sh.kept, by thread 0.
+template <bool kMass, typename T, bool kSharded, typename Goal>
+__device__ __forceinline__ unsigned select(unsigned least, Goal&& goal, Rounds<T, kSharded>& rounds,
+                                           FilterShared& sh) {
   // Keys between two logits are of no logit: that of the lower bound keeps the same ones.
   const float from = least == 0 ? -FLT_MAX : of_order_key<T>(least);
-  if (!sum_by_weight<kMass>(row, weight, from, rounds, sh)) return {0, 0.0, false};
-  if (threadIdx.x < 32) choose_bin<kMass>(sh, goal);
+  if (!sum_by_weight<kMass>(from, rounds, sh)) return kNoKey;
+  if (threadIdx.x < 32) choose_bin<kMass>(sh, goal());
   __syncthreads();
   if (!sh.none && sh.bin == kHeadBins) {  // the same in all threads
     // The mass wanted is now a share of the sum of the tail's intervals and those above, whatever was left to rounding.
-    if (!sum_tail_by_weight<kMass>(row, weight, from, rounds, sh)) return {0, 0.0, false};
-    if (threadIdx.x < 32) choose_bin<kMass>(sh, goal);
+    if (!sum_tail_by_weight<kMass>(from, rounds, sh)) return kNoKey;
+    if (threadIdx.x < 32) choose_bin<kMass>(sh, goal());
   }
   if (threadIdx.x < 32) {
     __syncwarp();
     if (!sh.none) {
       // From here on by the keys, of which the interval's are those of all its logits.
+      const Weight weight = sh.weight;
       const unsigned top = order_key<T>(weight.maximum);
       const int bin = sh.bin;
       auto down_to = [&](int b) {
@@ -457,16 +461,14 @@ __device__ __forceinline__ Selected select(const Row<T>& row, const Weight& weig
     }
   }
   __syncthreads();
-  if (sh.none) return {0, 0.0, true};
-  const int exponent = kMass ? sh.bin / 4 : 0;
-  const double before = sh.before;
-  unsigned first = sh.first, last = sh.last;
-  unsigned long long chosen = sh.bins[sh.bin];
-  while (first < last) {
+  if (sh.none) return 0;
+  while (sh.first < sh.last) {
+    const unsigned first = sh.first, last = sh.last;
     const int shift = max(0, 24 - __clz(last - first));
     const float lowest = of_order_key<T>(first), greatest = last_of_order_key<T>(last);
+    const Weight weight = sh.weight;
     for_each_logit<kInFlight<kSharded>>(
-        row, rounds.begin(), rounds.end(), lowest,
+        rounds.row(sh), rounds.begin(), rounds.end(), lowest,
         [&](float x) {
           if (x > greatest) return;
           add_to_bin(sh, (last - order_key<T>(x)) >> shift, kMass ? mass<kBins / 4 - 1>(weight(x)) : 1u);
@@ -474,14 +476,15 @@ __device__ __forceinline__ Selected select(const Row<T>& row, const Weight& weig
         [] {});
     __syncthreads();
     if (threadIdx.x < kBins) rounds.own(sh)[threadIdx.x] = take_bin(sh, threadIdx.x);
-    if (!rounds.total(sh)) return {0, 0.0, false};
-    if (threadIdx.x < 32) choose_part(sh, first, last, shift);
+    if (!rounds.total(sh)) return kNoKey;
+    if (threadIdx.x < 32) choose_part(sh, sh.first, sh.last, max(0, 24 - __clz(sh.last - sh.first)));
     __syncthreads();
-    first = sh.first;
-    last = sh.last;
-    chosen = sh.bins[sh.bin];
   }
-  return {first, before * 0x1p-23 + static_cast<double>(sh.above + chosen) * power_of_two(-23 - exponent), true};
+  if (kMass && threadIdx.x == 0) {
+    const unsigned long long chosen = sh.above + sh.bins[sh.bin];  // in the interval, and in its unit
+    sh.kept = sh.before * 0x1p-23 + static_cast<double>(chosen) * power_of_two(-23 - sh.exponent);
+  }
+  return sh.first;
 }
 
 }  // namespace verify_detail
