@@ -27,7 +27,7 @@ namespace {
 
 using namespace verify_detail;
 
-constexpr int kDrawsPerMultiprocessor = 3;  // CTAs that fit, by their registers
+constexpr int kDrawsPerMultiprocessor = 3;    // CTAs that fit, by their registers
 constexpr int kFiltersPerMultiprocessor = 6;  // CTAs, up to which clusters share rows: three waves of two
 constexpr int kMostFilterCluster = 8;         // the largest that every Hopper GPU runs
 constexpr int kDrawRegisters = 65536 / (kDrawsPerMultiprocessor * kThreads);

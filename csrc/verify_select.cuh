@@ -65,7 +65,7 @@ struct FilterShared {
 
   unsigned long long own[2][kBins];  // of this CTA, in turns
   unsigned long long bins[kBins];    // the same over the cluster, or over all ranks
-  Call call;  // of the exchange; here it takes no registers
+  Call call;                         // of the exchange; here it takes no registers
   // Of the row; here they take no registers either.
   Normaliser row;
   float logit;
@@ -79,8 +79,8 @@ struct FilterShared {
   double whole;               // of mass: of all intervals
   int bin;
   int exponent;  // of the interval's unit
-  bool none;    // fewer than wanted
-  double kept;  // of mass, in units of the greatest weight
+  bool none;     // fewer than wanted
+  double kept;   // of mass, in units of the greatest weight
 };
 
 // Order-preserving, in as many bits as the type's values differ in; -0 as +0. And back, to a value of the type.
@@ -430,8 +430,7 @@ constexpr unsigned kNoKey = ~0u;  // none of a number's
 // The key of the greatest logit down to which `goal` is reached: a count, or a fraction of the mass, of the keys from
 // `least` on; 0 if all are kept, kNoKey after a failed wait. Of mass also sh.kept, by thread 0.
 template <bool kMass, typename T, bool kSharded, typename Goal>
-__device__ __forceinline__ unsigned select(unsigned least, Goal&& goal, Rounds<T, kSharded>& rounds,
-                                           FilterShared& sh) {
+__device__ __forceinline__ unsigned select(unsigned least, Goal&& goal, Rounds<T, kSharded>& rounds, FilterShared& sh) {
   // Keys between two logits are of no logit: that of the lower bound keeps the same ones.
   const float from = least == 0 ? -FLT_MAX : of_order_key<T>(least);
   if (!sum_by_weight<kMass>(from, rounds, sh)) return kNoKey;

@@ -1,6 +1,7 @@
 // Enough of CUDA to run kernels of this library on a CPU, one CTA after the other: a CTA's threads are fibers of one
 // thread of the process, which change at barriers, at exchanges within a warp and where they poll. A rank is a thread
-// of the process, and so is each CTA of a cluster. Compiled by the host's compiler before the kernels' own headers; tests only.
+// of the process, and so is each CTA of a cluster. Compiled by the host's compiler before the kernels' own headers;
+// tests only.
 #pragma once
 
 #include <cuda_bf16.h>
