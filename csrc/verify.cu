@@ -27,7 +27,9 @@ namespace {
 
 using namespace verify_detail;
 
-constexpr int kDrawsPerMultiprocessor = 3;  // CTAs that fit, by their registers
+constexpr int kDrawsPerMultiprocessor = 3;    // CTAs that fit, by their registers
+constexpr int kFiltersPerMultiprocessor = 6;  // CTAs, up to which clusters share rows: three waves of two
+constexpr int kMostFilterCluster = 8;         // the largest that every Hopper GPU runs
 constexpr int kDrawRegisters = 65536 / (kDrawsPerMultiprocessor * kThreads);
 
 template <typename TT, typename TD>
@@ -53,6 +55,7 @@ __global__ void __launch_bounds__(kThreads, kDrawsPerMultiprocessor) draw_kernel
 template <typename TT, typename TD, bool kSharded>
 __global__ void __launch_bounds__(kFilterThreads, 2) filter_kernel(const __grid_constant__ ExchangeParams p) {
   __shared__ FilterShared shared;
+  clear_sums(shared);
   if constexpr (kSharded) {
     filter_shards<TT, TD>(p, shared);
   } else {
@@ -247,8 +250,17 @@ struct Run {
   }
 
   void filter() {
-    const int drafts = with_draft ? ceil_div(p.batch * p.k, kFilterWarps) : 0;
-    launch_dependent(filter_kernel<TT, TD, false>, p, p.batch * (p.k + 1) + drafts, kFilterThreads, 1, hopper, stream);
+    const std::int64_t rows = static_cast<std::int64_t>(p.batch) * (p.k + 1);
+    const std::int64_t most = kFiltersPerMultiprocessor * multiprocessor_count(device);
+    int cluster = 1;  // while a thread still has a vector
+    while (hopper && cluster < kMostFilterCluster && 2 * cluster * rows <= most &&
+           2 * cluster * kFilterThreads * Vec<TT>::kSize <= p.width) {
+      cluster *= 2;
+    }
+    p.filter_cluster = cluster;
+    const int drafts = with_draft ? ceil_div(ceil_div(p.batch * p.k, kFilterWarps), cluster) : 0;
+    const int ctas = (static_cast<int>(rows) + drafts) * cluster;
+    launch_dependent(filter_kernel<TT, TD, false>, p, ctas, kFilterThreads, cluster, hopper, stream);
   }
 
   void whole() {

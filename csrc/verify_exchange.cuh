@@ -21,7 +21,8 @@ struct ExchangeParams : Params {
   Lamport lamport;
   uint4* own;                     // [items, 2]: this rank's records
   const uint4* all;               // [world, items, 2], where the caller gathered them
-  int filter_first, filter_rows;  // the target rows that a launch filters
+  int filter_first, filter_rows;  // the target rows that a launch filters, of shards
+  int filter_cluster;             // CTAs a target row, without shards
 };
 
 enum class Exchange { kPeers, kSend, kReceive };

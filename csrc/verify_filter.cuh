@@ -22,17 +22,24 @@ __device__ __forceinline__ bool filter_row(const ExchangeParams& p, int b, int r
                                            FilterShared& sh) {
   const Request request = read_request(p, b);
   if (row > request.limit) return true;  // the same on all ranks
-  const Row<TT> logits = target_row<TT>(p, b, row);
+  if (threadIdx.x == 0) {
+    sh.logits = target_row<TT>(p, b, row).data;
+    sh.weight.scale = request.scale_f;
+  }
   if constexpr (kSharded) {
-    if (threadIdx.x == 0) sh.row = p.prepared[static_cast<std::int64_t>(b) * rows_per_request(p) + row].row;
+    if (threadIdx.x == 0) {
+      sh.row = p.prepared[static_cast<std::int64_t>(b) * rows_per_request(p) + row].row;
+      sh.weight.maximum = sh.row.maximum;
+    }
   } else if (threadIdx.x < 32) {
     const Normaliser n =
         normaliser(combine(request_statistics(p, b) + row * p.target_chunks, p.target_chunks, request.scale));
     if (threadIdx.x == 0) {
       sh.row = n;
+      sh.weight.maximum = n.maximum;
       sh.logit = -INFINITY;
       if (row < request.limit && p.parents == nullptr) {
-        sh.logit = logits.at(static_cast<int>(p.draft_tokens[static_cast<std::int64_t>(b) * p.k + row]));
+        sh.logit = rounds.row(sh).at(static_cast<int>(p.draft_tokens[static_cast<std::int64_t>(b) * p.k + row]));
       }
     }
   }
@@ -43,43 +50,39 @@ __device__ __forceinline__ bool filter_row(const ExchangeParams& p, int b, int r
   auto min_p = [&] { return p.min_p == nullptr ? 0.0f : p.min_p[b]; };
   auto cuts_mass = [&] { return top_p() > 0.0f && top_p() < 1.0f; };
   if (!request.greedy && !sh.row.empty && (top_k() > 0 || cuts_mass() || min_p() > 0.0f)) {
-    const Weight weight = {sh.row.maximum, request.scale_f};
     unsigned least = 0;
-    double kept = -1.0;
+    bool summed = false;
     if (top_k() > 0) {
-      const Selected s = select<false>(logits, weight, least, static_cast<double>(top_k()), rounds, sh);
-      if (!s.came) return false;
-      least = s.key;
+      least = select<false>(least, top_k, rounds, sh);
+      if (least == kNoKey) return false;
     }
     if (cuts_mass()) {
-      const Selected s = select<true>(logits, weight, least, static_cast<double>(top_p()), rounds, sh);
-      if (!s.came) return false;
-      least = s.key;
-      kept = s.kept;
+      least = select<true>(least, top_p, rounds, sh);
+      if (least == kNoKey) return false;
+      summed = true;
     }
     if (min_p() > 0.0f) {
-      const unsigned of_min = key_of_min_p<TT>(weight.maximum, p.temperature[b], min_p());
+      const unsigned of_min = key_of_min_p<TT>(sh.row.maximum, p.temperature[b], min_p());
       if (of_min > least) {
         least = of_min;
-        kept = -1.0;
+        summed = false;
       }
     }
-    // Keys between two logits are of no logit: that of the lower bound keeps the same ones.
     const float threshold = least == 0 ? -INFINITY : of_order_key<TT>(least);
-    if (kept < 0.0) {
-      double mine = 0.0;
-      for_each_logit<kInFlight<kSharded>>(logits, [&](float x) {
-        if (x >= threshold) mine += static_cast<double>(exp2_fast(-weight(x)));
-      });
-      kept = rounds.total(sh, mine);
-      if (isnan(kept)) return false;
+    if (!summed) {
+      if (!sum_by_weight<true>(fmaxf(threshold, -FLT_MAX), rounds, sh)) return false;
+      if (threadIdx.x < 32) {
+        choose_bin<true>(sh, 1.0);
+        __syncwarp();
+      }
+      if (threadIdx.x == 0) sh.kept = sh.whole * 0x1p-23;
     }
     if (threadIdx.x == 0) {
-      sh.row.log2_sum = log2(kept);
+      sh.row.log2_sum = log2(sh.kept);
       sh.row.threshold = threshold;
     }
   }
-  if (threadIdx.x == 0) {
+  if (threadIdx.x == 0 && rounds.rank == 0) {
     Prepared& out = p.prepared[static_cast<std::int64_t>(b) * rows_per_request(p) + row];
     out.row = sh.row;
     if (!kSharded) out.logit = sh.logit;
@@ -88,16 +91,19 @@ __device__ __forceinline__ bool filter_row(const ExchangeParams& p, int b, int r
   return true;
 }
 
-// All target rows of one GPU's vocabulary, a CTA each, and all draft rows, a warp each, which are only combined.
+// All target rows of one GPU's vocabulary, a cluster of CTAs each, and all draft rows, a warp each, which are only
+// combined.
 template <typename TT, typename TD>
 __device__ __forceinline__ void filter_whole(const ExchangeParams& p, FilterShared& sh) {
-  const int target_rows = p.batch * (p.k + 1), cta = blockIdx.x;
-  if (cta < target_rows) {
-    Rounds<TT, false> rounds = {p, 0, 0};
-    filter_row<TT, TD, false>(p, cta / (p.k + 1), cta % (p.k + 1), rounds, sh);
+  const int cluster = p.filter_cluster, target_ctas = p.batch * (p.k + 1) * cluster, cta = blockIdx.x;
+  if (cta < target_ctas) {
+    const int row = cta / cluster;
+    Rounds<TT, false> rounds = {p, 0, 0, cta % cluster};
+    filter_row<TT, TD, false>(p, row / (p.k + 1), row % (p.k + 1), rounds, sh);
+    if (cluster > 1) cluster_barrier();  // the others may still be reading this CTA's sums
     return;
   }
-  const int r = (cta - target_rows) * kFilterWarps + static_cast<int>(threadIdx.x) / 32;
+  const int r = (cta - target_ctas) * kFilterWarps + static_cast<int>(threadIdx.x) / 32;
   if (r >= p.batch * p.k) return;
   const int b = r / p.k, row = r % p.k;
   const Request request = read_request(p, b);
@@ -129,7 +135,7 @@ __device__ __forceinline__ void filter_shards(const ExchangeParams& p, FilterSha
   if (call.failed) return;
   clear_previous(l, call, blockIdx.x * blockDim.x + threadIdx.x, gridDim.x * blockDim.x);
   if (blockIdx.x == 0) hear_of_all(p, call);
-  Rounds<TT, true> rounds = {p, 0, 0};
+  Rounds<TT, true> rounds = {p, 0, 0, 0};
   if (threadIdx.x == 0) sh.call = call;
   __syncthreads();
   for (int item = blockIdx.x; item < p.filter_rows; item += gridDim.x) {

@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "common/cluster.cuh"
 #include "common/dtype.cuh"
 #include "common/vec.cuh"
 
@@ -41,14 +42,6 @@ __device__ __forceinline__ void load_tile(void* to, const CUtensorMap* map, int 
           "r"(shared_address(to)),
       "l"(map), "r"(shared_address(barrier)), "r"(x), "r"(y)
       : "memory");
-}
-
-// Of all threads of the cluster that have not ended: what was written before is visible after.
-__device__ __forceinline__ void cluster_arrive() {
-  asm volatile("barrier.cluster.arrive.release;" ::: "memory");
-}
-__device__ __forceinline__ void cluster_wait() {
-  asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
 }
 
 // Of an operand tile with rows of 128 bytes along K, laid out by a copy with 128-byte swizzle: groups of 8 rows are

@@ -123,6 +123,10 @@ class HostExtension:
         self.library.row_of(ctypes.byref(arguments), row, ctypes.byref(threshold), ctypes.byref(log2_sum))
         return threshold.value, log2_sum.value
 
+    def set_multiprocessors(self, count: int) -> int:
+        """Of the GPU that the launchers see; and the largest cluster of the launches since the last call of this."""
+        return self.library.set_multiprocessors(count)
+
     def verify_ranks(self, *rounds: list, slot_bytes: int = 1 << 20, absent: int = -1) -> None:
         """Rounds of prepared calls, one for each rank, of all ranks at once, through memory they share."""
         world = len(rounds[0])

@@ -1,5 +1,7 @@
 """The verification kernels, compiled for the host, against the float64 reference: filters, shards, exchanges."""
 
+import math
+
 import _host_cuda as host
 import _verify_cases as cases
 import _verify_ranks as ranks
@@ -267,6 +269,112 @@ def test_filters_keep_the_reference_s_set(seed, extension, spread):
             continue
         top = weights[b, 0].max()
         assert abs(log2_sum - (weights[b, 0] - top).exp().sum().log2().item()) < 2e-6
+
+
+SPREADS = ("normal", "wide", "nearly equal", "equal", "spike", "few", "nan")
+
+
+def spread_rows(batch, vocab, spread, dtype):
+    """Rows whose weight lies in the search's first intervals, in its tail, in one of them, or in next to none."""
+    x = torch.randn(batch, 1, vocab) * {"wide": 12.0, "nearly equal": 0.01}.get(spread, 2.0)
+    if spread == "equal":
+        x[:] = 1.25
+    elif spread == "spike":  # half of the weight, or next to nothing, is in equal logits: more in one sum than 32 bits
+        x[:] = -3.0
+        x[::2, 0, vocab // 2] = -3.0 + math.log(vocab)
+        x[1::2, 0, vocab // 3] = 15.0
+    elif spread == "few":
+        x[..., 3:-2] = float("-inf")
+    elif spread == "nan":
+        x[..., ::3], x[..., 1::5] = float("nan"), float("-inf")
+        x[::4, 0, 7] = float("inf")
+    return x.to(dtype)
+
+
+TOP_P = (1e-6, 0.5, 0.9, 0.9999, 1 - 2.0**-24)
+
+
+def wide_case(vocab, spread, dtype, which):
+    c = make_case(12, 0, vocab, (which,), full_q=False, mixed=False, ragged=False)
+    c["target_logits"] = spread_rows(12, vocab, spread, dtype)
+    c["temperature"] = torch.tensor([1.0, 1.0, 0.1, 100.0]).repeat(3)
+    if which == "top_p":
+        c["top_p"] = torch.tensor(TOP_P).repeat(3)[:12]
+    elif which == "top_k":
+        c["top_k"] = torch.tensor([1, 50, vocab, vocab - 1, vocab // 2]).repeat(3)[:12]
+    return c
+
+
+@pytest.mark.parametrize("which", ["top_k", "top_p"])
+@pytest.mark.parametrize("spread", SPREADS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_clusters_keep_the_same(seed, extension, dtype, spread, which):
+    """The bits of a call in which a CTA, or two, four or eight, share a row: and the reference's tokens."""
+    vocab = 8 * 512 * (4 if dtype == torch.float32 else 8) + 1  # unaligned, and a vector for each thread of eight
+    c = wide_case(vocab, spread, dtype, which)
+    seen = []
+    try:
+        for wanted, multiprocessors in ((1, 1), (2, 4), (4, 8), (8, 16)):
+            extension.set_multiprocessors(multiprocessors)
+            got = run_whole(c, "rejection", vocab)
+            assert extension.set_multiprocessors(3) == wanted
+            seen.append(got)
+            for a, b in zip(got, seen[0], strict=True):
+                assert torch.equal(a, b)
+    finally:
+        extension.set_multiprocessors(3)
+    check(c, seen[0], "rejection", vocab)
+
+
+@pytest.mark.parametrize("spread", SPREADS)
+def test_the_least_logit_kept_of_odd_rows(seed, extension, spread):
+    """Threshold and normaliser, of rows in one CTA and in clusters, with what is wanted in the tail and above it."""
+    vocab = 8 * 512 * 4 + 3
+    for which in ("top_k", "top_p"):
+        c = wide_case(vocab, spread, torch.float32, which)
+        call = arguments(c, "rejection", VocabShard(vocab, vocab))
+        weights, _ = target_weights(
+            c["target_logits"], c["temperature"], *(c[n] for n in FILTERS), VocabShard(vocab, vocab)
+        )
+        try:
+            for multiprocessors in (1, 16):
+                extension.set_multiprocessors(multiprocessors)
+                call.whole()
+                for b in range(12):
+                    threshold, log2_sum = extension.row(prepared(extension, call), b)
+                    x, kept = c["target_logits"][b, 0], weights[b, 0] > float("-inf")
+                    x = torch.where(x.isnan(), float("-inf"), x.clamp(max=torch.finfo(x.dtype).max)).double()
+                    ours = (x >= threshold) & (x > float("-inf"))
+                    if not torch.equal(ours, kept):  # only where the mass down to either is the mass wanted
+                        assert which == "top_p", (b, threshold, x[kept].min())
+                        mass = ((x - x.max()) / c["temperature"][b].double()).exp()
+                        bounds = x[ours].min(), x[kept].min()
+                        for down_to in (mass[x >= max(bounds)].sum(), mass[x > min(bounds)].sum()):
+                            assert abs(down_to / (c["top_p"][b].double() * mass.sum()) - 1) < 3e-6, (b, bounds)
+                    else:
+                        top = weights[b, 0].max()
+                        assert abs(log2_sum - (weights[b, 0] - top).exp().sum().log2().item()) < 2e-6, b
+        finally:
+            extension.set_multiprocessors(3)
+
+
+@pytest.mark.parametrize("which", ["top_k", "top_p"])
+def test_sums_that_fill_their_words(seed, extension, which):
+    """A row of equal logits, long enough for 32 bits of a lane's sum to overflow if nobody took it before."""
+    vocab = 2 * 512 * 128 + 1
+    c = wide_case(vocab, "equal", torch.float32, which)
+    c = {name: t if t is None else t[1:2].clone() for name, t in c.items()}
+    c["target_logits"][0, 0, ::2] = 1.5
+    call = arguments(c, "rejection", VocabShard(vocab, vocab))
+    extension.set_multiprocessors(0)  # too few for a cluster
+    try:
+        call.whole()
+    finally:
+        assert extension.set_multiprocessors(3) == 1
+    threshold, log2_sum = extension.row(prepared(extension, call), 0)
+    share = math.exp(0.25) / (1 + math.exp(0.25))
+    assert 0.5 < share < 0.6 and (c["top_p"] is None or c["top_p"] == 0.5)
+    assert threshold == 1.5 and abs(log2_sum - math.log2(vocab // 2 + 1)) < 2e-6
 
 
 def test_a_rank_that_never_comes_ends_the_call(seed, extension):

@@ -1,6 +1,8 @@
 """Filters and vocabularies spread over ranks in the kernels of verify: filters against the float64 reference, shards
 against the kernels on the whole vocabulary."""
 
+import math
+
 import pytest
 import torch
 from _verify_checks import DTYPES, check, make_round, near_tie
@@ -87,6 +89,55 @@ def test_filters_in_a_graph_and_in_any_batch(seed):
             one = {name: t[7:8] for name, t in static.items()}
             for a, b in zip(verify(**one, return_logprobs=True)[:3], eager[:3], strict=True):
                 assert torch.equal(a, b[7:8])
+
+
+WIDE = ("normal", "equal", "nearly equal", "spike", "few", "nan")
+
+
+def wide_round(batch, vocab, dtype, spread):
+    """Rows whose weight lies in the first intervals of the filters' search, in its tail, in one of them; temperatures
+    of 0.1 to 100."""
+    inputs = make_round(batch, 1, vocab, dtype, greedy=0.0)
+    target = inputs["target_logits"]
+    if spread == "equal":
+        target[:] = 1.25
+    elif spread == "nearly equal":
+        target *= 0.01
+    elif spread == "spike":  # half of the weight, or nearly all, and the rest in equal logits
+        target[:] = -3.0
+        target[::2, :, vocab // 2] = -3.0 + math.log(vocab)
+        target[1::2, :, vocab // 3] = 15.0
+    elif spread == "few":
+        target[:, :, 3:-2] = float("-inf")
+    elif spread == "nan":
+        target[..., ::3], target[..., 1::5] = float("nan"), float("-inf")
+        target[::4, :, 7] = float("inf")
+    at = torch.arange(batch, device="cuda")
+    inputs["temperature"] = torch.tensor([1.0, 1.0, 0.1, 100.0], device="cuda")[at % 4]
+    # 5 and 3 have no factor in common with 4: all combinations occur.
+    inputs["top_p"] = torch.tensor([1e-6, 0.5, 0.9, 0.9999, 1 - 2.0**-24], device="cuda")[at % 5]
+    inputs["top_k"] = torch.tensor([1, 50, vocab], device="cuda")[at % 3]
+    return inputs
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("vocab", [8, 1000, 32000, 128256, 128257])
+@pytest.mark.parametrize("spread", WIDE)
+def test_filters_of_few_rows_and_of_many(seed, spread, vocab, dtype):
+    """Batches whose rows are shared by 8, 4, 2 CTAs and by none: each request has the bits that it has alone, and the
+    reference's tokens."""
+    for name in ("top_p", "top_k"):
+        inputs = wide_round(200, vocab, dtype, spread)
+        del inputs["top_k" if name == "top_p" else "top_p"]
+        with fp.use("fused"):
+            many = verify(**inputs, return_logprobs=True)
+            for first, count in ((0, 1), (7, 1), (3, 2), (10, 40), (60, 90), (50, 100)):
+                some = {n: t if t is None else t[first : first + count] for n, t in inputs.items()}
+                few = verify(**some, return_logprobs=True)
+                for a, b in zip(few[:3], many[:3], strict=True):
+                    assert torch.equal(a, b[first : first + count])
+        part = {n: t if t is None else t[:40] for n, t in inputs.items()}  # float64 of all would take long
+        check(part, most_ties=2)
 
 
 def shard_calls(inputs, world, method):

@@ -1,6 +1,7 @@
 // Enough of CUDA to run kernels of this library on a CPU, one CTA after the other: a CTA's threads are fibers of one
 // thread of the process, which change at barriers, at exchanges within a warp and where they poll. A rank is a thread
-// of the process. Compiled by the host's compiler before the kernels' own headers; tests only.
+// of the process, and so is each CTA of a cluster. Compiled by the host's compiler before the kernels' own headers;
+// tests only.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -88,7 +89,7 @@ inline __attribute__((noinline)) void resume(Cta& c, unsigned t, char* stack) {
 
 inline void run_cta(unsigned threads, std::function<void()> body) {
   static thread_local std::vector<std::unique_ptr<char[]>> stacks;
-  while (stacks.size() < threads) stacks.push_back(std::make_unique<char[]>(kStack));
+  while (stacks.size() < threads) stacks.emplace_back(new char[kStack]);  // not cleared: most is never touched
   Cta mine;
   cta = &mine;
   mine.threads = threads;
@@ -156,14 +157,51 @@ inline unsigned barrier(bool vote) {
   return c.verdict;
 }
 
-template <typename Params>
-void launch(void (*kernel)(Params), const Params& params, int ctas, int threads) {
-  grid_dim = dim3(ctas);
-  block_dim = dim3(threads);
-  for (int i = 0; i < ctas; ++i) {
-    block_index = dim3(i);
-    run_cta(threads, [&] { kernel(params); });
+struct Cluster {
+  std::atomic<unsigned> arrived{0}, phase{0};
+  unsigned threads = 0;                     // of all its CTAs
+  std::vector<std::atomic<char*>> anchors;  // where the variables of each CTA's thread are
+
+  explicit Cluster(int ctas) : anchors(ctas) {}
+
+  // All threads of all CTAs. Those that have come let the others of their CTA go on.
+  void barrier() {
+    const unsigned mine = phase.load();
+    if (arrived.fetch_add(1) + 1 == threads) {
+      arrived = 0;
+      ++phase;
+    }
+    while (phase.load() == mine) {
+      cta->moved = true;
+      if (cta->current == 0) std::this_thread::yield();
+      pause();
+    }
   }
+};
+
+inline thread_local Cluster* cluster;
+inline thread_local char anchor;  // __shared__ variables are at the same distance from it in each thread
+inline int largest_cluster = 1;   // of the launches since it was set: tests ask
+
+template <typename Params>
+void launch(void (*kernel)(Params), const Params& params, int ctas, int threads, int of_cluster = 1) {
+  largest_cluster = std::max(largest_cluster, of_cluster);
+  Cluster shared(of_cluster);
+  shared.threads = of_cluster * threads;
+  const auto run = [&](int rank) {
+    cluster = &shared;
+    shared.anchors[rank] = &anchor;
+    grid_dim = dim3(ctas);
+    block_dim = dim3(threads);
+    for (int i = rank; i < ctas; i += of_cluster) {
+      block_index = dim3(i);
+      run_cta(threads, [&] { kernel(params); });
+    }
+  };
+  if (of_cluster == 1) return run(0);
+  std::vector<std::thread> others;
+  for (int rank = 0; rank < of_cluster; ++rank) others.emplace_back(run, rank);
+  for (auto& t : others) t.join();
 }
 
 }  // namespace host_cuda
@@ -269,6 +307,14 @@ inline float __uint2float_rn(unsigned x) {
 inline float __uint2float_rz(unsigned x) {
   const float f = static_cast<float>(x);
   return static_cast<double>(f) > x ? std::nextafter(f, 0.0f) : f;
+}
+inline float __fmul_rn(float a, float b) {
+  return a * b;
+}
+inline float __fadd_rd(float a, float b) {
+  const double sum = static_cast<double>(a) + b;
+  const float f = static_cast<float>(sum);
+  return f > sum ? std::nextafter(f, -INFINITY) : f;
 }
 inline float __fdividef(float a, float b) {
   return a / b;

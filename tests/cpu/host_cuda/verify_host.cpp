@@ -72,6 +72,14 @@ int verify(const fp::VerifyArguments* a) {
   return guarded([&] { fp::verify(*a, nullptr, 0, nullptr); });
 }
 
+// What decides how many CTAs share a row; and how many did, at most, since the last time it was set.
+int set_multiprocessors(int count) {
+  const int largest = host_cuda::largest_cluster;
+  fp::multiprocessors = count;
+  host_cuda::largest_cluster = 1;
+  return largest;
+}
+
 // Where a row's normaliser is, after a call of one rank with filters: least logit kept and log2 of the sum, of target
 // rows in float32 with no draft.
 void row_of(const fp::VerifyArguments* a, int row, float* threshold, double* log2_sum) {

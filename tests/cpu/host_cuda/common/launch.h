@@ -6,8 +6,9 @@
 namespace fp {
 
 template <typename Params>
-void launch_dependent(void (*kernel)(Params), const Params& params, int ctas, int threads, int, bool, cudaStream_t) {
-  host_cuda::launch(kernel, params, ctas, threads);
+void launch_dependent(void (*kernel)(Params), const Params& params, int ctas, int threads, int cluster, bool,
+                      cudaStream_t) {
+  host_cuda::launch(kernel, params, ctas, threads, cluster);
 }
 
 template <typename Params>
