@@ -383,18 +383,19 @@ def run(arguments: argparse.Namespace) -> int:
         model = fp.LlamaForCausalLM(config, mesh=mesh, dtype=bench.dtype)
         _fill(model, bench.pg.rank())
         bench.say(f"{arguments.model} with {config.num_hidden_layers} layers: {len(model.layer_range)} on this stage")
+        name = f"{arguments.model if on_gpu else 'small'}:{config.num_hidden_layers}"
         usual: tuple[str, ...] = ("graph",) if on_gpu else ("eager",)
         chunk, micro = (arguments.chunk, 8) if on_gpu else (16, 8)
 
         def decode(batch: int, micro: int, modes: tuple[str, ...], peers: bool) -> None:
-            shape = {"stages": 2, "microbatches": micro, "batch": batch}
+            shape = {"model": name, "stages": 2, "microbatches": micro, "batch": batch}
             _case(bench, mesh, Decode(model, batch, micro, arguments.context), shape, modes, peers)
 
         # In the order of what is asked of them: a run may be cut short.
         for number, batch in enumerate(arguments.batch):
             for parts in arguments.microbatches:
                 decode(batch, parts, usual, number == 0)
-        shape = {"stages": 2, "microbatches": micro, "batch": 1, "tokens": chunk}
+        shape = {"model": name, "stages": 2, "microbatches": micro, "batch": 1, "tokens": chunk}
         _case(bench, mesh, Prefill(model, chunk, micro), shape, ("eager",), True)
         if on_gpu:  # what torch.distributed.pipelining can be compared with
             decode(arguments.batch[-1], 4, ("eager",), True)

@@ -49,9 +49,10 @@ def run_ahead(
     adaptive: AdaptiveLength | None = None,
     capture: bool = False,
 ) -> Iterator[Told]:
-    """Queue rounds while `needed`, asked with the number of those not read yet, and yield them in order; `ahead` are
-    queued before the first of them is read. `living()`: the sequences that go on, by what has been yielded; a round
-    after the last of them has ended yields no pairs. `adaptive` chooses lengths; with `capture` each is captured first.
+    """Queue rounds while `needed`, asked with the most tokens that those not read yet may give a sequence, and yield
+    them in order; `ahead` are queued before the first of them is read. `living()`: the sequences that go on, by what
+    has been yielded; a round after the last of them has ended yields no pairs. `adaptive` chooses lengths; with
+    `capture` each is captured first.
 
     Ranks that are told alike queue alike.
     """
@@ -59,7 +60,7 @@ def run_ahead(
     seen = (0, 0, 0, 0)  # of the round read last: length, drafted, accepted, rejected
     read, capturing = 0.0, 0.0
     while True:
-        while len(queued) < ahead and needed(len(queued)):
+        while len(queued) < ahead and needed(sum(q.length + 1 for q in queued)):
             since = time.perf_counter()
             if adaptive is not None:
                 round_.k = adaptive.choose()

@@ -358,8 +358,8 @@ def generate(
         else:
             told = run_ahead(
                 round_,
-                # Each unread round gives a sequence one token at least.
-                lambda unread: any(not d and len(n) + unread < max_new_tokens for d, n in zip(done, new, strict=True)),
+                # A round that may not be needed costs more than the wait for the word whether it is.
+                lambda most: any(not d and len(n) + most < max_new_tokens for d, n in zip(done, new, strict=True)),
                 lambda: [not d for d in done],
                 check,
                 ahead=AHEAD if cuda_graph else 1,

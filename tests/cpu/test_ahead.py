@@ -60,7 +60,7 @@ def run(monkeypatch, rounds, ahead, ends, **options):
 
     monkeypatch.setattr(module, "Snapshot", Snapshot)
     yields = []
-    needed, living = lambda unread: not all(done), lambda: [not d for d in done]
+    needed, living = lambda most: not all(done), lambda: [not d for d in done]
     for told in module.run_ahead(rounds, needed, living, lambda: None, ahead=ahead, **options):
         yields.append(told)
         done = [rounds.read > end for end in ends]
@@ -85,10 +85,29 @@ def test_no_more_rounds_than_needed_are_queued(monkeypatch):
 
     rounds, taken = Rounds(), 0
     monkeypatch.setattr(module, "Snapshot", lambda told: Snapshot(told.tolist()))
-    yields = module.run_ahead(rounds, lambda unread: taken + unread < 5, lambda: [True, True], lambda: None, ahead=2)
+    yields = module.run_ahead(rounds, lambda most: taken + most < 5, lambda: [True, True], lambda: None, ahead=2)
     for _ in yields:
         taken += 1
     assert taken == rounds.queued == 5
+
+
+def test_a_round_that_may_not_be_needed_is_not_queued_ahead(monkeypatch):
+    """Rounds of 2 drafts may give 3 tokens: of 5 wanted, the second is needed for sure, once the first is known."""
+    rounds, taken, asked = Rounds(), 0, []
+    rounds.k = 2
+
+    class Snapshot(list):
+        def read(self):
+            return self
+
+    def needed(most):
+        asked.append(most)
+        return taken + most < 5
+
+    monkeypatch.setattr(module, "Snapshot", lambda told: Snapshot(told.tolist()))
+    for _ in module.run_ahead(rounds, needed, lambda: [True, True], lambda: None, ahead=2):
+        taken += 2
+    assert rounds.queued == 3 and max(asked) == 3
 
 
 @pytest.mark.parametrize("ahead", [1, 2])
