@@ -336,6 +336,7 @@ class LlamaForCausalLM(nn.Module):
         batch, new = input_ids.shape
         if cache is None:
             cache = self.make_cache(batch, new)
+            cache.context = 0
         elif cache.batch != batch:
             raise ValueError(f"input_ids has batch {batch}, the cache {cache.batch}")
         cache.check_room(new)

@@ -104,5 +104,5 @@ class ParallelAttention(nn.Module):
         k_cache, v_cache = cache.k[self.layer], cache.v[self.layer]
         q = ops.rotary_cache_write(q, k, v, cos, sin, k_cache, v_cache, positions)
         lens = lens_after(positions) if lens is None else lens
-        out = ops.verify_attention(q, k_cache, v_cache, lens, tree_mask=tree_mask)
+        out = ops.verify_attention(q, k_cache, v_cache, lens, tree_mask=tree_mask, context=cache.context)
         return self.o_proj(out.flatten(2), residual, norm)

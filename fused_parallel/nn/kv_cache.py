@@ -17,6 +17,8 @@ class KVCache:
         k, v: [num_layers, batch, capacity, num_kv_heads, head_dim].
         lens: int32 [batch] on the device: tokens that count. Setting it back is the rollback of rejected tokens: their
             keys and values stay behind and are overwritten later.
+        context: what all of `lens` are, where the host knows: set while prompts are taken in (`fp.verify_attention`),
+            by whoever sets `lens`; else None.
     """
 
     def __init__(
@@ -27,6 +29,7 @@ class KVCache:
         self.k = torch.zeros(shape, device=device, dtype=dtype)
         self.v = torch.zeros(shape, device=device, dtype=dtype)
         self.lens = torch.zeros(batch, dtype=torch.int32, device=device)
+        self.context: int | None = None
 
     @property
     def capacity(self) -> int:

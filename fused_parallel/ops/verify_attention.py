@@ -85,10 +85,12 @@ def _launch(q, k_cache, v_cache, cache_lens, block_table, tree_mask, scale: floa
     return out
 
 
-def _impl(q, k_cache, v_cache, cache_lens, block_table, tree_mask, scale: float) -> torch.Tensor:
+def _impl(q, k_cache, v_cache, cache_lens, block_table, tree_mask, scale: float, context: int | None) -> torch.Tensor:
     capacity = k_cache.shape[1] * (1 if block_table is None else block_table.shape[1])
-    if not choose_fused("verify_attention", _why_not_fused(q, k_cache, v_cache, capacity), on_gpu=q.is_cuda):
-        return reference.verify_attention(q, k_cache, v_cache, cache_lens, block_table, tree_mask, scale)
+    # Prefill is what torch's own kernels are for, and no fallback.
+    prefill = context is not None and q.is_cuda and q.shape[1] > _ext.limit("verify_attention_max_new_tokens")
+    if prefill or not choose_fused("verify_attention", _why_not_fused(q, k_cache, v_cache, capacity), on_gpu=q.is_cuda):
+        return reference.verify_attention(q, k_cache, v_cache, cache_lens, block_table, tree_mask, scale, context)
     if not q.numel():
         return torch.empty_like(q, memory_format=torch.contiguous_format)
     return _launch(q, k_cache, v_cache, cache_lens, block_table, tree_mask, scale, capacity)
@@ -96,7 +98,7 @@ def _impl(q, k_cache, v_cache, cache_lens, block_table, tree_mask, scale: float)
 
 _op = register(
     "verify_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor cache_lens, Tensor? block_table, "
-    "Tensor? tree_mask, float scale) -> Tensor",
+    "Tensor? tree_mask, float scale, int? context) -> Tensor",
     _impl,
     lambda q, *rest: torch.empty_like(q, memory_format=torch.contiguous_format),
 )
@@ -111,6 +113,7 @@ def verify_attention(
     block_table: torch.Tensor | None = None,
     tree_mask: torch.Tensor | None = None,
     scale: float | None = None,
+    context: int | None = None,
 ) -> torch.Tensor:
     """Attention of the S newest tokens of each sequence (S = k + 1 in verification, 1 in plain decode, any in prefill).
 
@@ -125,6 +128,9 @@ def verify_attention(
         tree_mask: bool [B, S, S]: new token i attends new token j where [b, i, j] is true, instead of j <= i. A token
             that attends nothing at all gets zeros.
         scale: of the scores; default D ** -0.5.
+        context: how many tokens every sequence held before these, where the host knows: cache_lens are context + S.
+            Beyond 64 new tokens, prefill, no more of the cache is read than that, and with context = 0 torch's causal
+            kernels are taken; without it all of the capacity is scanned under a mask.
 
     Returns:
         [B, S, Hq, D] like q.
@@ -167,6 +173,8 @@ def verify_attention(
         raise TypeError(
             f"{op}: tree_mask must be bool [{batch}, {new}, {new}], got {tree_mask.dtype} {tuple(tree_mask.shape)}"
         )
+    if context is not None and not 0 <= context <= capacity - new:
+        raise ValueError(f"{op}: context must lie in [0, {capacity - new}] (capacity less new tokens), got {context}")
     for name, t in (("cache_lens", cache_lens), ("block_table", block_table), ("tree_mask", tree_mask)):
         if t is not None and t.device != q.device:
             raise ValueError(f"{op}: {name} is on {t.device} but q is on {q.device}")
@@ -176,4 +184,6 @@ def verify_attention(
             raise ValueError(
                 f"{op}: cache_lens must lie in [{new}, {capacity}] (new tokens, capacity), got {low} to {high}"
             )
-    return _op(q, k_cache, v_cache, cache_lens, block_table, tree_mask, dim**-0.5 if scale is None else scale)
+        if context is not None and (low, high) != (context + new, context + new):
+            raise ValueError(f"{op}: with context={context} all cache_lens are {context + new}, got {low} to {high}")
+    return _op(q, k_cache, v_cache, cache_lens, block_table, tree_mask, dim**-0.5 if scale is None else scale, context)

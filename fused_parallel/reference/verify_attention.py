@@ -14,32 +14,41 @@ def verify_attention(
     block_table: torch.Tensor | None,
     tree_mask: torch.Tensor | None,
     scale: float,
+    context: int | None = None,
 ) -> torch.Tensor:
     batch, new, _, _ = q.shape
     if block_table is not None:
         table = block_table.long()
         k_cache, v_cache = (c[table].flatten(1, 2) for c in (k_cache, v_cache))
-    if not q.is_cuda and batch:
+    if context is not None:
+        k_cache, v_cache = k_cache[:, : context + new], v_cache[:, : context + new]
+    elif not q.is_cuda and batch:
         # On a CPU the lengths can be read for free; on a GPU that would synchronise, so all of the capacity is scanned.
         used = max(1, int(cache_lens.max()))
         k_cache, v_cache = k_cache[:, :used], v_cache[:, :used]
     if q.is_cuda:
         # torch's kernels read 16 bytes at once wherever a view begins, and end in "misaligned address".
         q, k_cache, v_cache = (t if t.data_ptr() % 16 == 0 else t.clone() for t in (q, k_cache, v_cache))
-    start = (cache_lens.long() - new).view(-1, 1, 1)
-    key = torch.arange(k_cache.shape[1], device=q.device).view(1, 1, -1)
-    query = torch.arange(new, device=q.device).view(1, -1, 1)
-    if tree_mask is None:
-        visible = key <= start + query
-    else:
-        among_new = tree_mask.gather(2, (key - start).clamp(0, new - 1).expand(batch, new, -1))
-        visible = (key < start) | (among_new & (key < start + new))
+    causal = context == 0 and tree_mask is None  # torch's kernels for that need no mask, and skip half of the work
+    visible = None if causal else _visible(cache_lens, new, k_cache.shape[1], tree_mask)
     out = F.scaled_dot_product_attention(
         q.transpose(1, 2),
         k_cache.transpose(1, 2),
         v_cache.transpose(1, 2),
-        attn_mask=visible.unsqueeze(1),
+        attn_mask=visible,
+        is_causal=causal,
         scale=scale,
         enable_gqa=q.shape[2] != k_cache.shape[2],
     )
     return out.transpose(1, 2).contiguous()
+
+
+def _visible(cache_lens: torch.Tensor, new: int, keys: int, tree_mask: torch.Tensor | None) -> torch.Tensor:
+    """bool [B, 1, new, keys]: which keys each new token sees."""
+    start = (cache_lens.long() - new).view(-1, 1, 1)
+    key = torch.arange(keys, device=cache_lens.device).view(1, 1, -1)
+    if tree_mask is None:
+        query = torch.arange(new, device=cache_lens.device).view(1, -1, 1)
+        return (key <= start + query).unsqueeze(1)
+    among_new = tree_mask.gather(2, (key - start).clamp(0, new - 1).expand(-1, new, -1))
+    return ((key < start) | (among_new & (key < start + new))).unsqueeze(1)

@@ -22,8 +22,10 @@ class ModelDraft:
         self.vocab_size = model.config.vocab_size
 
     def prefill(self, input_ids: torch.Tensor, lens: torch.Tensor) -> None:
-        """Take in the prompts: ids [B, S] padded on the right, their lengths int32 [B]."""
+        """Take in the prompts: ids [B, S] padded on the right, their lengths int32 [B]. Of a new cache."""
+        self.cache.context = 0
         self.model(input_ids, self.cache, logits_at=(lens - 1).long())
+        self.cache.context = None
 
     def propose(
         self,

@@ -128,10 +128,12 @@ class Round:
             part = ids[:, start : start + (chunk or ids.shape[1])]
             at = last - start
             self.cache.lens.fill_(start)
+            self.cache.context = start
             new = self.model(part, self.cache, at.clamp(0, part.shape[1] - 1))
             if new is not None:
                 # A prompt's last token is in one of the chunks.
                 logits = new if logits is None else torch.where((at >= 0).view(-1, 1, 1), new, logits)
+        self.cache.context = None
         first = self.share(self._judge(logits, self.drafts[:, :0], None))[:, 0]
         if self.drafter is not None:
             self.drafter.prefill(ids, lens)

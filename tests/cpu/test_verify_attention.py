@@ -75,9 +75,25 @@ def test_tree_mask(seed):
 
 def test_opcheck_and_compile(seed):
     q, k, v, lens = inputs(2, 3, 4, 2, 16, 9, torch.float32)
-    torch.library.opcheck(torch.ops.fused_parallel.verify_attention.default, (q, k, v, lens, None, None, 0.25))
+    op = torch.ops.fused_parallel.verify_attention.default
+    torch.library.opcheck(op, (q, k, v, lens, None, None, 0.25, None))
+    torch.library.opcheck(op, (q, k, v, torch.full_like(lens, 5), None, None, 0.25, 2))
     compiled = torch.compile(lambda *a: fp.verify_attention(*a).relu(), fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(q, k, v, lens), fp.verify_attention(q, k, v, lens).relu())
+
+
+@pytest.mark.parametrize("context", [0, 1, 30])
+def test_a_context_that_the_host_knows(context, seed):
+    """Prefill: the same, and what lies behind the new tokens is not touched."""
+    q, k, v, _ = inputs(2, 70, 4, 2, 16, 110, torch.float32)
+    lens = torch.full((2,), context + 70, dtype=torch.int32)
+    expected = oracle(q, k, v, lens)
+    k[:, context + 70 :], v[:, context + 70 :] = torch.nan, torch.nan
+    assert_close(fp.verify_attention(q, k, v, lens, context=context), expected)
+    with pytest.raises(ValueError, match=f"with context={context} all cache_lens are {context + 70}"):
+        fp.verify_attention(q, k, v, lens + torch.tensor([0, 1], dtype=torch.int32), context=context)
+    with pytest.raises(ValueError, match=r"context must lie in \[0, 40\]"):
+        fp.verify_attention(q, k, v, lens, context=41)
 
 
 def test_empty_batch():

@@ -121,6 +121,18 @@ def test_contexts(capacity, batch, seed):
             assert_close(verify_attention(q, k, v, lens), oracle(q, k, v, lens))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("context", [0, 37])
+def test_prefill(context, dtype, seed):
+    """Beyond what the kernels take, where the host knows the context: torch's, over no more than the keys there are."""
+    for heads, dim in (((8, 1), 128), ((4, 4), 64), ((32, 8), 128)):
+        q, k, v, lens = random_inputs(2, 300, heads, dim, 400, dtype)
+        lens.fill_(context + 300)
+        expected = oracle(q, k, v, lens)
+        poison_unused(k, v, lens)
+        assert_close(verify_attention(q, k, v, lens, context=context), expected)
+
+
 @pytest.mark.parametrize("new", [17, 33, 64])
 def test_many_new_tokens(new, seed):
     for heads, dim in (((8, 1), 128), ((4, 4), 64)):
@@ -355,9 +367,9 @@ def test_empty():
 def test_opcheck(seed):
     q, k, v, lens = random_inputs(2, 3, (4, 2), 64, 300, torch.bfloat16)
     op = torch.ops.fused_parallel.verify_attention.default
-    torch.library.opcheck(op, (q, k, v, lens, None, None, 0.125))
+    torch.library.opcheck(op, (q, k, v, lens, None, None, 0.125, None))
     k_pages, v_pages, table = paged(k, v, lens, 16)
-    torch.library.opcheck(op, (q, k_pages, v_pages, lens, table, random_tree(2, 3), 0.125))
+    torch.library.opcheck(op, (q, k_pages, v_pages, lens, table, random_tree(2, 3), 0.125, None))
 
 
 def test_compiles_without_graph_breaks(seed):
