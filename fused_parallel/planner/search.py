@@ -20,8 +20,9 @@ RESERVED_GB = 2.0
 MAX_CHUNK = 8192  # tokens of prompts in one pass; bounds the activations
 MIN_CHUNK = 256
 DRAFTED = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32)
-# Beyond so many new tokens a sequence, this library's attention is torch's, under a mask over all of the cache, which
-# is made as bool and as bf16 (reference/verify_attention.py; csrc/verify_attention.h has the number).
+# Beyond so many new tokens a sequence, this library's attention is torch's: causal for whole prompts, and for chunks
+# under a mask over what the cache holds, made as bool and as bf16 (reference/verify_attention.py;
+# csrc/verify_attention.h has the number).
 KERNEL_QUERIES = 64
 MASK_BYTES = 3
 DEQUANTIZED_PEAK = {"int8": 2, "int4": 2}  # bytes a weight of the matrix that is dequantised for a matmul
@@ -175,8 +176,8 @@ class Search:
         queries = batch * (drafted + 1)
         passed = max(min(batch * workload.input, MAX_CHUNK), queries)
         activations = model.activation_bytes(passed, queries, tp) / 1e9
-        if workload.input > KERNEL_QUERIES:
-            activations += passed * capacity * MASK_BYTES / 1e9
+        if passed < batch * workload.input and workload.input > KERNEL_QUERIES:
+            activations += passed * workload.input * MASK_BYTES / 1e9
         if dtype in DEQUANTIZED_PEAK and passed > QUANTIZED_ROWS:
             activations += DEQUANTIZED_PEAK[dtype] * max(k * n for _, k, n in model.matmuls(tp)) / 1e9
         key = (dtype, tp, tuple(stages))
@@ -198,9 +199,11 @@ class Search:
         one more round (in micro-batches two) while it stands still."""
         return self.workload.input + self.workload.output + (drafted + 1) * (2 if stages == 1 else 3)
 
-    def _masked(self, queries: int, stages: int) -> int:
-        """Step.masked of a prefill by so many tokens at a time."""
-        return self._capacity(stages, 0) if self.cluster.backend == OURS and queries > KERNEL_QUERIES else 0
+    def _masked(self, queries: int) -> int:
+        """Step.masked of a prefill by so many tokens at a time: the mean over its chunks."""
+        length = self.workload.input
+        in_chunks = KERNEL_QUERIES < queries < length and self.cluster.backend == OURS
+        return (length + queries) // 2 if in_chunks else 0
 
     def fit(
         self, dtype: str, tp: int, stages: list[int], batch: int, dp: int, drafted: int
@@ -300,7 +303,7 @@ class Search:
         """What _prefill gives, for a prompt in so many chunks."""
         length = self.workload.input
         size = math.ceil(length / chunks)
-        step = Step(1, size, (length - size) // 2, 1, self._masked(size, len(stages)))
+        step = Step(1, size, (length - size) // 2, 1, self._masked(size))
         times = [c.us for c in self._stages(dtype, tp, stages, step, streamed)]
         last = simulate(times, self._hops(tp, stages, size), chunks).last
         return last, chunks * max(times), size if chunks > 1 else None

@@ -317,7 +317,7 @@ def test_memory_prefill_and_pipelines_are_compared(tmp_path):
     ]
     groups = validate.steps(write_steps(tmp_path, rows))
     ((_, measured_gb, predicted),) = groups["memory (torch), ours"]
-    activations = M70.activation_bytes(8192, 32, 2) + 8192 * (1024 + 32 + 2) * 3  # and a mask over the cache
+    activations = M70.activation_bytes(8192, 32, 2) + 8192 * 1024 * 3  # and a mask over the prompts so far
     assert predicted == pytest.approx(measured_gb + activations / 1e9)
     (_, _, whole), (_, _, cut) = groups["prefill, ours"]
     assert 2 * 20 * M70.layer_params(2) * 2048 / 989.5e9 < whole < cut  # ms, at the datasheet's rate
@@ -362,20 +362,26 @@ def test_bench_planner_on_cpu_ranks(tmp_path):
         assert name.startswith("memory") or all(took > 0 for _, took, _ in rows)
 
 
-def test_prefill_attends_to_all_of_the_cache():
-    """This library's attention beyond its kernel's tokens is torch's: twice the causal work, and a mask."""
+def test_chunks_of_a_prompt_attend_under_a_mask():
+    """This library's attention beyond its kernel's tokens is torch's: causal for a whole prompt, and under a mask over
+    what the cache holds for its chunks."""
     header = (ROOT / "csrc" / "verify_attention.h").read_text()
     assert f"kAttentionMaxNewTokens = {KERNEL_QUERIES};" in header
     ask = Workload(input=8192, output=1)
     ours, nccl = (Search(M70, CLUSTERS["2xh100"].of(b), ask) for b in ("ours", "nccl"))
     layers = [20]
-    more = ours.prefill_us("bf16", 2, layers, 0, 1)[0] - nccl.prefill_us("bf16", 2, layers, 0, 1)[0]
-    attention = 4 * 8192 * (8192 + 3 - 4096.5) * 32 * 128 * 20 / (989.5 * 0.5) / 1e6  # us beyond the causal half
     constants = 20 * (layer_us(ours.cluster) - layer_us(nccl.cluster))
-    talk = 40 * (all_reduce_us(ours.cluster, 2, 128 * MB, True) - all_reduce_us(nccl.cluster, 2, 128 * MB))
-    assert more == pytest.approx(attention + constants + talk, abs=0.02 * attention)
-    mask = ours.memory("bf16", 2, layers, 1, 0)[0].activations - M70.activation_bytes(8192, 1, 2) / 1e9
-    assert mask * 1e9 == pytest.approx(8192 * (8192 + 1 + 2) * 3)
+    for chunks, unseen in ((1, 0), (4, 1024)):  # keys a query is computed with and does not see: half a chunk
+        size = 8192 // chunks
+        more = ours.prefill_us("bf16", 2, layers, 0, chunks)[0] - nccl.prefill_us("bf16", 2, layers, 0, chunks)[0]
+        bytes = size * 8192 * 2
+        talk = 40 * (all_reduce_us(ours.cluster, 2, bytes, True) - all_reduce_us(nccl.cluster, 2, bytes))
+        attention = 4 * 8192 * unseen * 32 * 128 * 20 / (989.5 * 0.5) / 1e6
+        expected = attention + chunks * (constants + talk)
+        assert more == pytest.approx(expected, abs=0.02 * attention + 0.02 * chunks * abs(constants + talk))
+    one, four = (ours.memory("bf16", 2, layers, batch, 0)[0].activations * 1e9 for batch in (1, 4))
+    assert one == pytest.approx(M70.activation_bytes(8192, 1, 2))
+    assert four == pytest.approx(M70.activation_bytes(8192, 4, 2) + 8192 * 8192 * 3)
 
 
 @pytest.mark.parametrize("kind", ["int8", "int4"])
