@@ -26,13 +26,14 @@ from fused_parallel.testing.spawn import close_pools
 def pytest_collection_modifyitems(items):
     # A folder implies its marker, so that no test in it can forget it.
     gpus = torch.cuda.device_count()
+    of_worker = f" in worker {worker}; start no more workers than there are GPUs" if worker and not gpus else ""
     for item in items:
         parts = item.path.parts
         for marker, needed in (("gpu", 1), ("multigpu", 2)):
             if marker in parts:
                 item.add_marker(marker)
             if item.get_closest_marker(marker) and gpus < needed:
-                item.add_marker(pytest.mark.skip(reason=f"needs {needed} CUDA GPU(s), torch sees {gpus}"))
+                item.add_marker(pytest.mark.skip(reason=f"needs {needed} CUDA GPU(s), torch sees {gpus}{of_worker}"))
 
 
 @pytest.fixture
