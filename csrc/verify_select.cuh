@@ -160,6 +160,15 @@ __device__ __forceinline__ void choose_part(FilterShared& sh, unsigned first, un
   if (lane == 0) before = 0;
   const unsigned long long wanted = sh.wanted;
   const unsigned reached = __ballot_sync(kAllLanes, sum >= wanted);
+  if (reached == 0) {
+    // The greatest finite bf16 beside +inf, which counts as FLT_MAX: one key for both, and weights far from each other.
+    // So it was counted in an interval whose keys do not have it. All of that is kept.
+    if (lane == 0) {
+      sh.first = sh.last = first;
+      sh.bin = 0;
+    }
+    return;
+  }
   if (lane != __ffs(reached) - 1) return;
   int part = lane * kEach;
   while (before + sh.bins[part] < wanted) before += sh.bins[part++];

@@ -11,7 +11,7 @@ import torch
 # The numbers of enum DType in csrc/common/dtype.h.
 DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 # The kernels' limits where there are no kernels to ask; tests/cpu/test_tuning.py compares them with the extension's.
-LIMITS = {"matmul_decode_max_rows": 64, "matmul_tile_rows": 128}
+LIMITS = {"matmul_decode_max_rows": 64, "matmul_tile_rows": 128, "verify_attention_max_new_tokens": 64}
 
 
 @functools.cache

@@ -18,7 +18,7 @@ class KVCache:
         lens: int32 [batch] on the device: tokens that count. Setting it back is the rollback of rejected tokens: their
             keys and values stay behind and are overwritten later.
         context: what all of `lens` are, where the host knows: set while prompts are taken in (`fp.verify_attention`),
-            by whoever sets `lens`; else None.
+            by whoever sets `lens`; else None. Not known any more as soon as `lens` are changed without it.
     """
 
     def __init__(
@@ -95,3 +95,4 @@ class KVCache:
     def reset(self) -> None:
         """Forget all sequences."""
         self.lens.zero_()
+        self.context = None

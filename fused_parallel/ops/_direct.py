@@ -26,12 +26,17 @@ def untraced() -> bool:
     return not _is_compiling() and not _modes_active() and current_mode() != "reference"
 
 
+def watched() -> bool:
+    """Whether calls on a group are counted or compared, which the short way does not do."""
+    return debugging() or counting()
+
+
 def workspace_for(group) -> AllReduceWorkspace | None:
     """The workspace behind `group=` if the short way may be taken now."""
     if _is_compiling():
         return None
     found = by_group.get(id(group))
-    if found is None or found[0] is not group or debugging() or counting() or not untraced():
+    if found is None or found[0] is not group or watched() or not untraced():
         return None
     return found[1]
 

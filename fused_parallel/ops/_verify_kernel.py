@@ -245,8 +245,10 @@ class Known(NamedTuple):
     scratch: int
 
 
-# Of calls without vocab_group; the others' are in their group's workspace. Nothing in it depends on an address.
-_known: dict[tuple, Known] = {}
+# Of calls without vocab_group; the others' are in their group's workspace. Nothing in it depends on an address. None:
+# calls like that always go the long way.
+_known: dict[tuple, Known | None] = {}
+_UNSEEN = object()
 
 
 def launch_known(group, inputs: tuple, options: tuple) -> tuple[tuple | None, tuple | None]:
@@ -272,12 +274,16 @@ def launch_known(group, inputs: tuple, options: tuple) -> tuple[tuple | None, tu
     signature = tuple(signature)
     workspace = peers = None
     if group is None:
-        known = _known.get(signature)
+        known = _known.get(signature, _UNSEEN)
+    elif _direct.watched():
+        return None, None
     else:
         workspace = _direct.workspace_for(group)
-        known = None if workspace is None else workspace.known.get(signature)
-    if known is None:
+        known = _UNSEEN if workspace is None else workspace.known.get(signature, _UNSEEN)
+    if known is _UNSEEN:
         return None, signature
+    if known is None:
+        return None, None
     numbers, tokens, logprobs, path, scratch = known
     if workspace is not None:
         workspace.check()
@@ -323,15 +329,15 @@ def remember(
         target_logits, draft_tokens, draft_logits, seed, step, temperature, num_draft_tokens, filters, method, part,
         position, stream, **options,
     )  # fmt: skip
-    if parts.inputs != [0 if t is None else t.data_ptr() for t in inputs]:
-        return  # the kernels read a copy of something
-    known = Known(
-        parts.numbers,
-        tuple(parts.tokens.shape[:1] if flat else parts.tokens.shape),
-        tuple(parts.logprobs.shape) if options.get("return_logprobs") else None,
-        tuple(parts.path.shape) if tree else None,
-        parts.scratch.numel(),
-    )
+    known = None  # where the kernels read a copy of something
+    if parts.inputs == [0 if t is None else t.data_ptr() for t in inputs]:
+        known = Known(
+            parts.numbers,
+            tuple(parts.tokens.shape[:1] if flat else parts.tokens.shape),
+            tuple(parts.logprobs.shape) if options.get("return_logprobs") else None,
+            tuple(parts.path.shape) if tree else None,
+            parts.scratch.numel(),
+        )
     if part.pg:
         _direct.remember(group, part.pg, signature, known)
     else:

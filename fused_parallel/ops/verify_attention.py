@@ -98,7 +98,7 @@ def _impl(q, k_cache, v_cache, cache_lens, block_table, tree_mask, scale: float,
 
 _op = register(
     "verify_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor cache_lens, Tensor? block_table, "
-    "Tensor? tree_mask, float scale, int? context) -> Tensor",
+    "Tensor? tree_mask, float scale, SymInt? context) -> Tensor",
     _impl,
     lambda q, *rest: torch.empty_like(q, memory_format=torch.contiguous_format),
 )

@@ -33,6 +33,7 @@ class Told(NamedTuple):
 @dataclass
 class _Queued:
     length: int
+    most: int  # tokens that it may give a sequence
     told: Snapshot
     carried: tuple[int, int, int, int]  # of the round whose time it brings to all ranks
     since: float
@@ -58,9 +59,10 @@ def run_ahead(
     """
     queued: deque[_Queued] = deque()
     seen = (0, 0, 0, 0)  # of the round read last: length, drafted, accepted, rejected
+    carried = False  # whether a round brings its time to all ranks
     read, capturing = 0.0, 0.0
     while True:
-        while len(queued) < ahead and needed(sum(q.length + 1 for q in queued)):
+        while len(queued) < ahead and needed(sum(q.most for q in queued)):
             since = time.perf_counter()
             if adaptive is not None:
                 round_.k = adaptive.choose()
@@ -69,9 +71,14 @@ def run_ahead(
                     since = time.perf_counter()
                     for q in queued:  # their end has been waited for there
                         q.usual = False
+            if carried and adaptive is not None:  # two in a row, where nothing was queued for a while
+                seen = (0, 0, 0, 0)
+                round_.clock.fill_(0)
+            carried = True
             round_.go_on(living())
             replayed = round_.run()  # eager among captured ones, a round costs more than it should
-            queued.append(_Queued(round_.k, Snapshot(round_.told), seen, since, replayed or not capture))
+            most = round_.k + 1 if round_.tree is None else round_.tree.tree.depth + 1
+            queued.append(_Queued(round_.k, most, Snapshot(round_.told), seen, since, replayed or not capture))
         if not queued:
             return
         q = queued.popleft()
@@ -84,6 +91,7 @@ def run_ahead(
             # Every rank hears what a round before took on one of them, so that all choose alike.
             adaptive.record(q.carried[0], told[0][-1], *q.carried[1:])
             round_.clock.fill_(int(1e6 * took) if q.usual else 0)
+        carried = False
         seen = (q.length, sum(m for m, _ in pairs), sum(a for _, a in pairs), sum(a < m for m, a in pairs))
         yield Told(q.length, [row[:-3] for row in told], pairs, capturing)
         capturing = 0.0

@@ -287,7 +287,7 @@ def generate(
         raise TypeError("generate: temperature must be a number or one per prompt, got None; 0 is greedy")
     temperature_t = _per_request(temperature, batch, "temperature", torch.float32, device, 0)
     sampling = {
-        "top_k": _per_request(top_k, batch, "top_k", torch.int32, device, 0),
+        "top_k": _per_request(top_k, batch, "top_k", torch.int64, device, 0),
         "top_p": _per_request(top_p, batch, "top_p", torch.float32, device, 0, 1),
         "min_p": _per_request(min_p, batch, "min_p", torch.float32, device, 0, 1),
     }

@@ -25,7 +25,7 @@ class Rounds:
     on a device, a round runs when it is read (its snapshot), not when it is queued."""
 
     def __init__(self, captures=()):
-        self.k, self.queued, self.read = 0, 0, 0
+        self.k, self.queued, self.read, self.tree = 0, 0, 0, None
         self.clock, self.told = torch.zeros(1, dtype=torch.int64), None
         self.alive, self.captures, self.clocks = [], captures, []
 

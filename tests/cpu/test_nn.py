@@ -150,7 +150,9 @@ def test_kv_cache_lengths(seed):
     cache.check_room(3)
     with pytest.raises(ValueError, match="4 more tokens do not fit"):
         cache.check_room(4)
+    cache.context = 3
     cache.reset()
+    assert cache.context is None
     assert cache.lens.tolist() == [0, 0, 0]
 
 

@@ -87,9 +87,18 @@ def test_matmul_candidates():
 
 
 def test_limits_are_those_of_the_kernels():
-    header = (Path(__file__).parents[2] / "csrc" / "matmul_all_reduce.h").read_text()
-    for name, constant in (("matmul_decode_max_rows", "kDecodeMaxRows"), ("matmul_tile_rows", "kTileRows")):
-        assert _ext.LIMITS[name] == int(re.search(rf"\b{constant} = (\d+)", header).group(1)) == _ext.limit(name)
+    root = Path(__file__).parents[2]
+    constants = {
+        "matmul_decode_max_rows": ("matmul_all_reduce.h", "kDecodeMaxRows"),
+        "matmul_tile_rows": ("matmul_all_reduce.h", "kTileRows"),
+        "verify_attention_max_new_tokens": ("verify_attention.h", "kAttentionMaxNewTokens"),
+    }
+    assert _ext.LIMITS.keys() == constants.keys()
+    for name, (header, constant) in constants.items():
+        text = (root / "csrc" / header).read_text()
+        assert _ext.LIMITS[name] == int(re.search(rf"\b{constant} = (\d+)", text).group(1)) == _ext.limit(name)
+    sources = "".join(path.read_text() for path in (root / "fused_parallel").rglob("*.py"))
+    assert set(re.findall(r'_ext\.limit\("(\w+)"\)', sources)) == _ext.LIMITS.keys()
 
 
 def test_tune_without_gpus_says_so(capsys):

@@ -96,6 +96,16 @@ def test_a_context_that_the_host_knows(context, seed):
         fp.verify_attention(q, k, v, lens, context=41)
 
 
+def test_one_graph_for_all_contexts(seed):
+    q, k, v, _ = inputs(1, 8, 4, 2, 16, 64, torch.float32)
+    attention = torch.compile(fp.verify_attention, fullgraph=True, backend="aot_eager", dynamic=True)
+    for context in range(20):
+        lens = torch.full((1,), context + 8, dtype=torch.int32)
+        assert torch.equal(
+            attention(q, k, v, lens, context=context), fp.verify_attention(q, k, v, lens, context=context)
+        )
+
+
 def test_empty_batch():
     q, k = torch.randn(0, 2, 4, 8), torch.randn(0, 5, 2, 8)
     assert fp.verify_attention(q, k, k, torch.empty(0, dtype=torch.int32)).shape == (0, 2, 4, 8)

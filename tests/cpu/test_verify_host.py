@@ -243,6 +243,21 @@ def test_the_sentinel_of_the_exchange_is_a_maximum(seed, extension):
     check(c, same_on_all_ranks(calls), "rejection", vocab)
 
 
+@pytest.mark.parametrize("top_k", [1, 2, 3])
+def test_infinity_beside_the_largest_bfloat16(seed, extension, top_k):
+    """Their weights are far from each other and their keys are one: the search ends, and keeps both."""
+    c = make_case(2, 0, 512, (), full_q=False, mixed=False, invalid=False, ragged=False)
+    x = torch.full((2, 1, 512), float("-inf"), dtype=torch.bfloat16)
+    x[..., 3], x[..., 5], x[1, :, 9] = float("inf"), torch.finfo(torch.bfloat16).max, 3.0
+    c["target_logits"], c["top_k"] = x, torch.full((2,), top_k)
+    call = arguments(c, "rejection", VocabShard(512, 512))
+    call.whole()
+    assert (call.tokens == 3).all()
+    for b in range(2):
+        threshold, log2_sum = extension.row(prepared(extension, call), b)
+        assert threshold <= torch.finfo(torch.bfloat16).max and log2_sum == 0
+
+
 @pytest.mark.parametrize("spread", ["distinct", "ties", "flat"])
 def test_filters_keep_the_reference_s_set(seed, extension, spread):
     """The least logit kept, and the normaliser, of each row; only where the mass is a near tie may the sets differ."""
