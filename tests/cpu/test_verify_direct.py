@@ -1,7 +1,6 @@
 """The short way of verify, sample and verify_tree to their kernels, compiled for the host: the same results as by the
 long way, and the long way for all that is new."""
 
-import _host_cuda as host
 import _verify_cases as cases
 import pytest
 import torch
@@ -15,18 +14,11 @@ FILTERS = ("top_k", "top_p", "min_p")
 BATCH, VOCAB = 8, 301
 
 
-@pytest.fixture(scope="module")
-def extension(tmp_path_factory):
-    return host.HostExtension(tmp_path_factory.mktemp("host_cuda"))
-
-
 @pytest.fixture(autouse=True)
-def _kernels(extension, monkeypatch):
+def _on_gpu(host_kernels, monkeypatch):
     """Tensors in host memory that say they are a GPU's, whose kernels run on the host."""
-    monkeypatch.setattr(_ext, "extension", lambda: extension)
     monkeypatch.setattr(_ext, "why_no_kernels", lambda: None)
     monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda t: True), raising=False)
-    monkeypatch.setattr(_direct, "raw_stream", lambda index: 0)
     monkeypatch.setattr(kernel, "_known", {})
     with fp.use("fused"), torch.no_grad():
         yield
