@@ -12,7 +12,7 @@ layers. TP1 (both ranks hold it whole and run at once; left out where it does no
     prefill    fused: fp.generate's prefill of one prompt of `ctx` tokens, eager, in chunks of `chunk`
     speculate  fused: a captured round that drafts k tokens with the model `draft`, held whole on every rank
     offload    fused: rounds with `streamed` of the layers in host memory, from the host reading one's tokens to the
-               next's; some with a draft
+               next's; one that drafts k tokens, captured
     memory     fused: fp.generate of `batch` prompts of `ctx` tokens and `new` new ones, microseconds for all of it.
                `bytes` is the peak of rank `rank`: of=torch what tensors took at most, of=device all that is taken on
                the GPU at the end, with cached blocks, CUDA's context and NCCL's buffers
@@ -229,6 +229,9 @@ class Cases:
         """Rounds in a row, each until the host has its tokens, as in fp.generate."""
         state, reset = self.round(batch, context, draft, k)
         reset()
+        if k and self.on_gpu:  # drafting eagerly is bound by the host
+            gc.collect()
+            state.capture()
         took, count = [], WARMUP + self.arguments.rounds
         dist.barrier(group=self.bench.pg)
         end = time.perf_counter()
@@ -239,7 +242,8 @@ class Cases:
             end = time.perf_counter()
             took.append(1e6 * (end - begin))
         shape = {"batch": batch, "ctx": context, "streamed": streamed} | ({"draft": named, "k": k} if k else {})
-        self.record("offload", "fused", "eager", took[WARMUP:], cache=state.cache.nbytes, **shape)
+        mode = "graph" if k else "eager"
+        self.record("offload", "fused", mode, took[WARMUP:], cache=state.cache.nbytes, **shape)
 
     def memory(self, batch: int, length: int, new: int) -> None:
         """The peak of a generation with the passes that a plan would make."""

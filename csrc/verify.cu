@@ -219,7 +219,10 @@ struct Run {
       const Grid grid = grid_for(*peers, static_cast<std::int64_t>(kFilterThreads) * p.filter_rows, kFilterThreads);
       peers->order(stream);
       p.lamport = lamport_of(*peers, kVerify, grid.early);
-      launch_dependent(filter_kernel<TT, TD, true>, p, grid.ctas, grid.threads, 1, hopper, stream);
+      // Not before the exchange of the rows has ended: these CTAs need more shared memory than a multiprocessor sets
+      // apart for that kernel's, so they would wait for it, and everything that was launched later for them; the peers'
+      // kernels too, where ranks or groups share a GPU.
+      launch_dependent(filter_kernel<TT, TD, true>, p, grid.ctas, grid.threads, 1, false, stream);
     }
   }
 

@@ -6,7 +6,7 @@ import argparse
 import re
 
 from ..planner import CLUSTERS, plan
-from ..planner.model import PRESETS, WEIGHT_BYTES
+from ..planner.model import KV_BYTES, PRESETS, WEIGHT_BYTES
 from ..planner.workload import BACKENDS, RANKINGS, Workload
 
 
@@ -30,6 +30,7 @@ def add_parser(subparsers) -> None:
     )
     parser.add_argument("--rank", choices=RANKINGS, default="latency", help="what is best (default latency)")
     parser.add_argument("--dtype", default="bf16", help=f"of the weights, several by commas: {', '.join(WEIGHT_BYTES)}")
+    parser.add_argument("--kv-dtype", choices=KV_BYTES, default="bf16", help="of the KV cache (default bf16)")
     parser.add_argument("--slo-tpot", type=float, metavar="MS", help="leave out plans slower than this a token")
     parser.add_argument("--slo-ttft", type=float, metavar="MS", help="leave out plans whose first token takes longer")
     parser.add_argument("--draft", help="model that drafts for speculation, named as --model")
@@ -74,6 +75,7 @@ def run(args: argparse.Namespace) -> int:
         draft=args.draft,
         acceptance=args.acceptance,
         dtypes=tuple(args.dtype.split(",")),
+        kv_dtype=args.kv_dtype,
         offload=not args.no_offload,
         backend=args.backend,
     )

@@ -129,8 +129,8 @@ def verify_attention(
             that attends nothing at all gets zeros.
         scale: of the scores; default D ** -0.5.
         context: how many tokens every sequence held before these, where the host knows: cache_lens are context + S.
-            Beyond 64 new tokens, prefill, no more of the cache is read than that, and with context = 0 torch's causal
-            kernels are taken; without it all of the capacity is scanned under a mask.
+            Beyond 64 new tokens, prefill, torch's causal kernels then read no more of the cache than that; without it
+            all of the capacity is scanned under a mask.
 
     Returns:
         [B, S, Hq, D] like q.

@@ -42,6 +42,7 @@ def plan(
     """
     model, where = load_model(model_config), load_cluster(cluster)
     asked = workload if isinstance(workload, Workload) else Workload(**(workload or {}))
+    model = dataclasses.replace(model, kv_dtype=asked.kv_dtype)
     best: dict[tuple, Candidate] = {}
     for backend in _backends(where, asked):
         search = Search(model, where.of(backend), asked)

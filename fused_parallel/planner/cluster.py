@@ -40,7 +40,8 @@ class Cluster:
     joins only some of a host's GPUs, which those are ((0, 1), (2, 3)), and `between` what joins the islands.
     `host_memory_gb` bounds what offload may keep in host memory (None: not checked). `layer_us` is the time of
     everything in a layer besides its matmuls, KV reads and communication (None: the backend's measured constant,
-    cost.layer_us).
+    cost.layer_us), `eager_layer_us` what the host takes to queue a layer's kernels one by one (None: the H200
+    machine's).
     ours: this library's kernels within an island (None: not measured on such a link); backend: whose costs count."""
 
     name: str
@@ -52,6 +53,7 @@ class Cluster:
     nics: int = 1
     host_memory_gb: float | None = None
     layer_us: float | None = None
+    eager_layer_us: float | None = None
     islands: tuple[tuple[int, ...], ...] = ()
     between: Link | None = None
     ours: Link | None = None
@@ -132,7 +134,8 @@ CLUSTERS = {
     )
 }
 
-_KEYS = ("name", "hosts", "gpus_per_host", "gpu", "intra", "inter", "nics", "host_memory_gb", "layer_us")
+_RATES = ("host_memory_gb", "layer_us", "eager_layer_us")
+_KEYS = ("name", "hosts", "gpus_per_host", "gpu", "intra", "inter", "nics", *_RATES)
 _KEYS += ("islands", "between")
 
 
@@ -219,7 +222,7 @@ def _describe(content: object, file: str, lines: dict[tuple[str, ...], int]) -> 
             raise ValueError(f"{at('inter')}: inter is given, the link between hosts, but hosts is 1")
         given["inter"] = _part(given["inter"], LINKS, "inter", at)
     _describe_islands(given, at)
-    for key in ("host_memory_gb", "layer_us"):
+    for key in _RATES:
         value = given.get(key)
         if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float)) or value < 0):
             raise ValueError(f"{at(key)}: {key} must be a number of at least 0, got {value!r}")
@@ -296,7 +299,8 @@ def from_profile(profile: dict, name: str) -> Cluster:
             changes["memory_share"] = min(1.0, m["k"] * m["n"] * 2 / reading / 1e3 / gpu.hbm_gb_s)
     memory = profile["host"]["memory_bytes"] / 1e9
     links = _profile_links(profile, found)
-    return Cluster(name, dataclasses.replace(gpu, **changes), len(found), host_memory_gb=memory, **links)
+    host = {"host_memory_gb": memory, "eager_layer_us": profile["gpus"][0].get("eager_layer_us")}
+    return Cluster(name, dataclasses.replace(gpu, **changes), len(found), **host, **links)
 
 
 def _profile_links(profile: dict, found: list[dict]) -> dict[str, object]:

@@ -11,6 +11,7 @@ from functools import cache
 from .cluster import CLUSTERS, NCCL, OURS, Cluster
 from .hardware import GPU, Link
 from .measured import (
+    EAGER_LAYER_US,
     H100_CONTEXT,
     H100_DECODE_LAYERS,
     H100_DECODE_US,
@@ -23,9 +24,6 @@ from .measured import (
 )
 from .model import ACTIVATION_BYTES, WEIGHT_BYTES, ModelShape, load_model
 
-# Attention kernels reach less of the tensor cores than matmuls do: published forward rates of FlashAttention lie
-# between 35 % (version 2) and 75 % (version 3) of an H100's; the middle is an assumption.
-ATTENTION_SHARE = 0.5
 # Bytes and operations overlap, but not fully where both matter: (a^3 + b^3)^(1/3) is between max(a, b) and the sum.
 OVERLAP = 3
 
@@ -123,14 +121,12 @@ def send_us(cluster: Cluster, reach: str, size: float) -> float:
 @dataclass(frozen=True)
 class Step:
     """One forward pass: `batch` sequences with `queries` new tokens each after `context` cached ones; `logits` rows of
-    the head each (all queries when verifying, one in a prefill). masked: tokens of the cache that each query is
-    computed with under a mask, seen or not; 0: those it sees."""
+    the head each (all queries when verifying, one in a prefill)."""
 
     batch: int
     queries: int
     context: int
     logits: int
-    masked: int = 0
 
     @property
     def tokens(self) -> int:
@@ -165,9 +161,9 @@ def stage_cost(
     seen = step.context + step.queries
     kv = step.batch * seen * model.kv_bytes_per_token(layers, tp) / bandwidth
     # Each query sees the context and, causally, half of the new ones: 4 operations a head and element.
-    attended = step.tokens * (step.masked or step.context + (step.queries + 1) / 2)
+    attended = step.tokens * (step.context + (step.queries + 1) / 2)
     flops = 4 * attended * (model.heads // tp) * model.head_dim * layers
-    compute += flops / (gpu.bf16_tflops * ATTENTION_SHARE) / 1e6
+    compute += flops / (gpu.bf16_tflops * gpu.attention_share) / 1e6
     # Norms, residual, rotary and gate: 8 passes over the hidden states and 3 over a rank's part of the MLP.
     passes = step.tokens * (8 * model.hidden + 3 * model.intermediate / tp) * ACTIVATION_BYTES * layers / bandwidth
     host = layers * (layer_us(cluster) if layer_constant is None else layer_constant)
@@ -200,6 +196,12 @@ def layer_us(cluster: Cluster) -> float:
     if cluster.backend == OURS:
         return _h100_layer_us("fused")
     return _h100_layer_us("torch_nccl") if cluster.gpu.name == "h100" else _h200_layer_us()
+
+
+def eager_layer_us(cluster: Cluster) -> float:
+    """What the host takes to queue a layer's kernels one by one, as in a prefill: the cluster's, else the H200
+    machine's."""
+    return EAGER_LAYER_US if cluster.eager_layer_us is None else cluster.eager_layer_us
 
 
 @cache

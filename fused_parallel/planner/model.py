@@ -20,7 +20,8 @@ PRESETS = {
 # int8 and int4 are this library's (nn.quantize_): int4 has a bf16 scale for each group of 128, int8 one a row, which is
 # less than a thousandth and not counted.
 WEIGHT_BYTES = {"bf16": 2.0, "fp8": 1.0, "int8": 1.0, "int4": 0.5 + 2 / 128}
-ACTIVATION_BYTES = 2  # activations, the KV cache and what is communicated are bf16
+ACTIVATION_BYTES = 2  # activations and what is communicated are bf16
+KV_BYTES = {"bf16": 2, "fp8": 1}  # an element of the KV cache
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,7 @@ class ModelShape:
     kv_heads: int
     head_dim: int
     tied: bool = False
+    kv_dtype: str = "bf16"
 
     def kv_heads_per_rank(self, tp: int) -> int:
         """KV heads a rank holds; with more ranks than KV heads each is held by several."""
@@ -80,7 +82,7 @@ class ModelShape:
 
     def kv_bytes_per_token(self, layers: int, tp: int) -> int:
         """Bytes of keys and values of one token in `layers` layers on one rank."""
-        return 2 * layers * self.kv_heads_per_rank(tp) * self.head_dim * ACTIVATION_BYTES
+        return 2 * layers * self.kv_heads_per_rank(tp) * self.head_dim * KV_BYTES[self.kv_dtype]
 
     def activation_bytes(self, tokens: int, batch: int, tp: int) -> float:
         """An estimate of the largest live activations of a step over `tokens` tokens with `batch` rows of logits:

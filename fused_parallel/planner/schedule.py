@@ -26,6 +26,7 @@ def simulate(
     *,
     rounds: int = 1,
     depends: bool = False,
+    queued_us: Sequence[float] | None = None,
     record: bool = False,
 ) -> Schedule:
     """Run `rounds` rounds of `microbatches` micro-batches through the stages.
@@ -33,13 +34,15 @@ def simulate(
     Stage s takes stage_us[s] for each; hop_us[s] passes between the end on stage s and the earliest start on s + 1
     (a transfer occupies no stage). With `depends`, a micro-batch's next round starts on stage 0 after its last one
     left the last stage, as in decoding, where a token must be known before the next; without, as chunks of prompts do.
+    queued_us: what the host of stage s needs to queue a micro-batch's kernels, where they are not in a CUDA graph: it
+    starts at once, waits for nothing, and no micro-batch ends before all of it is queued.
     """
     if len(hop_us) != len(stage_us) - 1:
         raise ValueError(f"{len(stage_us)} stages need {len(stage_us) - 1} hops, got {len(hop_us)}")
     if microbatches < 1 or rounds < 1:
         raise ValueError(f"microbatches and rounds must be at least 1, got {microbatches} and {rounds}")
     stages = len(stage_us)
-    free = [0.0] * stages
+    free, queued = [0.0] * stages, [0.0] * stages
     ready = [0.0] * microbatches
     done: list[list[float]] = []
     events = []
@@ -48,7 +51,8 @@ def simulate(
             at = ready[micro] if depends else 0.0
             for s in range(stages):
                 start = max(at, free[s])
-                free[s] = end = start + stage_us[s]
+                queued[s] += queued_us[s] if queued_us else 0.0
+                free[s] = end = max(start + stage_us[s], queued[s])
                 if record:
                     events.append((s, micro, turn, start, end))
                 at = end + hop_us[s] if s < stages - 1 else end

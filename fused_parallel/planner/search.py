@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from ..pipeline.stage_links import SLOTS as MOST_MICROBATCHES  # of fp.generate
-from .cluster import OURS, Cluster
-from .cost import QUANTIZED_ROWS, StageCost, Step, expected_tokens, send_us, stage_cost
+from .cluster import Cluster
+from .cost import QUANTIZED_ROWS, StageCost, Step, eager_layer_us, expected_tokens, send_us, stage_cost
 from .model import ACTIVATION_BYTES, ModelShape
 from .result import Candidate
 from .schedule import Schedule, simulate
@@ -20,11 +20,6 @@ RESERVED_GB = 2.0
 MAX_CHUNK = 8192  # tokens of prompts in one pass; bounds the activations
 MIN_CHUNK = 256
 DRAFTED = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32)
-# Beyond so many new tokens a sequence, this library's attention is torch's: causal for whole prompts, and for chunks
-# under a mask over what the cache holds, made as bool and as bf16 (reference/verify_attention.py;
-# csrc/verify_attention.h has the number).
-KERNEL_QUERIES = 64
-MASK_BYTES = 3
 DEQUANTIZED_PEAK = {"int8": 2, "int4": 2}  # bytes a weight of the matrix that is dequantised for a matmul
 SLOTS = 2  # device blocks of a streamed layer (fused_parallel.nn.StreamedLayers)
 
@@ -176,8 +171,6 @@ class Search:
         queries = batch * (drafted + 1)
         passed = max(min(batch * workload.input, MAX_CHUNK), queries)
         activations = model.activation_bytes(passed, queries, tp) / 1e9
-        if passed < batch * workload.input and workload.input > KERNEL_QUERIES:
-            activations += passed * workload.input * MASK_BYTES / 1e9
         if dtype in DEQUANTIZED_PEAK and passed > QUANTIZED_ROWS:
             activations += DEQUANTIZED_PEAK[dtype] * max(k * n for _, k, n in model.matmuls(tp)) / 1e9
         key = (dtype, tp, tuple(stages))
@@ -198,12 +191,6 @@ class Search:
         """Tokens a sequence's cache has room for: fp.generate leaves some for what a round may take it too far, and for
         one more round (in micro-batches two) while it stands still."""
         return self.workload.input + self.workload.output + (drafted + 1) * (2 if stages == 1 else 3)
-
-    def _masked(self, queries: int) -> int:
-        """Step.masked of a prefill by so many tokens at a time: the mean over its chunks."""
-        length = self.workload.input
-        in_chunks = KERNEL_QUERIES < queries < length and self.cluster.backend == OURS
-        return (length + queries) // 2 if in_chunks else 0
 
     def fit(
         self, dtype: str, tp: int, stages: list[int], batch: int, dp: int, drafted: int
@@ -303,10 +290,11 @@ class Search:
         """What _prefill gives, for a prompt in so many chunks."""
         length = self.workload.input
         size = math.ceil(length / chunks)
-        step = Step(1, size, (length - size) // 2, 1, self._masked(size))
+        step = Step(1, size, (length - size) // 2, 1)
         times = [c.us for c in self._stages(dtype, tp, stages, step, streamed)]
-        last = simulate(times, self._hops(tp, stages, size), chunks).last
-        return last, chunks * max(times), size if chunks > 1 else None
+        queued = [layers * eager_layer_us(self.cluster) for layers in stages]
+        last = simulate(times, self._hops(tp, stages, size), chunks, queued_us=queued).last
+        return last, chunks * max(*times, *queued), size if chunks > 1 else None
 
     def _prefill(self, dtype, tp, stages, streamed) -> tuple[float, float, int | None]:
         """(time to the first token of a prompt alone, time a prompt keeps the slowest stage, tokens of a chunk or None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from .cluster import NCCL, OURS
-from .model import WEIGHT_BYTES, ModelShape, load_model
+from .model import KV_BYTES, WEIGHT_BYTES, ModelShape, load_model
 
 RANKINGS = ("latency", "throughput", "cost")
 BACKENDS = (OURS, NCCL, "best")
@@ -19,9 +19,10 @@ class Workload:
     rank: "latency" (the whole request's time), "throughput" (output tokens a second over all replicas) or "cost"
     (GPU-seconds an output token). slo_tpot_ms, slo_ttft_ms: plans beyond these are left out. draft, acceptance: a
     smaller model (anything load_model takes) and the probability that a token it drafts is accepted. dtypes: of the
-    weights, out of bf16, fp8, int8, int4. offload: whether layers may stay in host memory where they do not fit.
-    backend: the costs of this library's kernels ("ours"), of plain torch and NCCL ("nccl"), or of each plan the faster
-    ("best"); None: ours where the cluster has them, else nccl.
+    weights, out of bf16, fp8, int8, int4; kv_dtype: of the cache, bf16, or fp8, which can be planned but not run.
+    offload: whether layers may stay in host memory where they do not fit. backend: the costs of this library's kernels
+    ("ours"), of plain torch and NCCL ("nccl"), or of each plan the faster ("best"); None: ours where the cluster has
+    them, else nccl.
     """
 
     input: int = 1024
@@ -33,6 +34,7 @@ class Workload:
     draft: ModelShape | str | None = None
     acceptance: float | None = None
     dtypes: tuple[str, ...] = ("bf16",)
+    kv_dtype: str = "bf16"
     offload: bool = True
     backend: str | None = None
 
@@ -52,6 +54,8 @@ class Workload:
         unknown = [d for d in self.dtypes if d not in WEIGHT_BYTES]
         if unknown or not self.dtypes:
             raise ValueError(f"workload: dtypes must be out of {', '.join(WEIGHT_BYTES)}, got {self.dtypes!r}")
+        if self.kv_dtype not in KV_BYTES:
+            raise ValueError(f"workload: kv_dtype must be one of {', '.join(KV_BYTES)}, got {self.kv_dtype!r}")
         if (self.draft is None) != (self.acceptance is None):
             raise ValueError(
                 f"workload: draft and acceptance belong together (--draft needs --acceptance, such as 0.8), got "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention.bias import causal_lower_right
 
 
 def verify_attention(
@@ -29,14 +30,18 @@ def verify_attention(
     if q.is_cuda:
         # torch's kernels read 16 bytes at once wherever a view begins, and end in "misaligned address".
         q, k_cache, v_cache = (t if t.data_ptr() % 16 == 0 else t.clone() for t in (q, k_cache, v_cache))
-    causal = context == 0 and tree_mask is None  # torch's kernels for that need no mask, and skip half of the work
-    visible = None if causal else _visible(cache_lens, new, k_cache.shape[1], tree_mask)
+    keys, half = k_cache.shape[1], q.dtype in (torch.bfloat16, torch.float16)
+    causal = context is not None and tree_mask is None and (context == 0 or (q.is_cuda and half))
+    if not causal:
+        visible = _visible(cache_lens, new, keys, tree_mask)
+    else:  # torch's kernels for this need no mask, skip what is hidden, and read nothing behind the keys
+        visible = None if context == 0 else causal_lower_right(new, keys)
     out = F.scaled_dot_product_attention(
         q.transpose(1, 2),
         k_cache.transpose(1, 2),
         v_cache.transpose(1, 2),
         attn_mask=visible,
-        is_causal=causal,
+        is_causal=causal and context == 0,
         scale=scale,
         enable_gqa=q.shape[2] != k_cache.shape[2],
     )

@@ -286,6 +286,4 @@ def test_1024_gpus_take_seconds():
 
 
 def test_published_405b_throughput():
-    short, long, longest = validate.errors(validate.published_405b())
-    assert abs(short) < 0.05
-    assert -0.35 < longest < long < 0  # the published runs keep their KV cache in fp8, the model in bf16
+    assert max(map(abs, validate.errors(validate.published_405b()))) < 0.05

@@ -91,7 +91,7 @@ def test_chunks_and_micro_batches_are_the_plans(models, monkeypatch):
     path, _, _ = models
     # Where starting costs nothing, chunks fill the stages; the machine of the test's own making has that.
     monkeypatch.setattr("fused_parallel.planner.cost.verify_us", lambda *_: 0.0)
-    cluster = dataclasses.replace(load_cluster(FOUR), layer_us=0.0)
+    cluster = dataclasses.replace(load_cluster(FOUR), layer_us=0.0, eager_layer_us=0.0)
     cluster = dataclasses.replace(cluster, gpu=dataclasses.replace(cluster.gpu, matmul_start_us=0.0))
     answer = plan_of(path, cluster, {"batch": 2, "input": 4096}, tp=1, pp=2, dp=1)
     assert answer.best.prefill_chunk is not None and answer.best.prefill_chunk <= 2048
