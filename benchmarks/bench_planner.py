@@ -15,7 +15,8 @@ layers. TP1 (both ranks hold it whole and run at once; left out where it does no
                next's; one that drafts k tokens, captured
     memory     fused: fp.generate of `batch` prompts of `ctx` tokens and `new` new ones, microseconds for all of it.
                `bytes` is the peak of rank `rank`: of=torch what tensors took at most, of=device all that is taken on
-               the GPU at the end, with cached blocks, CUDA's context and NCCL's buffers
+               the GPU at the end, with cached blocks, CUDA's context and the buffers of NCCL, which every one of the
+               `--meshes` has: name one of them
 
 Elsewhere `bytes` are the weights (without the embedding) and the cache of the fullest rank, and `floor_us` launch +
 reading them once. Every row is written as soon as it is measured.
@@ -338,16 +339,18 @@ def _run(bench: Bench, arguments: argparse.Namespace) -> int:
     if bench.world != 2:
         raise SystemExit(f"bench_planner: TP2 and PP2 need two ranks, here are {bench.world}")
     init = functools.partial(fp.init, device=bench.device.type, timeout=120)
-    tp1, tp2, pp2 = init(dp=2, tp=1), init(tp=2), init(pp=2, tp=1)
+    sizes = {"tp1": {"dp": 2, "tp": 1}, "tp2": {"tp": 2}, "pp2": {"pp": 2, "tp": 1}}
+    meshes = {named: init(**sizes[named]) for named in arguments.meshes}
     for name in arguments.models:
-        for mesh in (tp1, tp2, pp2):
-            if mesh is tp1 and not _fits_whole(name, bench):
+        for named, mesh in meshes.items():
+            if named == "tp1" and not _fits_whole(name, bench):
                 bench.say(f"left out: {name} on one GPU, which is too small for it")
                 continue
             if set(arguments.what) & {"decode", "prefill", "memory"}:
                 _model(bench, arguments, name, mesh)
             _clear()
-    if {"speculate", "offload"} & set(arguments.what):
+    if {"speculate", "offload"} & set(arguments.what) and "tp2" in meshes:
+        tp2 = meshes["tp2"]
         draft = fp.LlamaForCausalLM(config_of(arguments.draft), mesh=None, device=bench.device, dtype=bench.dtype)
         fill(draft, 0)
         if "speculate" in arguments.what:
@@ -365,6 +368,7 @@ if __name__ == "__main__":
     p = parser(__doc__)
     p.add_argument("--models", nargs="+", default=["llama-3-8b", "llama-3-70b:40"], metavar="NAME[:LAYERS]")
     p.add_argument("--what", nargs="+", choices=WHAT, default=list(WHAT))
+    p.add_argument("--meshes", nargs="+", choices=("tp1", "tp2", "pp2"), default=("tp1", "tp2", "pp2"))
     p.add_argument("--batch", type=int, nargs="+", default=(1, 8, 32, 64))
     p.add_argument("--context", type=int, default=1024)
     p.add_argument("--prompts", type=int, nargs="+", default=(512, 2048, 8192), help="lengths to prefill")

@@ -14,7 +14,7 @@ import torch
 
 from .._version import __version__
 from ..errors import PeerTimeoutError
-from . import probe_collectives, probe_device
+from . import probe_collectives, probe_device, probe_layer
 from .topology import topology, why_no_nvml
 
 SCHEMA_VERSION = 1
@@ -87,9 +87,10 @@ def _measure_gpus(profile: dict, gpus: int, quick: bool, measure: Callable) -> N
         kernel = measure(f"kernels in a graph on GPU {index}", probe_device.graph_kernel_us, index)
         memory = measure(f"memory of GPU {index}", probe_device.hbm, index, quick)
         matmul = measure(f"matmuls on GPU {index}", probe_device.gpu_matmul, index, quick)
-        layer = measure(f"eager layers on GPU {index}", probe_device.eager_layer_us, index)
-        kernels = {"graph_kernel_us": kernel, "eager_layer_us": layer}
-        profile["gpus"].append({"name": name, "index": index, **kernels, "memory": memory, "matmul": matmul or []})
+        profile["gpus"].append(
+            {"name": name, "index": index, "graph_kernel_us": kernel, "memory": memory, "matmul": matmul or []}
+        )
+    profile["host"]["eager_layer_us"] = measure("queueing of layers", probe_layer.eager_layer_us)
     for devices in [[0]] + ([list(range(gpus))] if gpus > 1 else []):
         what = f"host-device copies of GPU(s) {', '.join(map(str, devices))}"
         if (rates := measure(what, probe_device.host_device, devices, quick)) is not None:

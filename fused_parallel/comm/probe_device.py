@@ -75,43 +75,6 @@ def graph_kernel_us(index: int) -> float:
     return time_collective(lambda: torch.cuda._sleep(0), device=where, calls=100, rounds=10).us_p50
 
 
-def eager_layer_us(index: int) -> float:
-    """What the host takes to queue the kernels of a Llama layer's prefill one by one: of a model so small that the GPU
-    waits for the host, what eight layers more take."""
-    from ..models import LlamaConfig, LlamaForCausalLM  # they import this package
-
-    where, few, tokens = torch.device("cuda", index), 4, 128
-    sizes = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "vocab_size": 512}
-    took = {}
-    for layers in (few, few + 8):
-        config = LlamaConfig.from_dict({**sizes, "num_hidden_layers": layers})
-        with torch.no_grad(), torch.cuda.device(where):
-            model = LlamaForCausalLM(config, mesh=None, device=where, dtype=torch.bfloat16)
-            for weight in model.parameters():
-                weight.normal_(0, 0.05)
-            cache = model.make_cache(1, 2 * tokens)
-            ids = torch.randint(512, (1, tokens), device=where)
-
-            def prefill(model=model, cache=cache, ids=ids) -> None:
-                cache.reset()
-                cache.context = 0
-                model(ids, cache)
-
-            took[layers] = _queued_us(prefill, index)
-    return (took[few + 8] - took[few]) / 8
-
-
-def _queued_us(work: Callable[[], None], index: int, rounds: int = 15) -> float:
-    """The host's median time in `work`, after which the GPU has done all of it."""
-    took = []
-    for _ in range(rounds + 3):
-        begin = time.perf_counter()
-        work()
-        took.append(1e6 * (time.perf_counter() - begin))
-        torch.cuda.synchronize(index)
-    return quantile(took[3:], 0.5)
-
-
 def hbm(index: int, quick: bool) -> dict:
     """Bandwidth of one GPU's memory: a copy (bytes read and written both counted), and the fastest of torch's reading
     reductions (sum, amax, matrix-vector product)."""

@@ -299,7 +299,7 @@ def from_profile(profile: dict, name: str) -> Cluster:
             changes["memory_share"] = min(1.0, m["k"] * m["n"] * 2 / reading / 1e3 / gpu.hbm_gb_s)
     memory = profile["host"]["memory_bytes"] / 1e9
     links = _profile_links(profile, found)
-    host = {"host_memory_gb": memory, "eager_layer_us": profile["gpus"][0].get("eager_layer_us")}
+    host = {"host_memory_gb": memory, "eager_layer_us": profile["host"].get("eager_layer_us")}
     return Cluster(name, dataclasses.replace(gpu, **changes), len(found), **host, **links)
 
 

@@ -14,6 +14,7 @@ from fused_parallel.comm import topology
 from fused_parallel.comm.alpha_beta import fit_alpha_beta
 from fused_parallel.comm.probe import SCHEMA_VERSION, load_profile, write_profile
 from fused_parallel.comm.probe_collectives import rank_environment, world_sizes
+from fused_parallel.comm.probe_layer import eager_layer_us
 
 SIZES = [4 << 10 << 2 * i for i in range(8)]
 
@@ -179,3 +180,7 @@ def test_the_slowest_link_names_the_machine(monkeypatch):
     assert topology.link_name.__wrapped__((0, 1, 2)) == "NV4"
     links[0, 2] = "SYS"
     assert topology.link_name.__wrapped__((0, 1, 2)) == "SYS"
+
+
+def test_a_layer_is_measured_in_a_process_of_its_own():
+    assert eager_layer_us("cpu") > 1

@@ -23,6 +23,7 @@ def test_nothing_fails(profile):
 
 
 def test_memory_and_matmuls_are_plausible(profile):
+    assert 20 < profile["host"]["eager_layer_us"] < 5000
     for gpu in profile["gpus"]:
         assert 0.1 < gpu["graph_kernel_us"] < 20
         assert 100 < gpu["memory"]["copy_gb_per_s"] < 12000
