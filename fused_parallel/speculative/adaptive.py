@@ -94,7 +94,7 @@ class AdaptiveLength:
         half the one before: a tree is not taken for hope alone."""
         found, before = [], 1.0
         for right, wrong in zip(self.accepted, self.rejected, strict=True):
-            before = (right + before) / (right + wrong + 2.0)
+            before = (right + before / 2) / (right + wrong + 1.0)
             found.append(before)
         return found
 
