@@ -1,9 +1,14 @@
-"""How many tokens to draft: as many as pay, by what rounds have cost and how often drafts were right."""
+"""What to draft: as many tokens, or the tree of them, as pay, by what rounds have cost and how often drafts were
+right."""
 
 from __future__ import annotations
 
+import itertools
 import statistics
 from collections import deque
+from collections.abc import Sequence
+
+from .tree import Tree, likely_tree
 
 LENGTHS = (0, 1, 2, 3, 4, 6, 8)  # tried draft lengths; 0 is plain decoding
 # Where every pass streams the weights, a round costs about the same whatever its length.
@@ -12,68 +17,144 @@ _FIRST = (4, 0, 4, 0, 1)  # costs and acceptance are unknown at first
 _LOOK_AROUND = 32  # rounds between two looks at a neighbour of the best length
 _MOST_APART = 512  # where drafting does not pay, each look is twice as far from the one before, up to this
 _MEMORY = 0.95  # weight of what was seen a round ago
+_LOOK_COST = 0.02  # what a look at a tree may cost, of the time since the last look
+# Trees for drafts that are right so often, where they are wrong mostly for siblings (nodes, depth, acceptance): the
+# set by which a choice comes nearest to the best tree of 63 nodes, for acceptances of 0.3 to 0.9 and drafts of 1 to 10
+# % of a pass (docs/offload.md), and two smaller ones for passes that take longer for more tokens.
+_TREES = ((15, 4, 0.7), (31, 6, 0.7), (63, 3, 0.5), (63, 5, 0.5), (63, 9, 0.8), (63, 14, 0.9))
+_OF_SIBLINGS = (0.35, 0.25, 0.2, 0.2, 0.2)  # acceptance of the second, third, ... that those trees are made for
+
+
+def offloaded_trees(vocab_size: int) -> list[Tree]:
+    """Those to choose from where every pass streams the weights."""
+    siblings = _OF_SIBLINGS[: vocab_size - 1]
+    return [likely_tree(nodes, depth, (acceptance, *siblings)) for nodes, depth, acceptance in _TREES]
 
 
 class AdaptiveLength:
-    """Chooses a round's draft length for the largest expected number of tokens a second, for the batch as a whole.
+    """Chooses a round's draft, a length or one of `trees`, for the largest expected number of tokens a second, for the
+    batch as a whole.
 
-    A draft of k tokens of which each is accepted with probability a yields 1 + a + ... + a^k tokens a sequence. `a` is
-    estimated over the last rounds, and a round's time as the median of its length's last five; of lengths that have not
-    been seen it is interpolated. Every 32nd round takes a neighbour of the best length, so that changes are noticed:
-    where drafting does not pay, one round in 32 with one drafted token.
+    A draft of k tokens of which each is accepted with probability a yields 1 + a + ... + a^k tokens a sequence; a tree
+    as many, in the mean, as its accepted path is long, with a probability of its own for siblings that are tried
+    second, third and so on. They are estimated over the last rounds, and a round's time as the median of the last five
+    of its kind; of lengths that have not been seen it is interpolated, of trees it is that of their depth and what
+    trees that were seen took more for each further node. Every 32nd round takes a neighbour of the best length, in turn
+    with the best tree, so that changes are noticed: where drafting does not pay, one round in 32 with one drafted
+    token. Trees are looked at where that costs little.
 
-    Ranks that record the same numbers choose the same lengths.
+    Ranks that record the same numbers choose the same.
     """
 
-    def __init__(self, lengths: tuple[int, ...] = LENGTHS) -> None:
-        self.lengths = lengths
-        self.first = [k for k in _FIRST if k in lengths]
-        self.times: dict[int, deque[float]] = {}
-        self.accepted, self.rejected = 0.0, 0.0
-        self.rounds = 0
+    def __init__(self, lengths: tuple[int, ...] = LENGTHS, trees: Sequence[Tree] = ()) -> None:
+        self.lengths, self.trees = lengths, list(trees)
+        self.first: list[int | Tree] = [k for k in _FIRST if k in lengths]
+        if self.trees:
+            small = min(self.trees, key=lambda tree: tree.nodes)
+            self.first[2:2], self.first[5:5] = [small], [small]  # twice: what comes for the first time takes longer
+        self.times: dict[int | Tree, deque[float]] = {}
+        places = max((max(tree.places) + 1 for tree in self.trees), default=1)
+        self.accepted, self.rejected = [0.0] * places, [0.0] * places  # by place among siblings
+        self.rounds = self.looks = 0
         self.apart, self.look = _LOOK_AROUND, _LOOK_AROUND  # rounds between looks, and the round of the next
 
-    def record(self, k: int, microseconds: float, drafted: int, accepted: int, rejected: int) -> None:
-        """A round of length k took `microseconds`; of its `drafted` tokens `accepted` were, and in `rejected` sequences
-        one was not (those behind it say nothing)."""
-        if microseconds > 0:
-            self.times.setdefault(k, deque(maxlen=5)).append(microseconds)
-        if drafted:
-            if accepted > self.acceptance * (accepted + rejected):
-                self.apart, self.look = _LOOK_AROUND, min(self.look, self.rounds + _LOOK_AROUND)
-            self.accepted = _MEMORY * self.accepted + accepted
-            self.rejected = _MEMORY * self.rejected + rejected
-
     @property
-    def acceptance(self) -> float:
-        """The estimated probability that a drafted token is accepted, given that those before it were."""
-        return (self.accepted + 1.0) / (self.accepted + self.rejected + 2.0)
+    def most(self) -> int:
+        """Tokens that a round may draft."""
+        return max(*self.lengths, *(tree.nodes for tree in self.trees))
 
-    def time(self, k: int) -> float:
-        """The expected microseconds of a round of length k."""
-        seen = sorted((length, statistics.median(times)) for length, times in self.times.items())
+    def record(
+        self,
+        shape: int | Tree,
+        microseconds: float,
+        drafted: int,
+        accepted: int,
+        rejected: int,
+        later: Sequence[Sequence[int]] = (),
+    ) -> None:
+        """A round of a length or tree took `microseconds`; of its `drafted` tokens `accepted` were, and in `rejected`
+        sequences one was not (those behind it say nothing). Of a tree that is said of siblings tried first, and of
+        those tried second, third, ... `later` has the same two numbers."""
+        if microseconds > 0:
+            self.times.setdefault(shape, deque(maxlen=5)).append(microseconds)
+        if not drafted:
+            return
+        tried = [(accepted, rejected), *later]
+        expected = sum(a * (right + wrong) for a, (right, wrong) in zip(self.acceptances(), tried, strict=False))
+        if sum(right for right, _ in tried) > expected:
+            self.apart, self.look = _LOOK_AROUND, min(self.look, self.rounds + _LOOK_AROUND)
+        for place, (right, wrong) in enumerate(tried):
+            if right + wrong:
+                self.accepted[place] = _MEMORY * self.accepted[place] + right
+                self.rejected[place] = _MEMORY * self.rejected[place] + wrong
+
+    def acceptances(self) -> list[float]:
+        """The estimated probability that a drafted token is accepted, given that those before it were, and that the
+        sibling tried after it is, given that it was not, and so on. Of siblings nothing has been seen of each is worth
+        half the one before: a tree is not taken for hope alone."""
+        found, before = [], 1.0
+        for right, wrong in zip(self.accepted, self.rejected, strict=True):
+            before = (right + before / 2) / (right + wrong + 1.0)
+            found.append(before)
+        return found
+
+    def time(self, shape: int | Tree) -> float:
+        """The expected microseconds of a round."""
+        if shape in self.times:
+            return statistics.median_low(self.times[shape])
+        if isinstance(shape, Tree):
+            further = [
+                max(0.0, self.time(tree) - self.time(tree.depth)) / (tree.nodes - tree.depth)
+                for tree in self.trees
+                if tree in self.times
+            ]
+            each = sum(further) / len(further) if further else 0.0
+            return self.time(shape.depth) + each * (shape.nodes - shape.depth)
+        seen = sorted((k, statistics.median_low(times)) for k, times in self.times.items() if isinstance(k, int))
         if len(seen) == 1:
             return seen[0][1]
         # Linear between the neighbours that were seen, or beyond the last two of them.
-        right = next((i for i, (length, _) in enumerate(seen) if length >= k), len(seen) - 1)
+        right = next((i for i, (length, _) in enumerate(seen) if length >= shape), len(seen) - 1)
         (a, at_a), (b, at_b) = seen[max(right - 1, 0)], seen[max(right, 1)]
-        return max(at_a + (at_b - at_a) * (k - a) / (b - a), min(at_a, at_b) / 2)
+        return max(at_a + (at_b - at_a) * (shape - a) / (b - a), min(at_a, at_b) / 2)
 
-    def rate(self, k: int) -> float:
+    def tokens(self, shape: int | Tree) -> float:
+        """Expected tokens of one sequence in a round."""
+        acceptances = self.acceptances()
+        if not isinstance(shape, Tree):
+            return sum(acceptances[0] ** i for i in range(shape + 1))
+        share = list(itertools.accumulate((1 - a for a in acceptances), lambda left, x: left * x, initial=1.0))
+        reached = [1.0]  # of the root, then of each node: how often it is accepted
+        for parent, place in zip(shape.parents, shape.places, strict=True):
+            reached.append(reached[parent + 1] * share[place] * acceptances[place])
+        return sum(reached)
+
+    def rate(self, shape: int | Tree) -> float:
         """Expected tokens a microsecond, of one sequence."""
-        return sum(self.acceptance**i for i in range(k + 1)) / self.time(k)
+        return self.tokens(shape) / self.time(shape)
 
-    def choose(self) -> int:
-        """The length of the next round."""
+    def choose(self) -> int | Tree:
+        """What to draft in the next round: so many tokens, or this tree."""
         self.rounds += 1
         if self.rounds <= len(self.first):
             return self.first[self.rounds - 1]
-        if not self.times:
+        if not any(isinstance(shape, int) for shape in self.times):
             return self.lengths[0]
-        best = max(self.lengths, key=self.rate)
+        best = max((*self.lengths, *self.trees), key=self.rate)
         if self.rounds < self.look:
             return best
         self.apart = _LOOK_AROUND if best else min(2 * self.apart, _MOST_APART)
         self.look = self.rounds + self.apart
-        at = self.lengths.index(best) + (1 if self.look // _LOOK_AROUND % 2 == 0 or best == 0 else -1)
-        return self.lengths[min(max(at, 0), len(self.lengths) - 1)]
+        self.looks += 1
+        if self.trees and self.looks % 2:
+            # The best of the other kind.
+            if isinstance(best, Tree):
+                return max(self.lengths, key=self.rate)
+            tree = max(self.trees, key=self.rate)
+            lost = self.time(tree) - self.tokens(tree) / self.rate(best)
+            if lost < _LOOK_COST * self.apart * self.time(best):
+                return tree
+        kind = self.trees if isinstance(best, Tree) else self.lengths
+        up = (self.looks // 2 if self.trees else self.look // _LOOK_AROUND) % 2 == 0
+        at = kind.index(best) + (1 if up or best == 0 else -1)
+        return kind[min(max(at, 0), len(kind) - 1)]

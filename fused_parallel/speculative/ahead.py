@@ -16,28 +16,51 @@ from typing import NamedTuple
 
 from .adaptive import AdaptiveLength
 from .round import Round, Snapshot
+from .tree import Tree
 
 AHEAD = 2  # captured rounds that are queued and not read: one at work, one behind it
 
 
 class Told(NamedTuple):
-    """What a round gave: the length drafted; of each sequence its tokens; of each that lived how many tokens were
-    drafted and how many of them accepted; and the seconds that captures took before it was read."""
+    """What a round gave: how many tokens were drafted, and in which tree; of each sequence its tokens; of each that
+    lived how many tokens were drafted and how many of them accepted; and the seconds that captures took before it was
+    read."""
 
     length: int
+    tree: Tree | None
     rows: list[list[int]]
     pairs: list[tuple[int, int]]
     capturing: float
 
 
+_NOTHING = (0, 0, 0, 0)
+
+
 @dataclass
 class _Queued:
     length: int
-    most: int  # tokens that it may give a sequence
+    tree: Tree | None
     told: Snapshot
-    carried: tuple[int, int, int, int]  # of the round whose time it brings to all ranks
+    carried: tuple  # the outcome of the round whose time it brings to all ranks
     since: float
-    usual: bool  # its time is that of a round of its length
+    usual: bool  # its time is that of a round of its kind
+
+    @property
+    def most(self) -> int:
+        """Tokens that it may give a sequence."""
+        return 1 + (self.length if self.tree is None else self.tree.depth)
+
+    def outcome(self, lived: list[list[int]]) -> tuple:
+        """What `AdaptiveLength.record` takes, but for the time; by what `Round.told` has of the sequences that
+        lived."""
+        drafted = sum(row[-3] for row in lived)
+        if self.tree is None:
+            return self.length, drafted, sum(row[-2] for row in lived), sum(row[-2] < row[-3] for row in lived)
+        counts = [[0, 0] for _ in range(max(self.tree.places) + 1)]
+        for row in lived:
+            for place, accepted in self.tree.judged[row[-4] + 1]:
+                counts[place][not accepted] += 1
+        return self.tree, drafted, *counts[0], counts[1:]
 
 
 def run_ahead(
@@ -52,33 +75,33 @@ def run_ahead(
 ) -> Iterator[Told]:
     """Queue rounds while `needed`, asked with the most tokens that those not read yet may give a sequence, and yield
     them in order; `ahead` are queued before the first of them is read. `living()`: the sequences that go on, by what
-    has been yielded; a round after the last of them has ended yields no pairs. `adaptive` chooses lengths; with
-    `capture` each is captured first.
+    has been yielded; a round after the last of them has ended yields no pairs. `adaptive` chooses lengths and trees;
+    with `capture` each is captured first.
 
     Ranks that are told alike queue alike.
     """
     queued: deque[_Queued] = deque()
-    seen = (0, 0, 0, 0)  # of the round read last: length, drafted, accepted, rejected
+    seen = _NOTHING  # of the round read last
     carried = False  # whether a round brings its time to all ranks
     read, capturing = 0.0, 0.0
     while True:
         while len(queued) < ahead and needed(sum(q.most for q in queued)):
             since = time.perf_counter()
             if adaptive is not None:
-                round_.k = adaptive.choose()
+                round_.draft_next(adaptive.choose())
                 if capture and round_.capture(replay=True):
                     capturing += time.perf_counter() - since
                     since = time.perf_counter()
                     for q in queued:  # their end has been waited for there
                         q.usual = False
             if carried and adaptive is not None:  # two in a row, where nothing was queued for a while
-                seen = (0, 0, 0, 0)
+                seen = _NOTHING
                 round_.clock.fill_(0)
             carried = True
             round_.go_on(living())
             replayed = round_.run()  # eager among captured ones, a round costs more than it should
-            most = round_.k + 1 if round_.tree is None else round_.tree.tree.depth + 1
-            queued.append(_Queued(round_.k, most, Snapshot(round_.told), seen, since, replayed or not capture))
+            tree = None if round_.tree is None else round_.tree.tree
+            queued.append(_Queued(round_.k, tree, Snapshot(round_.told), seen, since, replayed or not capture))
         if not queued:
             return
         q = queued.popleft()
@@ -86,12 +109,12 @@ def run_ahead(
         check()
         took = time.perf_counter() - max(read, q.since)
         read = time.perf_counter()
-        pairs = [(row[-3], row[-2]) for row, lives in zip(told, lived, strict=True) if lives]
+        of_living = [row for row, lives in zip(told, lived, strict=True) if lives]
         if adaptive is not None:
             # Every rank hears what a round before took on one of them, so that all choose alike.
             adaptive.record(q.carried[0], told[0][-1], *q.carried[1:])
             round_.clock.fill_(int(1e6 * took) if q.usual else 0)
+            seen = q.outcome(of_living)
         carried = False
-        seen = (q.length, sum(m for m, _ in pairs), sum(a for _, a in pairs), sum(a < m for m, a in pairs))
-        yield Told(q.length, [row[:-3] for row in told], pairs, capturing)
+        yield Told(q.length, q.tree, [row[:-4] for row in told], [(row[-3], row[-2]) for row in of_living], capturing)
         capturing = 0.0

@@ -5,8 +5,8 @@ from __future__ import annotations
 import itertools
 import operator
 import time
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 
@@ -16,68 +16,12 @@ from ..comm.workspace import check
 from ..models.llama import LlamaForCausalLM
 from ..ops.verify import METHODS
 from ..pipeline.stage_links import SLOTS
-from .adaptive import LENGTHS, LENGTHS_OFFLOADED, AdaptiveLength
+from .adaptive import LENGTHS, LENGTHS_OFFLOADED, AdaptiveLength, offloaded_trees
 from .ahead import AHEAD, run_ahead
+from .generation import Generation, GenerationStats
 from .microbatches import MicroBatch, run
 from .round import Round
 from .tree import Tree
-
-
-@dataclass
-class GenerationStats:
-    """What one `fp.generate` call cost on this rank. Seconds are wall time; communication includes waiting for
-    peers."""
-
-    sequences: int
-    prompt_tokens: int
-    new_tokens: int
-    prefill_seconds: float
-    decode_seconds: float
-    rounds: int
-    drafted: int
-    accepted: int
-    communication_seconds: float | None  # as comm.CommunicationTimer counts; None: in CUDA graphs
-    rounds_by_length: dict[int, int]  # how many rounds drafted 0, 1, ... tokens
-    streamed_bytes: int  # of offloaded weights, copied to the device by passes that were not captured
-    stream_seconds: float  # for how long those copies ran
-    bubble: float | None = None  # share of the time in which this pipeline stage waited for another; None: no stages
-
-    @property
-    def tokens_per_second(self) -> float:
-        """New tokens after the first of each sequence, over the decode time, all sequences together."""
-        return (self.new_tokens - self.sequences) / self.decode_seconds if self.decode_seconds > 0 else 0.0
-
-    @property
-    def acceptance(self) -> float | None:
-        """Accepted over drafted tokens; None when nothing was drafted."""
-        return self.accepted / self.drafted if self.drafted else None
-
-    @property
-    def link_utilisation(self) -> float | None:
-        """Share of prefill and decode time in which weights were copied to the device; None where none were."""
-        total = self.prefill_seconds + self.decode_seconds
-        return self.stream_seconds / total if self.stream_seconds and total > 0 else None
-
-    @property
-    def stream_gb_per_second(self) -> float | None:
-        """Rate of those copies while they ran, in 10^9 bytes a second; None where there were none."""
-        return self.streamed_bytes / self.stream_seconds * 1e-9 if self.stream_seconds else None
-
-    @property
-    def communication_share(self) -> float | None:
-        """Share of prefill and decode time spent in collectives; None where rounds were captured in a graph."""
-        if self.communication_seconds is None:
-            return None
-        total = self.prefill_seconds + self.decode_seconds
-        return self.communication_seconds / total if total > 0 else 0.0
-
-
-@dataclass
-class Generation:
-    """tokens: for each prompt its new token ids, ending with the end-of-sequence token if it was reached."""
-
-    tokens: list[list[int]]
-    stats: GenerationStats
 
 
 def _per_request(value, batch: int, name: str, dtype: torch.dtype, device, low=None, high=None) -> torch.Tensor | None:
@@ -223,14 +167,15 @@ def generate(
         draft: speculative decoding with a smaller LlamaForCausalLM of the same vocabulary, made with mesh=None, which
             only the last stage's ranks run; or with "ngram", which proposes what followed the last tokens when they
             stood in the sequence before.
-        num_draft_tokens: tokens drafted a round; "auto": 0 to 8 (32 where the model's layers are offloaded), chosen
-            each round for the batch by what rounds have cost and how often drafts were right (`speculative.adaptive`).
-            The time of a round is the clock's, so two runs may choose differently; greedy tokens do not depend on it,
-            sampled ones do (not their distribution). A sequence of integers is a tree of at most 63 nodes: (4, 2, 1) is
-            4 tokens for the next place, two after each of them and one after each of those; or it begins with -1 and
-            names the node that each node follows, -1 for the sequence itself. Siblings are the draft's most likely
-            tokens, or drawn without replacement where the temperature is above 0. A tree needs a draft model,
-            method="rejection" and microbatches=1.
+        num_draft_tokens: tokens drafted a round; "auto": 0 to 8, chosen each round for the batch by what rounds have
+            cost and how often drafts were right (`speculative.adaptive`); where the model's layers are offloaded 0 to
+            32 or, with a draft model and method="rejection", one of six trees of 15 to 63 tokens. The time of a round
+            is the clock's, so two runs may choose differently; greedy tokens do not depend on it, sampled ones do (not
+            their distribution). A sequence of integers is a tree of at most 63 nodes: (4, 2, 1) is 4 tokens for the
+            next place, two after each of them and one after each of those; or it begins with -1 and names the node that
+            each node follows, -1 for the sequence itself. Siblings are the draft's most likely tokens, or drawn without
+            replacement where the temperature is above 0. A tree needs a draft model, method="rejection" and
+            microbatches=1.
         method: "rejection" or "block", which leave the model's distribution unchanged, or "greedy", which ignores the
             temperature; as `fp.verify`.
         temperature, top_k, top_p, min_p, seed: one value, or one per prompt; temperature 0 is greedy. With one seed,
@@ -238,8 +183,8 @@ def generate(
         eos_token_id: token(s) that end a sequence; default: the model's configuration.
         cuda_graph: capture a whole round (draft, model, verification) once and replay it, each pipeline stage its own
             part, of each micro-batch: GPUs only, stages on one host. With num_draft_tokens="auto", on one stage only,
-            each length is captured when it is first chosen. The tokens are the same; stats then do not know the time
-            spent in communication, and count captures as prefill (of micro-batches: as decoding).
+            each length or tree is captured when it is first chosen. The tokens are the same; stats then do not know the
+            time spent in communication, and count captures as prefill (of micro-batches: as decoding).
         microbatches: parts of the batch that are decoded in turn, so that the stages of a pipeline work at once: about
             as many as stages, or more; at most 8, and one prompt each at least. Needs a fixed num_draft_tokens, and
             with offloaded layers cuda_graph=False.
@@ -262,14 +207,16 @@ def generate(
         )
     adaptive = None
     if draft is not None and num_draft_tokens == "auto":
-        adaptive = AdaptiveLength(LENGTHS_OFFLOADED if model.offloaded else LENGTHS)
+        treeless = not model.offloaded or draft == "ngram" or method != "rejection"
+        trees = [] if treeless else offloaded_trees(model.config.vocab_size)
+        adaptive = AdaptiveLength(LENGTHS_OFFLOADED if model.offloaded else LENGTHS, trees)
     if cuda_graph and adaptive is not None and model.pp_group.size() > 1:
         raise ValueError(
             'generate: num_draft_tokens="auto" of a model in pipeline stages needs cuda_graph=False: a captured '
             "message keeps its slot, so rounds of several lengths would have to be captured ahead"
         )
     tree = _tree_of(num_draft_tokens, draft, method, microbatches, model.config.vocab_size)
-    k = 0 if draft is None else max(adaptive.lengths) if adaptive is not None else num_draft_tokens
+    k = 0 if draft is None else adaptive.most if adaptive is not None else num_draft_tokens
     k = k if tree is None else tree.nodes
     _check_parts(microbatches, prefill_chunk, len(prompts), cuda_graph, adaptive, model.offloaded)
     batch, device = len(prompts), model.device
@@ -307,13 +254,15 @@ def generate(
             sampling={name: x if x is None else x[part.start : part.stop] for name, x in sampling.items()},
             method=method,
             tree=tree,
+            trees=[] if adaptive is None else adaptive.trees,
         )
         for part in parts
     ]
     round_ = rounds[0]
     new: list[list[int]] = [[] for _ in prompts]
     done = [False] * batch
-    rounds_by_length: dict[int, int] = {}
+    rounds_by_length: Counter[int] = Counter()
+    rounds_by_tree: Counter[tuple[int, int]] = Counter()
     drafted = accepted = 0
     streamed, copying = model.streamed_bytes, model.stream_seconds
 
@@ -344,7 +293,7 @@ def generate(
             nonlocal drafted, accepted
             before = sum(map(len, new))
             take(rows, first)
-            rounds_by_length[length] = rounds_by_length.get(length, 0) + 1
+            rounds_by_length[length] += 1
             drafted += sum(made for made, _ in pairs)
             accepted += sum(right for _, right in pairs)
             advance(sum(map(len, new)) - before)
@@ -354,7 +303,7 @@ def generate(
             visits = run(batches, lambda m: [not done[i] for i in parts[m]], check, capture=cuda_graph)
             for m, length, known, lived in visits:
                 pairs = [(row[-3], row[-2]) for row, lives in zip(known, lived, strict=True) if lives]
-                count(length, pairs, [row[:-3] for row in known], parts[m].start)
+                count(length, pairs, [row[:-4] for row in known], parts[m].start)
         else:
             told = run_ahead(
                 round_,
@@ -366,10 +315,12 @@ def generate(
                 adaptive=adaptive,
                 capture=cuda_graph,
             )
-            for length, rows, pairs, seconds in told:
+            for length, drawn, rows, pairs, seconds in told:
                 capturing += seconds
                 if pairs:
                     count(length, pairs, rows)
+                    if drawn is not None:
+                        rounds_by_tree[drawn.nodes, drawn.depth] += 1
         end = time.perf_counter()
 
     stats = GenerationStats(
@@ -383,6 +334,7 @@ def generate(
         accepted=accepted,
         communication_seconds=None if cuda_graph else timer.seconds(),
         rounds_by_length=dict(sorted(rounds_by_length.items())),
+        rounds_by_tree=dict(sorted(rounds_by_tree.items())),
         streamed_bytes=model.streamed_bytes - streamed,
         stream_seconds=model.stream_seconds - copying,
         bubble=None if cuda_graph or model.stage.links is None else timer.waiting_seconds() / (end - begin),

@@ -6,7 +6,7 @@ captured in a CUDA graph and replayed.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -62,8 +62,9 @@ class Round:
     Args:
         model: a LlamaForCausalLM.
         draft: a smaller one, "ngram", or None: k is 0 and a round yields one token.
-        k: tokens drafted a round, at most; the attribute `k` may be lowered between rounds.
+        k: tokens drafted a round, at most; `draft_next` changes that between rounds.
         tree: the k tokens are its nodes; needs a draft model.
+        trees: those that `draft_next` may be given, of at most k nodes.
         capacity: of the KV caches, in tokens.
         seed, temperature, sampling, method: as `fp.verify` takes them, [B] on the model's device.
 
@@ -71,8 +72,8 @@ class Round:
         tokens: int64 [B, k + 1] (tree: depth + 1), accepted: int32 [B]: the last round's verdict, the same on every
             rank.
         drafted: int32 [B]: how many tokens were drafted.
-        told: int64 [B, columns of tokens + 3]: all of these, and what was heard, in one tensor: tokens, drafted,
-            accepted, heard.
+        told: int64 [B, columns of tokens + 4]: all of these, and what was heard, in one tensor: tokens, the last
+            accepted of the drafts or of the tree's nodes (-1: none), drafted, accepted, heard.
         alive: bool [B]: sequences that go on; the others stand still. `go_on` sets it.
         clock: int64 [1]: a number of this rank that `heard` has after the next round on every rank, from the last
             stage's first rank.
@@ -91,8 +92,10 @@ class Round:
         sampling,
         method,
         tree: Tree | None = None,
+        trees: Sequence[Tree] = (),
     ) -> None:
         self.tree = None if tree is None else PlacedTree(tree, batch, model.device)
+        self._placed = {other: PlacedTree(other, batch, model.device) for other in trees}
         self.model, self.k, self.method, self.sampling = model, k, method, sampling
         self.seed, self.temperature = seed, temperature
         self.greedy = not bool((temperature > 0).any())
@@ -111,12 +114,13 @@ class Round:
         self.drafts = torch.zeros(batch, k + 1, **like)
         self.drafted = torch.zeros(batch, dtype=torch.int32, device=model.device)
         self.missed = 0  # rounds without a draft since the last one with
-        self.told = torch.zeros(batch, (k if tree is None else tree.depth) + 4, **like)
-        self.tokens = self.told[:, :-3]
+        self.told = torch.zeros(batch, (k if tree is None else tree.depth) + 5, **like)
+        self.tokens = self.told[:, :-4]
         self.accepted = torch.zeros(batch, dtype=torch.int32, device=model.device)
         self.alive = torch.ones(batch, dtype=torch.bool, device=model.device)
         self._going_on = [True] * batch
-        self._graphs: dict[tuple[int, int], Callable[[], None]] = {}  # by k, and what was missed before
+        # By what is drafted, and what was missed before.
+        self._graphs: dict[tuple[int | PlacedTree, int], Callable[[], None]] = {}
         self._pool = self._side = None
 
     def prefill(self, ids: torch.Tensor, lens: torch.Tensor, chunk: int | None = None) -> torch.Tensor:
@@ -151,6 +155,11 @@ class Round:
         # From pinned memory: a copy from other memory waits for all that the stream has been given.
         self.alive.copy_(on_host.pin_memory() if self.alive.is_cuda else on_host, non_blocking=True)
 
+    def draft_next(self, shape: int | Tree) -> None:
+        """From the next round on draft so many tokens, or this of the `trees`. The same on every rank."""
+        self.tree = self._placed[shape] if isinstance(shape, Tree) else None
+        self.k = shape.nodes if isinstance(shape, Tree) else shape
+
     def run(self) -> bool:
         """The next round, on the current stream: eager, or by the graph captured of one like it. Whether it was the
         graph."""
@@ -162,9 +171,9 @@ class Round:
             self.missed = 0 if self.k else missed + 1  # as `propose` says, which did not run
         return replay is not None
 
-    def _kind(self) -> tuple[int, int]:
+    def _kind(self) -> tuple[int | PlacedTree, int]:
         """What the shapes within the next round follow from."""
-        return self.k, self.missed if self.k and isinstance(self.drafter, ModelDraft) else 0
+        return self.tree or self.k, self.missed if self.k and isinstance(self.drafter, ModelDraft) else 0
 
     def capture(self, replay: bool = False) -> bool:
         """Capture rounds like the next one in a CUDA graph, unless they are, or many others; with `replay`, and replay
@@ -240,6 +249,7 @@ class Round:
     def update(self, verdict: torch.Tensor) -> None:
         """Take over a verdict, the same on every rank, and end the round."""
         k, at = self.k, self.cache.lens.long().unsqueeze(1)
+        path = None
         if self.tree is not None:
             k = self.tree.tree.depth
             path = verdict[:, k + 3 :]
@@ -250,6 +260,7 @@ class Round:
         self.tokens[:, : k + 1] = verdict[:, : k + 1]
         self.accepted.copy_(verdict[:, k + 1])
         self.heard.copy_(verdict[0, k + 2])
+        self.told[:, -4] = self.accepted - 1 if path is None else path.amax(1)  # nodes follow those with less
         self.told[:, -3], self.told[:, -2], self.told[:, -1] = self.drafted, self.accepted, self.heard
         # A finished sequence stands still, so that it never outgrows the cache.
         self.cache.lens += (self.accepted + 1) * self.alive

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import heapq
 import itertools
 import operator
 from collections.abc import Sequence
@@ -61,6 +62,20 @@ class Tree:
         return range(self.parents.index(node), self.parents.index(node) + count) if count else range(0)
 
     @functools.cached_property
+    def places(self) -> list[int]:
+        """Of each node among its siblings: 0 for the one that is tried first."""
+        return [j - self.parents.index(parent) for j, parent in enumerate(self.parents)]
+
+    @functools.cached_property
+    def judged(self) -> list[list[tuple[int, bool]]]:
+        """What an accepted path says, by its last node (0 for none, j + 1 for node j): of each sibling that was tried
+        its place, and whether it was accepted."""
+        told: list[list[tuple[int, bool]]] = [[]]
+        for j, parent in enumerate(self.parents):
+            told.append([*told[parent + 1], *((i, False) for i in range(self.places[j])), (self.places[j], True)])
+        return [of + [(i, False) for i in range(len(self.children(j - 1)))] for j, of in enumerate(told)]
+
+    @functools.cached_property
     def sees(self) -> torch.Tensor:
         """bool [N + 1, N + 1]: row 0 is the root, row j + 1 node j; a node sees itself and those it follows."""
         mask = torch.eye(self.nodes + 1, dtype=torch.bool)
@@ -79,6 +94,34 @@ def _parents_of(widths: list[int]) -> list[int]:
         parents += [parent for parent in above for _ in range(width)]
         above = list(range(begin, len(parents)))
     return parents
+
+
+def likely_tree(nodes: int, depth: int, acceptances: Sequence[float]) -> Tree:
+    """The tree of so many nodes, at most so deep, that yields the most tokens where the sibling tried first is accepted
+    with probability acceptances[0] and, all before it rejected, the one tried next with acceptances[1], and so on: the
+    nodes that are reached and accepted most often. No node has more children than there are acceptances.
+
+    Source: Chen et al. 2024, "Sequoia" (there by dynamic programming; without a cost by node the most likely are best).
+    """
+    share = []  # of a node's children, by place: how often it is the one that is accepted, where the node is
+    left = 1.0
+    for acceptance in acceptances:
+        share.append(left * acceptance)
+        left *= 1 - acceptance
+    # A path is the places of its nodes; a node's next sibling and its first child come up once it has been taken.
+    taken: list[tuple[int, ...]] = []
+    ready = [(-share[0], (0,), -1.0)]  # least first: minus the chances of the node and of the one above
+    while ready and len(taken) < nodes:
+        chance, path, above = heapq.heappop(ready)
+        taken.append(path)
+        place = path[-1] + 1
+        if place < len(share):
+            heapq.heappush(ready, (above * share[place], (*path[:-1], place), above))
+        if len(path) < depth:
+            heapq.heappush(ready, (chance * share[0], (*path, 0), chance))
+    taken.sort(key=lambda path: (len(path), path))
+    at = {path: j for j, path in enumerate(taken)}
+    return Tree([at.get(path[:-1], -1) for path in taken])
 
 
 class PlacedTree:

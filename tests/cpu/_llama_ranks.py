@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import sys
 
@@ -109,9 +110,9 @@ def parallelized_logits(mesh, path, ids, steps):
     return torch.cat(parts, 1), generated, sum(p.numel() for p in model.parameters())
 
 
-def generated(mesh, path, draft_path, prompts, max_new_tokens, **options):
+def generated(mesh, path, draft_path, prompts, max_new_tokens, offload=None, **options):
     """(tokens, stats as dict) of fp.generate on this mesh, fp32."""
-    model = fp.LlamaForCausalLM.from_pretrained(path, mesh=mesh, dtype=torch.float32)
+    model = fp.LlamaForCausalLM.from_pretrained(path, mesh=mesh, dtype=torch.float32, offload=offload)
     draft = draft_path
     if draft_path not in (None, "ngram"):
         draft = fp.LlamaForCausalLM.from_pretrained(draft_path, mesh=None, dtype=torch.float32)
@@ -150,18 +151,43 @@ def generated_by_replays(mesh, path, draft_path, prompts, max_new_tokens, **opti
     return tokens, captured, mesh.get_local_rank("pp"), counts
 
 
-def generated_by_kept_rounds(mesh, path, draft_path, prompts, max_new_tokens, lengths, most, **options):
-    """As `generated` with captured rounds of the given lengths in turn, and a stand-in for CUDA graphs that keeps the
-    captured work to run it when it is replayed. Gives the tokens, the statistics, which rounds were captured and how
-    many replayed."""
-    from fused_parallel.speculative import round as module
+@contextlib.contextmanager
+def drafts_in_turn(shapes):
+    """ "auto" drafts these lengths in turn; -1 is the first of the trees that it may choose, -2 the second, ..."""
     from fused_parallel.speculative.adaptive import AdaptiveLength
 
+    chosen, usual = itertools.cycle(shapes), AdaptiveLength.choose
+
+    def choose(self):
+        shape = next(chosen)
+        return shape if shape >= 0 else self.trees[-1 - shape]
+
+    AdaptiveLength.choose = choose
+    try:
+        yield
+    finally:
+        AdaptiveLength.choose = usual
+
+
+def generated_in_turn(mesh, path, draft_path, prompts, max_new_tokens, shapes, **options):
+    """As `generated`, of an offloaded model whose rounds draft `shapes` in turn."""
+    with drafts_in_turn(shapes):
+        options |= {"num_draft_tokens": "auto", "offload": fp.Offload()}
+        return generated(mesh, path, draft_path, prompts, max_new_tokens, **options)
+
+
+def generated_by_kept_rounds(mesh, path, draft_path, prompts, max_new_tokens, lengths, most, **options):
+    """As `generated` with captured rounds of the given lengths (`drafts_in_turn`), and a stand-in for CUDA graphs that
+    keeps the captured work to run it when it is replayed. Gives the tokens, the statistics, which rounds were captured
+    (how many tokens, and what was missed before) and how many replayed."""
+    from fused_parallel.speculative import round as module
+
     captured, replayed = [], 0
-    usual = module._warmed_graph_of, module.MOST_GRAPHS, AdaptiveLength.choose
+    usual = module._warmed_graph_of, module.MOST_GRAPHS
 
     def warmed_graph_of(work, pool, side):
-        captured.append(rounds[-1]._kind())
+        shape, missed = rounds[-1]._kind()
+        captured.append((shape if isinstance(shape, int) else shape.tree.nodes, missed))
         work()
 
         def replay():
@@ -171,7 +197,7 @@ def generated_by_kept_rounds(mesh, path, draft_path, prompts, max_new_tokens, le
 
         return replay
 
-    chosen, rounds = itertools.cycle(lengths), []
+    rounds = []
     generate = sys.modules["fused_parallel.speculative.generate"]
 
     class Kept(generate.Round):
@@ -181,12 +207,12 @@ def generated_by_kept_rounds(mesh, path, draft_path, prompts, max_new_tokens, le
 
     own = generate.Round, generate.on_gpus
     module._warmed_graph_of, module.MOST_GRAPHS = warmed_graph_of, most
-    AdaptiveLength.choose = lambda self: next(chosen)
     generate.Round, generate.on_gpus = Kept, lambda model: True
     try:
-        tokens, stats = generated(mesh, path, draft_path, prompts, max_new_tokens, cuda_graph=True, **options)
+        with drafts_in_turn(lengths):
+            tokens, stats = generated(mesh, path, draft_path, prompts, max_new_tokens, cuda_graph=True, **options)
     finally:
-        module._warmed_graph_of, module.MOST_GRAPHS, AdaptiveLength.choose = usual
+        module._warmed_graph_of, module.MOST_GRAPHS = usual
         generate.Round, generate.on_gpus = own
     return tokens, stats, captured, replayed
 

@@ -29,6 +29,9 @@ class Rounds:
         self.clock, self.told = torch.zeros(1, dtype=torch.int64), None
         self.alive, self.captures, self.clocks = [], captures, []
 
+    def draft_next(self, shape):
+        self.k = shape
+
     def go_on(self, alive):
         self.alive.append(list(alive))
 
@@ -38,7 +41,7 @@ class Rounds:
 
     def run(self):
         self.clocks.append(int(self.clock))
-        row = [self.queued + 1, self.queued + 101 if self.k else -1, self.k, self.k, self.clocks[-1]]
+        row = [self.queued + 1, self.queued + 101 if self.k else -1, self.k - 1, self.k, self.k, self.clocks[-1]]
         self.told = torch.tensor([row, row])
         self.queued += 1
         return True
