@@ -12,11 +12,11 @@ os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
 # virtual ranks is a kernel that waits for the rank whose kernel is being loaded.
 os.environ.setdefault("CUDA_MODULE_LOADING", "EAGER")
 
-# Before torch starts, also in the ranks that tests spawn: as many threads as there are cores in each of several processes
-# keep each other waiting. (On 32 cores four workers took a minute for what takes two seconds.)
-_workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
-_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-os.environ.setdefault("OMP_NUM_THREADS", str(max(1, min(8, _cores // _workers))))
+# And fewer threads than cores in each of several processes, which would keep each other waiting; also in the ranks that
+# tests spawn. (With 32 cores four workers took a minute for what takes seconds.)
+os.environ.setdefault(
+    "OMP_NUM_THREADS", str(max(1, min(8, os.cpu_count() // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))))
+)
 
 # Workers of pytest-xdist (make gpu-test) have a GPU each, of those that the caller lets them see.
 if worker := os.environ.get("PYTEST_XDIST_WORKER"):
