@@ -23,8 +23,8 @@ class Choice(NamedTuple):
     threads: of a CTA, ctas: in the grid, at most; cluster: CTAs that share a row (with the norm). 0: the kernel's
     default.
     Of matmuls: "persistent", the kernel that exchanges tiles, "decode", the one for up to 64 rows, or "whole", matmul
-    and collective one after the other, also where the kernel does not take the shape. depth: "decode" only where the
-    weight has so many columns for each row of x: the exchange hides behind the reading of the weight.
+    and collective one after the other, also where the kernel does not take the shape. rows, depth: only for x of so
+    many rows or more, and a weight of so many columns, and twice as many rows, for each row of x; else "whole".
     """
 
     algorithm: str
@@ -32,6 +32,11 @@ class Choice(NamedTuple):
     ctas: int = 0
     cluster: int = 0
     depth: int = 0
+    rows: int = 0
+
+    def suits(self, m: int, k: int, n: int) -> bool:
+        """Whether it is for x [m, k] and a weight [n, k]."""
+        return m >= self.rows and m * self.depth <= min(k, n // 2)
 
 
 # op -> (most bytes of one rank's payload, or None for all larger ones; choice), ascending. The payload is what a
@@ -40,8 +45,11 @@ Table = dict[str, list[tuple[int | None, Choice]]]
 
 _MB = 1 << 20
 ONE, TWO, LIBRARY, WHOLE, PERSISTENT = map(Choice, ("one_shot", "two_shot", "library", "whole", "persistent"))
-# Of 64 rows it wins at 4096 columns of 8192 rows, and loses at 2048 of 4096 (docs/matmul_all_reduce.md).
+# The exchange hides behind the reading of the weight. 64 rows win with 4096 columns of 8192 rows, and lose with 2048
+# and 7168 of 4096 (docs/matmul_all_reduce.md).
 DECODE = Choice("decode", depth=64)
+# Few rows of tiles leave the exchange of the last ones bare: 512 rows lose at 16384 rows of the weight, too.
+TALL = Choice("persistent", rows=1024)
 
 
 def default_table(world: int) -> Table:
@@ -63,12 +71,12 @@ def default_table(world: int) -> Table:
         "all_reduce": all_reduce,
         "all_reduce_add_rms_norm": with_norm,
         "reduce_scatter": [(None, ONE)],
-        "matmul_all_reduce": [(2 * _MB, DECODE), (12 * _MB, WHOLE), (None, PERSISTENT)],
+        "matmul_all_reduce": [(2 * _MB, DECODE), (12 * _MB, WHOLE), (None, TALL)],
         # The sum in one kernel with the norm gains more than the exchange beside the matmul.
         "matmul_all_reduce_add_rms_norm": [(2 * _MB, DECODE), (None, WHOLE)],
         "matmul_reduce_scatter": [(6 * _MB, WHOLE), (None, PERSISTENT)],
         "all_gather": [(None, ONE)],
-        "all_gather_matmul": [(4 * _MB, WHOLE), (None, PERSISTENT)],
+        "all_gather_matmul": [(4 * _MB, WHOLE), (None, TALL)],
     }
 
 

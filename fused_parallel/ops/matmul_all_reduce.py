@@ -37,8 +37,10 @@ def algorithm(op: str, x: torch.Tensor, weight: torch.Tensor, pg: dist.ProcessGr
     if not workspace.hopper or x.element_size() != 2 or k % 8 or n % 8 or k == 0 or m == 0:
         return "whole"
     choice = workspace.choice(op, m * n * x.element_size())
+    if not choice.suits(m, k, n):
+        return "whole"
     chosen = choice.algorithm
-    if chosen == "decode" and m * choice.depth <= k and workspace.takes_decode(m, n):
+    if chosen == "decode" and workspace.takes_decode(m, n):
         return chosen
     if chosen == "persistent" and m > _ext.extension().matmul_tile_rows * (pg.size() - 1):
         most = workspace.matmul().most_rows(n, op == "matmul_reduce_scatter")

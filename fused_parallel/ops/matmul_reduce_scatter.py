@@ -37,7 +37,8 @@ def _gathers_beside(x: torch.Tensor, weight: torch.Tensor, pg: dist.ProcessGroup
     if not workspace.hopper or x.element_size() != 2 or weight.shape[0] % 8 or weight.shape[1] % 8:
         return False
     fits = 0 < bytes * (pg.size() - 1) <= GATHER_BYTES and weight.shape[0] > 0
-    return fits and workspace.choice("all_gather_matmul", bytes).algorithm == "persistent"
+    choice = workspace.choice("all_gather_matmul", bytes)
+    return fits and choice.algorithm == "persistent" and choice.suits(len(x) * pg.size(), x.shape[1], len(weight))
 
 
 def _launch_gather(x: torch.Tensor, weight: torch.Tensor, pg: dist.ProcessGroup) -> torch.Tensor:

@@ -57,9 +57,9 @@ H100_ALL_REDUCE_US = {
     512: (48.69, 26.97), 1024: (76.06, 52.77), 8192: (465.67, 419.00),
 }  # fmt: skip
 
-# What `fused-parallel probe` measured on the machine of two H200 as eager_layer_us (benchmarks/results/
-# probe_h200.json): the host's time to queue one layer of a prefill.
-EAGER_LAYER_US = 486.0
+# The host's time to queue one layer of a prefill: what `fused-parallel probe --quick` measured as eager_layer_us on a
+# machine of two H200 (benchmarks/results/probe_h200_quick.json), then still in one process.
+EAGER_LAYER_US = 516.4
 
 # H100: matmul_all_reduce.csv, (M, K, N) of a rank -> microseconds of (cublas: the matmul, fused: with its all-reduce)
 H100_MATMUL_US = {

@@ -15,8 +15,9 @@ from .result import Candidate
 from .schedule import Schedule, simulate
 from .workload import Workload
 
-# Not for weights and KV: CUDA context, NCCL's buffers, the allocator's gaps. An assumption.
-RESERVED_GB = 2.0
+# Not for weights, KV and activations: CUDA's context, NCCL's and the symmetric buffers, the allocator's gaps. From one
+# row of planner.csv: what was taken on the GPU less what tensors took, 8B on TP2.
+RESERVED_GB = 3.8
 MAX_CHUNK = 8192  # tokens of prompts in one pass; bounds the activations
 MIN_CHUNK = 256
 DRAFTED = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32)

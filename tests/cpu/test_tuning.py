@@ -117,9 +117,27 @@ def test_few_rows_go_with_the_exchange_only_where_the_weight_is_deep(monkeypatch
     monkeypatch.setattr(op, "workspace_of", lambda pg: workspace)
     monkeypatch.setattr(op, "choose_fused", lambda *_, **__: True)
 
-    def chosen(m, k):
-        x, weight = torch.empty(m, k, dtype=torch.float16), torch.empty(4096, k, dtype=torch.float16)
+    def chosen(m, k, n=8192):
+        x, weight = torch.empty(m, k, dtype=torch.float16), torch.empty(n, k, dtype=torch.float16)
         return op.algorithm("matmul_all_reduce", x, weight, SimpleNamespace(size=lambda: 2))
 
-    found = [chosen(*shape) for shape in ((64, 4096), (32, 2048), (64, 2048), (33, 2048))]
-    assert found == ["decode", "decode", "whole", "whole"]
+    found = [chosen(*shape) for shape in ((64, 4096), (32, 2048), (64, 2048), (33, 2048), (64, 8192, 4096))]
+    assert found == ["decode", "decode", "whole", "whole", "whole"]
+
+
+def test_defaults_by_the_shapes_that_were_measured():
+    """benchmarks/results: what wins, of H200 and H100, in bf16."""
+
+    def suits(op: str, m: int, k: int, n: int) -> str:
+        choice = tuning.choose(tuning.default_table(2), op, 2 * m * (k if op == "all_gather_matmul" else n))
+        return choice.algorithm if choice.suits(m, k, n) else "whole"
+
+    for m, k, n, best in (
+        (64, 4096, 8192, "decode"), (64, 7168, 4096, "whole"), (64, 2048, 4096, "whole"), (1, 2048, 4096, "decode"),
+        (512, 14336, 8192, "whole"), (512, 8192, 16384, "whole"), (2048, 8192, 16384, "persistent"),
+        (2048, 2048, 4096, "persistent"),
+    ):  # fmt: skip
+        assert suits("matmul_all_reduce", m, k, n) == best, (m, k, n)
+    assert suits("all_gather_matmul", 512, 14336, 8192) == "whole"
+    assert suits("all_gather_matmul", 2048, 14336, 8192) == "persistent"
+    assert suits("matmul_reduce_scatter", 512, 14336, 8192) == "persistent"
