@@ -11,11 +11,13 @@ A GPU shows it with a pair for which a pass costs something; trained and measure
 
 Greedy, so that every row but the quantised ones gives the same tokens. "predicted": tokens a round over (time of a
 plain offloaded pass + k times that of a draft's pass, of a tree as many as it is deep; both measured), against the
-plain offloaded model.
+plain offloaded model. "chosen": --num-draft-tokens auto, which takes as many tokens, or the tree of them, as pay; what
+it took is listed below the table.
 """
 
 import argparse
 import sys
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,7 +26,6 @@ import torch
 import fused_parallel as fp
 from fused_parallel._table import print_table
 from fused_parallel.models.tokenizer import load_tokenizer
-from fused_parallel.speculative.tree import Tree
 
 ASSETS = Path(__file__).parent / "assets"
 PROMPTS = (
@@ -38,7 +39,7 @@ parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.R
 parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
 parser.add_argument("--target", type=Path, default=ASSETS / "tiny-target", help="directory of the model")
 parser.add_argument("--draft", type=Path, default=ASSETS / "tiny-draft", help="directory of the smaller model")
-parser.add_argument("--lengths", type=int, nargs="+", default=[4], help="draft lengths, beside the automatic one")
+parser.add_argument("--lengths", type=int, nargs="+", default=[4], help="draft lengths, beside the automatic choice")
 parser.add_argument(
     "--tree", nargs="+", default=[], metavar="WIDTHS", help="trees, too: such as 2,2,1 or, by parents, --tree=-1,-1,0"
 )
@@ -81,6 +82,17 @@ def measure(model: fp.LlamaForCausalLM, **options) -> tuple[list, list]:
     return [r.tokens[0] for r in results], [r.stats for r in results]
 
 
+def shapes(stats: list) -> Counter[tuple[int, int]]:
+    """How many rounds drafted so many tokens, so deep."""
+    trees = sum((Counter(s.rounds_by_tree) for s in stats), Counter())
+    found = Counter(trees)
+    for s in stats:
+        found.update({(k, k): count for k, count in s.rounds_by_length.items()})  # those in trees, too
+    for (nodes, _), count in trees.items():
+        found[nodes, nodes] -= count
+    return +found
+
+
 def seconds_a_token(stats: list) -> float:
     return sum(s.decode_seconds for s in stats) / sum(s.new_tokens - 1 for s in stats)
 
@@ -97,20 +109,23 @@ for k in arguments.lengths:
 for tree in arguments.tree:
     options = {"draft": draft, "num_draft_tokens": tuple(map(int, tree.split(",")))}
     rows.append(Row(f"offloaded + draft, tree {tree}", offloaded, options))
-rows.append(Row("offloaded + draft, k chosen", offloaded, {"draft": draft, "num_draft_tokens": "auto"}))
+rows.append(Row("offloaded + draft, chosen", offloaded, {"draft": draft, "num_draft_tokens": "auto"}))
 rows.append(Row("offloaded + n-grams, k chosen", offloaded, {"draft": "ngram", "num_draft_tokens": "auto"}))
 if arguments.cuda_graph:  # last on this model: after a capture nothing is copied ahead between passes
     for k in arguments.lengths:
         options = {"draft": draft, "num_draft_tokens": k, "cuda_graph": True}
         rows.append(Row(f"offloaded + draft, k = {k}, graph", offloaded, options))
+    for tree in arguments.tree:
+        options = {"draft": draft, "num_draft_tokens": tuple(map(int, tree.split(","))), "cuda_graph": True}
+        rows.append(Row(f"offloaded + draft, tree {tree}, graph", offloaded, options))
     options = {"draft": draft, "num_draft_tokens": "auto", "cuda_graph": True}
-    rows.append(Row("offloaded + draft, k chosen, graph", offloaded, options))
+    rows.append(Row("offloaded + draft, chosen, graph", offloaded, options))
 rows.append(Row("offloaded, half resident", {"offload": fp.Offload(resident_bytes=half)}))
 rows.append(Row("offloaded, int8", offloaded | {"quantize": "int8"}))
 rows.append(Row("offloaded, int4", offloaded | {"quantize": "int4"}))
 rows.append(
     Row(
-        "offloaded, int4 + draft, k chosen",
+        "offloaded, int4 + draft, chosen",
         offloaded | {"quantize": "int4"},
         {"draft": draft, "num_draft_tokens": "auto"},
     )
@@ -119,7 +134,7 @@ rows.append(
 of_draft = {}
 for graph in (False, True) if arguments.cuda_graph else (False,):
     of_draft[graph] = seconds_a_token(measure(draft, cuda_graph=graph)[1])
-table, first, plain, wrong = [], None, None, False
+table, first, plain, wrong, chosen = [], None, None, False, []
 for row in rows:
     tokens, stats = measure(model_of(row.load), **row.generate)
     took, made = seconds_a_token(stats), sum(s.new_tokens for s in stats)
@@ -132,12 +147,16 @@ for row in rows:
     rounds, drafted = sum(s.rounds for s in stats), sum(s.drafted for s in stats)
     predicted = ""
     if plain and row.load == offloaded and row.generate.get("draft") is draft:
-        drafted_as = row.generate["num_draft_tokens"]
-        lengths = sum(k * count for s in stats for k, count in s.rounds_by_length.items()) / rounds
-        if isinstance(drafted_as, tuple):  # the draft passes once for each depth, not for each node
-            lengths = Tree(drafted_as).depth
-        predicted = plain / (plain + lengths * of_draft[row.generate.get("cuda_graph", False)])
+        # The draft passes once for each depth, not for each node.
+        passes = sum(depth * count for (_, depth), count in shapes(stats).items()) / rounds
+        predicted = plain / (plain + passes * of_draft[row.generate.get("cuda_graph", False)])
         predicted = f"{predicted * sum(s.new_tokens - 1 for s in stats) / rounds:.2f}"
+    if row.generate.get("num_draft_tokens") == "auto":
+        parts = [
+            f"{count} x {k if k == depth else f'a tree of {k}, {depth} deep'}"
+            for (k, depth), count in shapes(stats).most_common()
+        ]
+        chosen.append(f"{row.name}: {', '.join(parts)}")
     shares = [s.link_utilisation for s in stats if s.link_utilisation is not None]
     captured = row.generate.get("cuda_graph")  # whose copies nobody counts
     table.append(
@@ -165,6 +184,7 @@ columns = [
     "same",
 ]
 print_table(f"{arguments.max_new_tokens} tokens, greedy, float32, {arguments.device}", columns, table)
+print("rounds by what was chosen:", *chosen, sep="\n  ")
 print(f"a draft's pass takes {', '.join(f'{1e3 * t:.2f} ms' for t in of_draft.values())} (eager, then in a graph)")
 fp.finalize()
 raise SystemExit(int(wrong))
