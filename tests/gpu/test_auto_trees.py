@@ -44,7 +44,7 @@ def test_automatic_choice_in_bfloat16(tmp_path, graph):
     depths = sum(depth * count for (_, depth), count in stats["rounds_by_tree"].items())
     lengths = sum(k * count for k, count in stats["rounds_by_length"].items())
     in_trees = sum(nodes * count for (nodes, _), count in stats["rounds_by_tree"].items())
-    assert 0 < trees <= stats["rounds"] and stats["accepted"] / len(PROMPTS) > 0.6 * (lengths - in_trees + depths)
+    assert 0 < trees <= stats["rounds"] and stats["accepted"] / len(PROMPTS) > 0.4 * (lengths - in_trees + depths)
 
 
 def chosen(mesh, path, graph):
