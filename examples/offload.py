@@ -87,7 +87,7 @@ def shapes(stats: list) -> Counter[tuple[int, int]]:
     trees = sum((Counter(s.rounds_by_tree) for s in stats), Counter())
     found = Counter(trees)
     for s in stats:
-        found.update({(k, k): count for k, count in s.rounds_by_length.items()})
+        found.update({(k, k): count for k, count in s.rounds_by_length.items()})  # those in trees, too
     for (nodes, _), count in trees.items():
         found[nodes, nodes] -= count
     return +found

@@ -38,8 +38,8 @@ def add_parser(subparsers) -> None:
     parser.add_argument(
         "--num-draft-tokens",
         type=_length,
-        help='tokens drafted a round (default 4), "auto": as many as pay, with --offload also in trees, or a tree: '
-        "4,2,1 are its widths",
+        help='tokens drafted a round (default 4), "auto": as many as pay, with --offload and a draft model in trees, '
+        "too, or a tree: 4,2,1 are its widths",
     )
     parser.add_argument("--method", choices=("rejection", "block"), default="rejection", help="rule of verification")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 (the default) is greedy")
