@@ -21,7 +21,7 @@ _LOOK_COST = 0.02  # what a look at a tree may cost, of the time since the last 
 # Trees for drafts that are right so often, where they are wrong mostly for siblings (nodes, depth, acceptance): the
 # set by which a choice comes nearest to the best tree of 63 nodes, for acceptances of 0.3 to 0.9 and drafts of 1 to 10
 # % of a pass (docs/offload.md), and two smaller ones for passes that take longer for more tokens.
-_TREES = ((15, 4, 0.7), (31, 6, 0.7), (63, 3, 0.5), (63, 5, 0.5), (63, 9, 0.8), (63, 14, 0.9))
+_TREES = ((15, 2, 0.5), (31, 6, 0.7), (63, 3, 0.5), (63, 5, 0.5), (63, 9, 0.8), (63, 14, 0.9))
 _OF_SIBLINGS = (0.35, 0.25, 0.2, 0.2, 0.2)  # acceptance of the second, third, ... that those trees are made for
 
 

@@ -83,7 +83,7 @@ def _expected(tree: Tree, acceptances, node: int = -1) -> float:
 
 
 def test_the_trees_to_choose_from():
-    assert [(tree.nodes, tree.depth) for tree in SIX] == [(15, 4), (31, 6), (63, 3), (63, 5), (63, 9), (63, 14)]
+    assert [(tree.nodes, tree.depth) for tree in SIX] == [(15, 2), (31, 6), (63, 3), (63, 5), (63, 9), (63, 14)]
     for vocab in (1, 2, 4):
         assert max(len(t.children(n)) for t in offloaded_trees(vocab) for n in range(-1, t.nodes)) <= vocab
 
@@ -150,8 +150,8 @@ def test_automatic_choice_with_the_committed_pair():
     auto = {"draft": draft, "num_draft_tokens": "auto"}
     for batch in (prompts, prompts[2:]):
         result = fp.generate(model, batch, 60, **auto)
-        assert result.tokens == expected[-len(batch) :] and (15, 4) in result.stats.rounds_by_tree
-    assert (15, 4) in fp.generate(model, prompts, 60, **auto, temperature=0.8).stats.rounds_by_tree
+        assert result.tokens == expected[-len(batch) :] and (15, 2) in result.stats.rounds_by_tree
+    assert (15, 2) in fp.generate(model, prompts, 60, **auto, temperature=0.8).stats.rounds_by_tree
     for of, options in ((plain, {}), (model, {"draft": "ngram"}), (model, {"method": "block"})):
         result = fp.generate(of, prompts, 60, **auto | options)
         assert result.tokens == expected and result.stats.rounds_by_tree == {}

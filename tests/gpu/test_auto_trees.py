@@ -39,7 +39,7 @@ def test_automatic_choice_in_bfloat16(tmp_path, graph):
         tmp_path, scale=6.0, hidden_size=128, head_dim=64, num_attention_heads=2, num_key_value_heads=1
     )
     ((tokens, stats),) = run_ranks(chosen, 1, tmp_path, graph, device="cuda")
-    assert all(len(row) == 400 for row in tokens) and (15, 4) in stats["rounds_by_tree"]
+    assert all(len(row) == 400 for row in tokens) and (15, 2) in stats["rounds_by_tree"]
     trees = sum(stats["rounds_by_tree"].values())
     depths = sum(depth * count for (_, depth), count in stats["rounds_by_tree"].items())
     lengths = sum(k * count for k, count in stats["rounds_by_length"].items())
