@@ -15,7 +15,7 @@ os.environ.setdefault("CUDA_MODULE_LOADING", "EAGER")
 # And fewer threads than cores in each of several processes, which would keep each other waiting; also in the ranks that
 # tests spawn. (With 32 cores four workers took a minute for what takes seconds.)
 os.environ.setdefault(
-    "OMP_NUM_THREADS", str(max(1, min(8, os.cpu_count() // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))))
+    "OMP_NUM_THREADS", str(max(2, min(8, os.cpu_count() // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))))
 )
 
 # Workers of pytest-xdist (make gpu-test) have a GPU each, of those that the caller lets them see.
