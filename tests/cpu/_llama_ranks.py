@@ -54,6 +54,19 @@ def save_random_model(path, *, seed: int = 0, model_type: str = "llama", scale: 
     return model
 
 
+def save_noisy_pair(target, draft) -> None:
+    """A random target, and a draft that is the same with noise on its weights: branches of a tree are taken."""
+    from transformers import AutoModelForCausalLM
+
+    save_random_model(target, scale=6.0)
+    noisy = AutoModelForCausalLM.from_pretrained(target)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in noisy.parameters():
+            parameter.add_(torch.randn_like(parameter) * parameter.std() * 0.12)
+    noisy.save_pretrained(draft)
+
+
 def logits(mesh, path, ids, dtype):
     """Whole logits [B, S, V] of the library's model on this mesh; None on all but the last stage."""
     model = fp.LlamaForCausalLM.from_pretrained(path, mesh=mesh, dtype=dtype)

@@ -26,16 +26,8 @@ IN_TURN = (4, -1, 0, -2, -3, 0, 0, -4, 2, -5, -5, 1, -6, 0)
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
     """(target directory, draft directory): the draft is the target with noise on its weights."""
-    from transformers import AutoModelForCausalLM
-
     path, draft = tmp_path_factory.mktemp("target"), tmp_path_factory.mktemp("draft")
-    ranks.save_random_model(path, scale=6.0)
-    noisy = AutoModelForCausalLM.from_pretrained(path)
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for parameter in noisy.parameters():
-            parameter.add_(torch.randn_like(parameter) * parameter.std() * 0.12)
-    noisy.save_pretrained(draft)
+    ranks.save_noisy_pair(path, draft)
     return path, draft
 
 

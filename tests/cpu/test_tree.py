@@ -19,16 +19,8 @@ TREES = ((3, 2, 1), (4,), (1, 1, 1), SKEWED)
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
     """(target directory, draft directory): the draft is the target with noise on its weights."""
-    from transformers import AutoModelForCausalLM
-
     path, draft = tmp_path_factory.mktemp("target"), tmp_path_factory.mktemp("draft")
-    ranks.save_random_model(path, scale=6.0)
-    noisy = AutoModelForCausalLM.from_pretrained(path)
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for parameter in noisy.parameters():
-            parameter.add_(torch.randn_like(parameter) * parameter.std() * 0.12)
-    noisy.save_pretrained(draft)
+    ranks.save_noisy_pair(path, draft)
     return path, draft
 
 

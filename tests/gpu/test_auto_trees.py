@@ -15,15 +15,7 @@ IN_TURN = (4, -1, 0, -2, -3, 0, 0, -4, 2, -5, -5, 1, -6, 0)
 @pytest.mark.parametrize("options", [{}, {"temperature": 0.9, "top_p": 0.9, "seed": 4}])
 def test_chains_and_trees_in_turn_equal_cpu(tmp_path, options):
     """The same tokens eagerly and in graphs, of which now one, now another is replayed."""
-    from transformers import AutoModelForCausalLM
-
-    ranks.save_random_model(tmp_path / "target", scale=6.0)
-    noisy = AutoModelForCausalLM.from_pretrained(tmp_path / "target")
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for parameter in noisy.parameters():
-            parameter.add_(torch.randn_like(parameter) * parameter.std() * 0.12)
-    noisy.save_pretrained(tmp_path / "draft")
+    ranks.save_noisy_pair(tmp_path / "target", tmp_path / "draft")
     args = tmp_path / "target", tmp_path / "draft", PROMPTS, 60, IN_TURN
     ((expected, _),) = run_ranks(ranks.generated_in_turn, 1, *args, device="cpu", **options)
     for graph in (False, True):

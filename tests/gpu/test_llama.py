@@ -92,15 +92,7 @@ def chosen_lengths(mesh, path, draft, prompts, new, lengths, offload, **options)
 @pytest.mark.parametrize("tree", [(3, 2, 1), (-1, -1, -1, 0, 0, 1, 3, 3, 6)])
 def test_trees_equal_cpu(tmp_path, tree):
     """The same tokens eagerly and in a graph; the draft is the target with noise, so that branches are taken."""
-    from transformers import AutoModelForCausalLM
-
-    ranks.save_random_model(tmp_path / "target", scale=6.0)
-    noisy = AutoModelForCausalLM.from_pretrained(tmp_path / "target")
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for parameter in noisy.parameters():
-            parameter.add_(torch.randn_like(parameter) * parameter.std() * 0.12)
-    noisy.save_pretrained(tmp_path / "draft")
+    ranks.save_noisy_pair(tmp_path / "target", tmp_path / "draft")
     args = tmp_path / "target", tmp_path / "draft", PROMPTS, 24
     for options in ({}, {"temperature": 0.9, "top_p": 0.9, "seed": 4}, {"temperature": [0.0, 1.0, 0.0]}):
         options = options | {"num_draft_tokens": tree}
