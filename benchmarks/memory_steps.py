@@ -13,7 +13,7 @@ import os
 
 import torch
 import torch.distributed as dist
-from _common import main, parser
+from _common import main
 from bench_planner import config_of, fill
 
 import fused_parallel as fp
@@ -29,8 +29,6 @@ def run(arguments: argparse.Namespace) -> int:
         numbers = (taken, allocated, reserved, taken - reserved)
         print(f"{what:20}" + "".join(f"{n / 1e9:9.2f}" for n in numbers), flush=True)
 
-    if arguments.device == "cpu":
-        raise SystemExit("measures the memory of GPUs: there is nothing to see on CPU ranks")
     if os.environ["RANK"] == "0":
         print(f"{'GB':20}" + "".join(f"{name:>9}" for name in ("taken", "tensors", "reserved", "beside")))
     torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
@@ -54,6 +52,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    p = parser(__doc__)
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.set_defaults(device="cuda")
     p.add_argument("--model", default="llama-3-8b")
     main(run, p)
