@@ -121,6 +121,11 @@ class ModelDraft:
         self.cache.lens.copy_(lens)  # where `keep_path` expects the root
         return tokens, weights
 
+    def catch_up(self, history: torch.Tensor, lens: torch.Tensor, missed: int) -> None:
+        """Take in the tokens of rounds without a draft; arguments as of `propose`, which misses nothing then."""
+        feed = self._unseen(history, lens, missed)
+        self.model(feed, self.cache, logits_at=torch.zeros_like(lens, dtype=torch.int64))
+
     def _unseen(self, history: torch.Tensor, lens: torch.Tensor, missed: int) -> torch.Tensor:
         """The tokens to begin a round with, the last of each sequence among them; sets the cache's lengths to what is
         before them."""
