@@ -140,7 +140,7 @@ class Round:
         self.cache.context = None
         first = self.share(self._judge(logits, self.drafts[:, :0], None))[:, 0]
         if self.drafter is not None:
-            self.drafter.prefill(ids, lens)
+            self.drafter.prefill(ids, lens, chunk)
         self.cache.lens.copy_(lens)
         self.history[:, : ids.shape[1]] = ids
         self.history.scatter_(1, lens.long().unsqueeze(1), first.unsqueeze(1))

@@ -326,3 +326,28 @@ def test_bad_draft_length(pair, value):
     path, _, _ = pair
     with pytest.raises(RuntimeError, match='must be an integer of at least 1 with a draft, or "auto"'):
         run_ranks(ranks.generated, 1, path, "ngram", PROMPTS, 4, num_draft_tokens=value)
+
+
+def test_chunks_bound_the_passes_of_the_draft_too(pair):
+    mesh, (path, draft, target) = fp.init(device="cpu"), pair
+    model = fp.LlamaForCausalLM.from_pretrained(path, mesh=mesh)
+    drafter = fp.LlamaForCausalLM.from_pretrained(draft, mesh=None)
+    rows = []
+    for each in (model, drafter):
+        first = next(iter(each.model.layers.values()))
+        first.register_forward_pre_hook(lambda _, given: rows.append(given[0].shape[0] * given[0].shape[1]))
+    prompts = [[7, 8, 9] * 20, [5, 17, 200, 3] * 10]
+    result = fp.generate(model, prompts, 12, draft=drafter, num_draft_tokens=3, prefill_chunk=16)
+    assert max(rows) == 32 and result.tokens == greedy(target, prompts, 12) and result.stats.accepted > 0
+
+
+def test_one_seed_and_ends_as_tensors(pair):
+    model = fp.LlamaForCausalLM.from_pretrained(pair[0], mesh=fp.init(device="cpu"))
+    same = [PROMPTS[0]] * 3
+    plain = fp.generate(model, same, 8, temperature=1.0, seed=7).tokens
+    assert fp.generate(model, same, 8, temperature=1.0, seed=torch.tensor(7)).tokens == plain
+    assert len({tuple(row) for row in plain}) > 1
+    end = plain[0][2]
+    for ends in (torch.tensor(end), torch.tensor([end]), [end], end):
+        row = fp.generate(model, same[:1], 8, temperature=1.0, seed=7, eos_token_id=ends).tokens[0]
+        assert row == plain[0][: plain[0].index(end) + 1]
