@@ -54,17 +54,19 @@ def save_random_model(path, *, seed: int = 0, model_type: str = "llama", scale: 
     return model
 
 
-def save_noisy_pair(target, draft) -> None:
-    """A random target, and a draft that is the same with noise on its weights: branches of a tree are taken."""
+def save_noisy_pair(target, draft):
+    """A random target, and a draft that is the same with noise on its weights: some drafts are accepted and some are
+    not, and branches of a tree are taken. The target, as `save_random_model` returns it."""
     from transformers import AutoModelForCausalLM
 
-    save_random_model(target, scale=6.0)
+    model = save_random_model(target, scale=6.0)
     noisy = AutoModelForCausalLM.from_pretrained(target)
     torch.manual_seed(1)
     with torch.no_grad():
         for parameter in noisy.parameters():
             parameter.add_(torch.randn_like(parameter) * parameter.std() * 0.12)
     noisy.save_pretrained(draft)
+    return model
 
 
 def logits(mesh, path, ids, dtype):

@@ -16,19 +16,9 @@ NEW = 24
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
-    """(target directory, draft directory, transformers target). The draft is the target with noise on its weights, so
-    that some drafts are accepted and some are not."""
-    from transformers import AutoModelForCausalLM
-
+    """(target directory, draft directory, transformers target)."""
     path, draft = tmp_path_factory.mktemp("target"), tmp_path_factory.mktemp("draft")
-    target = ranks.save_random_model(path, scale=6.0)
-    noisy = AutoModelForCausalLM.from_pretrained(path)
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for parameter in noisy.parameters():
-            parameter.add_(torch.randn_like(parameter) * parameter.std() * 0.12)
-    noisy.save_pretrained(draft)
-    return path, draft, target
+    return path, draft, ranks.save_noisy_pair(path, draft)
 
 
 def greedy(model, prompts=PROMPTS, new=NEW):
