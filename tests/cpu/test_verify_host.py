@@ -328,6 +328,27 @@ def test_clusters_keep_the_same(seed, extension, dtype, spread, which):
     check(c, seen[0], "rejection", vocab)
 
 
+@pytest.mark.parametrize("filters", ["none", "top_p"])
+def test_block_sums_however_chunks_are_shared(seed, extension, filters):
+    """Block verification sums chunks of 12288 tokens: the bits of a call in which a CTA takes one, or all of a row."""
+    vocab = 3 * 12288 + 5
+    c = make_case(4, 3, vocab, SETS[filters], full_q=True, mixed=False, ragged=False, invalid=False)
+    c["draft_logits"][:2] = c["target_logits"][:2, :3] + 0.3 * torch.randn(2, 3, vocab)  # long prefixes are kept
+    for name, rows in (("target_logits", 4), ("draft_logits", 3)):
+        c[name][1, :, ::7], c[name][1, :, 3::7] = float("nan"), float("-inf")
+        c[name][3, rows - 1, 11] = float("inf")
+    seen = []
+    try:
+        for multiprocessors in (1, 2, 3, 16):
+            extension.set_multiprocessors(multiprocessors)
+            seen.append(run_whole(c, "block", vocab))
+            for a, b in zip(seen[-1], seen[0], strict=True):
+                assert torch.equal(a, b)
+    finally:
+        extension.set_multiprocessors(3)
+    check(c, seen[0], "block", vocab)
+
+
 @pytest.mark.parametrize("spread", SPREADS)
 def test_the_least_logit_kept_of_odd_rows(seed, extension, spread):
     """Threshold and normaliser, of rows in one CTA and in clusters, with what is wanted in the tail and above it."""
