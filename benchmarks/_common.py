@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import math
 import os
 import sys
@@ -314,6 +315,23 @@ class Bench:
         dist.barrier(group=self.pg)
         fp.finalize()
         return code
+
+
+def captured(step: Callable[[], object], on_gpu: bool = True) -> Callable[[], object]:
+    """`step` as a CUDA graph's replay, after a call outside it, in which is made what is made at first use; on a CPU as
+    it is."""
+    if not on_gpu:
+        return step
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step()
+    torch.cuda.current_stream().wait_stream(side)
+    gc.collect()  # a graph collected during the capture would break it
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay
 
 
 def relative(out: torch.Tensor, ref: torch.Tensor) -> float:

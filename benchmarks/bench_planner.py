@@ -34,7 +34,7 @@ from collections.abc import Callable
 import bench_pipeline
 import torch
 import torch.distributed as dist
-from _common import Bench, main, parser, relative
+from _common import Bench, captured, main, parser, relative
 from bench_decode_step import TOLERANCE, _plain
 
 import fused_parallel as fp
@@ -71,22 +71,6 @@ def fill(model: fp.LlamaForCausalLM, seed: int) -> None:
         to.normal_(0, 0.5 * p.shape[1] ** -0.5 if "embed" not in name else 1.0, generator=generator)
         if to is not p:
             p.copy_(to)
-
-
-def captured(step: Callable[[], object], on_gpu: bool) -> Callable[[], object]:
-    """`step` as a CUDA graph's replay, after a call outside it; on a CPU as it is."""
-    if not on_gpu:
-        return step
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        step()
-    torch.cuda.current_stream().wait_stream(side)
-    gc.collect()  # a graph collected during the capture would break it
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-    return graph.replay
 
 
 class Cases:

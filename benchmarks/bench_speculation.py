@@ -28,11 +28,10 @@ import dataclasses
 import functools
 import gc
 import time
-from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
-from _common import Bench, main, parser
+from _common import Bench, captured, main, parser
 from bench_decode_step import MODELS, _config, _fill
 
 import fused_parallel as fp
@@ -56,18 +55,6 @@ def _shape(name: str, layers: int):
 def _sync(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize()
-
-
-def _captured(fn: Callable[[], object]) -> Callable[[], object]:
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        fn()  # what is made at first use is made outside the capture
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        fn()
-    return graph.replay
 
 
 class Parts:
@@ -118,7 +105,7 @@ class Parts:
         """Microseconds of the slowest rank, waited for as the loop waits after each round."""
         fn = getattr(self, name)
         fn()
-        step = _captured(fn) if graph else fn
+        step = captured(fn) if graph else fn
         times = []
         for _ in range(rounds):
             _sync(self.bench.device)

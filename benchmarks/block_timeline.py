@@ -17,7 +17,7 @@ from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
-from _common import Bench, main, parser
+from _common import Bench, captured, main, parser
 from bench_block import MODELS, _Block, _nccl
 from torch.profiler import ProfilerActivity, profile
 
@@ -44,36 +44,23 @@ def _chosen(pg: dist.ProcessGroup, choice: tuning.Choice | None):
             workspace_of(pg).forget_choices()
 
 
-def _captured(run: Callable[[], object]) -> torch.cuda.CUDAGraph:
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        run()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(BLOCKS):
-            run()
-    return graph
-
-
 def _timeline(bench: Bench, name: str, run: Callable[[], object]) -> None:
-    graph = _captured(run)
+    replay = captured(lambda: [run() for _ in range(BLOCKS)])
     for _ in range(5):
-        graph.replay()
+        replay()
     torch.cuda.synchronize()
     dist.barrier(group=bench.pg)
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     start.record()
     for _ in range(TIMED):
-        graph.replay()
+        replay()
     end.record()
     torch.cuda.synchronize()
     us = 1e3 * start.elapsed_time(end) / (TIMED * BLOCKS)
     dist.barrier(group=bench.pg)
     with profile(activities=[ProfilerActivity.CUDA]) as profiled:
         for _ in range(REPLAYS):
-            graph.replay()
+            replay()
         torch.cuda.synchronize()
     on_gpu = (e for e in profiled.events() if e.device_type == torch.autograd.DeviceType.CUDA)
     events = sorted((e.time_range.start, e.time_range.end, e.name) for e in on_gpu)

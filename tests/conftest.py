@@ -12,8 +12,10 @@ os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
 # virtual ranks is a kernel that waits for the rank whose kernel is being loaded.
 os.environ.setdefault("CUDA_MODULE_LOADING", "EAGER")
 
-# And fewer threads than cores in each of several processes, which would keep each other waiting; also in the ranks that
-# tests spawn. (With 32 cores four workers took a minute for what takes seconds.)
+# And as many threads as each of several processes has cores, also in the ranks that tests spawn, which sleep where they
+# wait for each other: threads that spin take the cores from those they wait for. (Two workers of 2 threads on 2 cores:
+# 170 s for what takes 43 asleep; on 32 cores four workers took a minute for what takes seconds.)
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault(
     "OMP_NUM_THREADS", str(max(2, min(8, os.cpu_count() // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))))
 )

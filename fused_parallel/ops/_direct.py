@@ -19,6 +19,7 @@ _is_compiling = torch.compiler.is_compiling
 _modes_active = torch._C._len_torch_dispatch_stack  # torch.utils._python_dispatch reads it, too
 # torch.cuda.current_stream makes an object: 1.5 us. CPU builds of torch have neither.
 raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
+MOST_KNOWN = 4096
 
 
 def untraced() -> bool:
@@ -57,8 +58,15 @@ def may_remember(pg) -> bool:
     return not _is_compiling() and not _modes_active() and existing_workspace(pg) is not None
 
 
+def keep(known: dict, key: tuple, arguments: object) -> None:
+    """`known[key] = arguments`, in a memory that prompts of ever new lengths do not let grow without end."""
+    if len(known) >= MOST_KNOWN:
+        known.clear()
+    known[key] = arguments
+
+
 def remember(group, pg, key: tuple, arguments: tuple) -> None:
     """The long way takes a kernel for calls like `key`: the launcher's `arguments` that do not change."""
     workspace = existing_workspace(pg)
     by_group[id(group)] = group, workspace
-    workspace.known[key] = arguments
+    keep(workspace.known, key, arguments)

@@ -341,4 +341,4 @@ def remember(
     if part.pg:
         _direct.remember(group, part.pg, signature, known)
     else:
-        _known[signature] = known
+        _direct.keep(_known, signature, known)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
+import os
 
 import _verify_oracle as oracle
 import torch
@@ -11,6 +13,11 @@ from fused_parallel.ops.sample import sample
 from fused_parallel.ops.verify import verify
 from fused_parallel.ops.verify_tree import verify_tree
 from fused_parallel.reference import noise
+
+MASTER_SEED = int(os.environ.get("TEST_SEED", 20240317))  # of the requests' noise
+MODEL_SEED = 20240317  # of target and draft: fixed, since how visible a mistake is depends on them
+ALPHA = 1e-6  # a right implementation fails once in 10**6 tests
+LENGTH, VOCAB, K = 4, 3, 3
 
 # root's children 0, 1, 2; node 0's 3, 4; node 1's 5; node 3's 6, 7
 PARENTS = (-1, -1, -1, 0, 0, 1, 3, 3)
@@ -22,7 +29,7 @@ class Markov:
     `options` (temperature, top_k, top_p, min_p) apply to the target.
     """
 
-    def __init__(self, vocab, generator, **options):
+    def __init__(self, vocab, generator, device="cpu", **options):
         self.vocab, self.options = vocab, {"temperature": 0.8} | options
         shape = (vocab, vocab, vocab)
         self.target = torch.randn(shape, generator=generator)
@@ -33,6 +40,7 @@ class Markov:
             for token, p in law.p.items():
                 self.p[a, b, token] = p
         self.q = torch.softmax(self.draft.double(), -1)
+        self.target, self.draft = self.target.to(device), self.draft.to(device)
 
     def joint(self, length):
         """Law of the first `length` tokens after the context (0, 0), float64 [V ** length]."""
@@ -55,7 +63,7 @@ def chain_round(model, context, seed, step, k, method, full_q):
 
     The point-mass draft proposes the draft's favourite, and for a third of the requests a token at random.
     """
-    requests = torch.arange(context.shape[0])
+    requests = torch.arange(context.shape[0], device=context.device)
     targets, drafts, tokens = [model.target[context[:, 0], context[:, 1]]], [], []
     for i in range(k):
         weights = model.draft[context[:, 0], context[:, 1]]
@@ -93,9 +101,23 @@ def tree_round(model, context, seed, step, siblings, proposal):
     targets = torch.stack([model.target[c[:, 0], c[:, 1]] for c in contexts], 1)
     draft = torch.stack([rows[p + 1] for p in PARENTS], 1) if siblings == "without_replacement" else None
     return verify_tree(
-        targets, torch.stack(tokens, 1), torch.tensor(PARENTS), draft, seed=seed, step=step, siblings=siblings,
-        max_depth=3, **model.options,
+        targets, torch.stack(tokens, 1), torch.tensor(PARENTS, device=seed.device), draft, seed=seed, step=step,
+        siblings=siblings, max_depth=3, **model.options,
     )  # fmt: skip
+
+
+CHAINS = {
+    f"{method}-{'full_q' if full_q else 'point_mass'}": functools.partial(
+        chain_round, k=K, method=method, full_q=full_q
+    )
+    for method in ("rejection", "block")
+    for full_q in (True, False)
+}
+TREES = {
+    "tree-drawn": functools.partial(tree_round, siblings="without_replacement", proposal="drawn"),
+    "tree-top": functools.partial(tree_round, siblings="deterministic", proposal="top"),
+}
+ROUNDS = CHAINS | TREES
 
 
 def generate(model, play, requests, length, generator, key=lambda done, step: step):
@@ -104,9 +126,9 @@ def generate(model, play, requests, length, generator, key=lambda done, step: st
     Returns (tokens [requests, length], the first round's num_accepted). `key` gives the noise's step from the tokens
     done so far and the round's number, both [requests].
     """
-    seed = torch.randint(-(2**62), 2**62, (requests,), generator=generator)
-    history = torch.zeros(requests, length + 2 + 8, dtype=torch.int64)
-    done, first = torch.zeros(requests, dtype=torch.int64), None
+    seed = torch.randint(-(2**62), 2**62, (requests,), generator=generator).to(model.target.device)
+    history = seed.new_zeros(requests, length + 2 + 8)
+    done, first = torch.zeros_like(seed), None
     for number in range(length):
         context = torch.stack([history.gather(1, (done + i)[:, None])[:, 0] for i in (0, 1)], 1)
         result = play(model, context, seed, key(done, torch.full_like(done, number)))
@@ -118,7 +140,7 @@ def generate(model, play, requests, length, generator, key=lambda done, step: st
         done = (done + result.num_accepted + 1).clamp(max=length)
         if (done >= length).all():
             break
-    return history[:, 2 : length + 2], first
+    return history[:, 2 : length + 2].cpu(), first.cpu()
 
 
 def p_value(tokens, law):
@@ -142,3 +164,39 @@ def p_value(tokens, law):
     chi2 = ((observed - expected) ** 2 / expected).sum()
     freedom = torch.tensor(len(expected) - 1.0, dtype=torch.float64)
     return torch.special.gammaincc(freedom / 2, chi2 / 2).item()
+
+
+def run(play, requests, vocab=VOCAB, key=lambda done, step: step, length=LENGTH, **options):
+    """(p-value of the law of `length` tokens, model, how many each request accepted in its first round)."""
+    print(f"TEST_SEED={MASTER_SEED}")
+    model = Markov(vocab, torch.Generator().manual_seed(MODEL_SEED), **options)
+    generator = torch.Generator().manual_seed(MASTER_SEED)
+    tokens, first = generate(model, play, requests, length, generator, key)
+    p = p_value(tokens, model.joint(length))
+    print(f"p-value {p:.3g}, accepted in the first round {first.double().mean():.3f}")
+    return p, model, first.double()
+
+
+def acceptance(model, k, full_q, block):
+    """P(at least i accepted), i = 1..k, by enumeration of the drafts: E of prod min(1, p / q), or of block's p_i."""
+    out = []
+    for length in range(1, k + 1):
+        total = 0.0
+        for tokens in itertools.product(range(model.vocab), repeat=length):
+            a, b, drawn, kept = 0, 0, 1.0, 1.0
+            for t in tokens:
+                p, q = model.p[a, b, t].item(), model.q[a, b, t].item()
+                drawn *= q
+                kept = min(1.0, kept * p / q) if block else kept * min(1.0, p / q)
+                a, b = b, t
+            total += drawn * kept
+        out.append(total)
+    return out
+
+
+def check_acceptance(model, first, method):
+    """As many are accepted as the algorithm promises: refusing all and drawing from p would pass tests of the law."""
+    full = first[torch.arange(len(first)) % 5 != 0]  # the others' drafts are shorter
+    for i, rate in enumerate(acceptance(model, K, True, method == "block"), 1):
+        measured = (full >= i).double().mean().item()
+        assert abs(measured - rate) < 5 * (rate * (1 - rate) / len(full)) ** 0.5, (i, measured, rate)
