@@ -10,6 +10,7 @@ import contextlib
 import contextvars
 import datetime
 import time
+from collections import deque
 from dataclasses import dataclass, field
 
 import torch
@@ -37,7 +38,7 @@ class CommunicationTimer:
     waiting_host_seconds: float = 0.0  # of them in receives of the stage before: a pipeline's bubble
     calls: int = 0
     bytes: int = 0
-    _events: list[tuple[torch.cuda.Event, torch.cuda.Event, bool]] = field(default_factory=list)
+    _events: deque[tuple[torch.cuda.Event, torch.cuda.Event, bool]] = field(default_factory=deque)
 
     def __enter__(self) -> CommunicationTimer:
         self._token = _timer.set(self)
@@ -49,9 +50,7 @@ class CommunicationTimer:
     def seconds(self) -> float:
         if self._events:
             torch.cuda.synchronize()
-            for start, end, waiting in self._events:
-                self._add(start.elapsed_time(end) * 1e-3, waiting)
-            self._events.clear()
+            self._take_in(len(self._events))
         return self.host_seconds
 
     def waiting_seconds(self) -> float:
@@ -59,10 +58,25 @@ class CommunicationTimer:
         self.seconds()
         return self.waiting_host_seconds
 
+    def _around(self, start: torch.cuda.Event, end: torch.cuda.Event, waiting: bool) -> None:
+        self._events.append((start, end, waiting))
+        if len(self._events) > _MOST_EVENTS:  # a long answer has hundreds a token
+            self._take_in(2)
+
+    def _take_in(self, count: int) -> None:
+        for _ in range(count):
+            start, end, waiting = self._events[0]
+            if not end.query():
+                return
+            self._events.popleft()
+            self._add(start.elapsed_time(end) * 1e-3, waiting)
+
     def _add(self, seconds: float, waiting: bool) -> None:
         self.host_seconds += seconds
         self.waiting_host_seconds += seconds if waiting else 0.0
 
+
+_MOST_EVENTS = 4096  # that a CommunicationTimer keeps, if those before are over
 
 # How long a rank that lost the others waits for them to say that they lost someone, too.
 _GRACE_S = 2.0
@@ -136,7 +150,7 @@ def _count(timer: CommunicationTimer, bytes: int, on_gpu: bool, waiting: bool):
         start.record()
         yield
         end.record()
-        timer._events.append((start, end, waiting))
+        timer._around(start, end, waiting)
     else:
         begin = time.perf_counter()
         yield

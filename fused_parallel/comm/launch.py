@@ -135,8 +135,9 @@ class RankPool:
         for calls, process in zip(self._calls, self.processes, strict=True):
             if process.is_alive():
                 calls.put(None)
+        end = time.monotonic() + 10
         for process in self.processes:
-            process.join(timeout=10)
+            process.join(timeout=max(0.0, end - time.monotonic()))
         self.kill()
 
     def __enter__(self) -> RankPool:

@@ -26,6 +26,7 @@ MATMUL_TILES = 1024
 
 # Room for the rows that all_gather_matmul gathers from the other ranks; made when it is first needed.
 GATHER_BYTES = 128 << 20
+MOST_CHOICES = 4096  # that a group remembers, by size
 
 
 def slot_bytes_for(world: int) -> int:
@@ -62,7 +63,10 @@ class AllReduceWorkspace:
         """What the group's table says of a payload; looked up once for each size."""
         found = self._choices.get((op, bytes))
         if found is None:
-            found = self._choices[op, bytes] = tuning.choose(agree(self.pg).tuning, op, bytes)
+            found = tuning.choose(agree(self.pg).tuning, op, bytes)
+            if len(self._choices) >= MOST_CHOICES:  # prompts of ever new lengths
+                self._choices.clear()
+            self._choices[op, bytes] = found
         return found
 
     def forget_choices(self) -> None:

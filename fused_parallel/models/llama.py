@@ -179,12 +179,17 @@ class LlamaForCausalLM(nn.Module):
         self._device = device
         options = {"offload": offload, "quantize": quantize, "progress": progress}
         self.model = LlamaModel(config, self.layer_range, first, last, **options, **kwargs)
-        self.lm_head = ParallelLMHead(config.hidden_size, config.vocab_size, **kwargs) if last else None
+        try:
+            self.lm_head = ParallelLMHead(config.hidden_size, config.vocab_size, **kwargs) if last else None
+        except BaseException:
+            if self.offloaded:
+                self.model.layers.release()
+            raise
         if last and first and config.tie_word_embeddings:
             self.lm_head.tie(self.model.embed_tokens)
         # Not a sub-module: it would name every parameter a second time.
         object.__setattr__(self, "stage", PipelineStage(self.model, group=pp_group, tp_group=self.tp_group))
-        self.register_load_state_dict_pre_hook(LlamaForCausalLM._drop_other_stages)
+        self.register_load_state_dict_pre_hook(LlamaForCausalLM._fit_state_dict)
         self.requires_grad_(False)
         self.eval()
 
@@ -265,7 +270,10 @@ class LlamaForCausalLM(nn.Module):
         }
         return absent.get(key, False) or key.endswith("rotary_emb.inv_freq")
 
-    def _drop_other_stages(self, state_dict, prefix, *_) -> None:
+    def _fit_state_dict(self, state_dict, prefix, *_) -> None:
+        embedding, head = prefix + "model.embed_tokens.weight", prefix + "lm_head.weight"
+        if self.config.tie_word_embeddings and embedding in state_dict:  # files have a tied weight once
+            state_dict.setdefault(head, state_dict[embedding])
         for key in [k for k in state_dict if k.startswith(prefix) and self._is_elsewhere(k[len(prefix) :])]:
             del state_dict[key]
 

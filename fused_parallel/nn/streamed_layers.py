@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -74,7 +75,9 @@ class StreamedLayers(nn.Module):
                 raise ValueError(f"StreamedLayers: {name} must not be negative, got {size}")
         self.device = torch.device(device)
         on_gpu = self.device.type == "cuda"
-        self._layers = list(layers.items())  # a layer may stand under two names
+        self._layers = list(layers.items())
+        if len({id(layer) for layer in layers.values()}) < len(layers):
+            raise ValueError(f"StreamedLayers: a layer stands under two of the names {', '.join(layers)}")
         self._iterating = False
         # Of each streamed layer, by its index: the block, or None for one in files, and the parameters in it.
         self._blocks: dict[int, torch.Tensor | None] = {}
@@ -101,10 +104,10 @@ class StreamedLayers(nn.Module):
         try:
             cached = self._cache.tensors if self._cache is not None else {}
             self._fill_tiers(dict(zip(wanted, self._host.tensors, strict=False)), cached, resident)
+            self._slots = [torch.empty(largest, dtype=torch.uint8, device=self.device) for _ in range(slots)]
         except BaseException:
             self._host.release()
             raise
-        self._slots = [torch.empty(largest, dtype=torch.uint8, device=self.device) for _ in range(slots)]
         self._stream = torch.cuda.Stream(self.device) if on_gpu else None
         self._copied = [torch.cuda.Event() for _ in range(slots)] if on_gpu else []
         self._read = [torch.cuda.Event() for _ in range(slots)] if on_gpu else []
@@ -114,11 +117,13 @@ class StreamedLayers(nn.Module):
         if self._stream is not None:
             for slot in self._slots:
                 slot.record_stream(self._stream)  # not another tensor's memory while a copy into it may be under way
-        self.register_load_state_dict_pre_hook(self._before_loading)
+        # No bound methods are kept here: pinned memory would wait for the collector of cycles once the layers are gone.
+        self.register_load_state_dict_pre_hook(StreamedLayers._before_loading)
         self._fillers: dict[int, Callable[[torch.Tensor], None]] = {}  # by the parameter's id
         self._disk: DiskReader | None = None
         if on_disk:
-            self._disk = DiskReader(on_disk, self._read_from_disk, self._host.tensors[-_DISK_BLOCKS:])
+            read = weakref.WeakMethod(self._read_from_disk)
+            self._disk = DiskReader(on_disk, lambda *what: read()(*what), self._host.tensors[-_DISK_BLOCKS:])
             if self._cache is None:
                 self.register_state_dict_pre_hook(_refuse_state_dict)
                 self.register_load_state_dict_pre_hook(_refuse_state_dict)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -280,8 +281,9 @@ def from_profile(profile: dict, name: str) -> Cluster:
     models = sorted({gpu["name"] for gpu in found})
     if len(models) > 1:
         raise ValueError(f"cluster {name!r}: its GPUs differ ({', '.join(models)}); the planner needs equal ones")
-    squeezed = models[0].lower().replace(" ", "")
-    known = [key for key in GPUS if key in squeezed]
+    words = re.findall("[a-z0-9]+", models[0].lower())  # "rtx", "4090"; an L40 is no L4
+    spelt = {"".join(words[i:j]) for i in range(len(words)) for j in range(i + 1, len(words) + 1)}
+    known = [key for key in GPUS if key in spelt]
     if not known:
         raise ValueError(f"cluster {name!r}: GPU {models[0]!r} is unknown; known: {', '.join(GPUS)}")
     gpu = GPUS[max(known, key=len)]

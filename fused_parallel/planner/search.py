@@ -184,8 +184,9 @@ class Search:
         more += self._draft_gb[0] if drafted else 0.0  # every rank holds the draft
         ranks = [Memory(gb + more, tokens * kv, activations, RESERVED_GB) for gb, kv in self._sizes[key]]
         if drafted:  # which those of the last stage run
-            last = ranks[-1]
-            ranks[-1] = Memory(last.weights, last.kv + tokens * self._draft_gb[1], activations, RESERVED_GB)
+            last, draft = ranks[-1], workload.draft.activation_bytes(passed, batch, 1) / 1e9
+            kv = last.kv + tokens * self._draft_gb[1]
+            ranks[-1] = Memory(last.weights, kv, max(activations, draft), RESERVED_GB)
         return ranks
 
     def _capacity(self, stages: int, drafted: int) -> int:
@@ -266,9 +267,9 @@ class Search:
             costs = self._stages(dtype, tp, stages, Step(size, drafted + 1, context, drafted + 1), streamed)
             drafts = [0.0] * len(stages)
             if drafted:
-                drafts[0] = drafted * self._draft_us(size, context)
+                drafts[-1] = drafted * self._draft_us(size, context)  # the last stage's ranks draft
             if streamed and drafted:  # the first layers are copied while the draft runs: as many as there are slots
-                ahead = min(drafts[0], SLOTS / streamed * costs[0].stream_us)
+                ahead = min(drafts[-1], SLOTS / streamed * costs[0].stream_us)
                 costs[0] = dataclasses.replace(costs[0], stream_us=costs[0].stream_us - ahead)
             times = [c.us + d for c, d in zip(costs, drafts, strict=True)]
             hops = self._hops(tp, stages, size * (drafted + 1))

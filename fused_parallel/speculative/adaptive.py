@@ -17,7 +17,8 @@ _FIRST = (4, 0, 4, 0, 1)  # costs and acceptance are unknown at first
 _LOOK_AROUND = 32  # rounds between two looks at a neighbour of the best length
 _MOST_APART = 512  # where drafting does not pay, each look is twice as far from the one before, up to this
 _MEMORY = 0.95  # weight of what was seen a round ago
-_LOOK_COST = 0.02  # what a look at a tree may cost, of the time since the last look
+_LOOK_COST = 0.02  # what a look at a tree, or at a draft where none pays, may cost, of the time since the last
+_PLAIN_LOOK = 4  # of so many looks from a length that is best one is at plain decoding
 # Trees for drafts that are right so often, where they are wrong mostly for siblings (nodes, depth, acceptance): the
 # set by which a choice comes nearest to the best tree of 63 nodes, for acceptances of 0.3 to 0.9 and drafts of 1 to 10
 # % of a pass (docs/offload.md), and two smaller ones for passes that take longer for more tokens.
@@ -35,13 +36,15 @@ class AdaptiveLength:
     """Chooses a round's draft, a length or one of `trees`, for the largest expected number of tokens a second, for the
     batch as a whole.
 
-    A draft of k tokens of which each is accepted with probability a yields 1 + a + ... + a^k tokens a sequence; a tree
-    as many, in the mean, as its accepted path is long, with a probability of its own for siblings that are tried
-    second, third and so on. They are estimated over the last rounds, and a round's time as the median of the last five
-    of its kind; of lengths that have not been seen it is interpolated, of trees it is that of their depth and what
-    trees that were seen took more for each further node. Every 32nd round takes a neighbour of the best length, in turn
-    with the best tree, so that changes are noticed: where drafting does not pay, one round in 32 with one drafted
-    token. Trees are looked at where that costs little.
+    A draft of k tokens of which each is accepted with probability a yields 1 + a + ... + a^k tokens a sequence, of
+    which those beyond the first count only as far as there is a draft: n-gram drafts are of some sequences, and
+    shorter. A tree yields as many, in the mean, as its accepted path is long, with a probability of its own for
+    siblings that are tried second, third and so on. They are estimated over the last rounds, and a round's time as
+    the median of the last five of its kind; of lengths that have not been seen it is interpolated, of trees it is
+    that of their depth and what trees that were seen took more for each further node. Every 32nd round takes a
+    neighbour of the best length, in turn with the best tree and with plain decoding, so that changes are noticed.
+    Where drafting does not pay that is a round in 32 to 512, with one drafted token or in turn with a longer draft
+    that was seen. Such a look, and one at a tree, is taken only where it costs little.
 
     Ranks that record the same numbers choose the same.
     """
@@ -55,6 +58,7 @@ class AdaptiveLength:
         self.times: dict[int | Tree, deque[float]] = {}
         places = max((max(tree.places) + 1 for tree in self.trees), default=1)
         self.accepted, self.rejected = [0.0] * places, [0.0] * places  # by place among siblings
+        self.offered = self.wanted = 0.0  # drafted tokens, and those that would have been, had every sequence had all
         self.rounds = self.looks = 0
         self.apart, self.look = _LOOK_AROUND, _LOOK_AROUND  # rounds between looks, and the round of the next
 
@@ -71,17 +75,23 @@ class AdaptiveLength:
         accepted: int,
         rejected: int,
         later: Sequence[Sequence[int]] = (),
+        wanted: int | None = None,
     ) -> None:
         """A round of a length or tree took `microseconds`; of its `drafted` tokens `accepted` were, and in `rejected`
         sequences one was not (those behind it say nothing). Of a tree that is said of siblings tried first, and of
-        those tried second, third, ... `later` has the same two numbers."""
+        those tried second, third, ... `later` has the same two numbers. `wanted`: tokens that would have been drafted,
+        had every sequence had as many as the length says (None: they had)."""
         if microseconds > 0:
             self.times.setdefault(shape, deque(maxlen=5)).append(microseconds)
+        if wanted or drafted:
+            self.offered = _MEMORY * self.offered + drafted
+            self.wanted = _MEMORY * self.wanted + (drafted if wanted is None else wanted)
         if not drafted:
             return
         tried = [(accepted, rejected), *later]
-        expected = sum(a * (right + wrong) for a, (right, wrong) in zip(self.acceptances(), tried, strict=False))
-        if sum(right for right, _ in tried) > expected:
+        known = [(a, right + wrong) for a, (right, wrong) in zip(self.acceptances(), tried, strict=False)]
+        expected, variance = sum(a * n for a, n in known), sum(a * (1 - a) * n for a, n in known)
+        if sum(right for right, _ in tried) > expected + 2 * variance**0.5:  # drafts are better than they were
             self.apart, self.look = _LOOK_AROUND, min(self.look, self.rounds + _LOOK_AROUND)
         for place, (right, wrong) in enumerate(tried):
             if right + wrong:
@@ -122,7 +132,8 @@ class AdaptiveLength:
         """Expected tokens of one sequence in a round."""
         acceptances = self.acceptances()
         if not isinstance(shape, Tree):
-            return sum(acceptances[0] ** i for i in range(shape + 1))
+            covered = (self.offered + 1.0) / (self.wanted + 1.0)
+            return 1.0 + covered * sum(acceptances[0] ** i for i in range(1, shape + 1))
         share = list(itertools.accumulate((1 - a for a in acceptances), lambda left, x: left * x, initial=1.0))
         reached = [1.0]  # of the root, then of each node: how often it is accepted
         for parent, place in zip(shape.parents, shape.places, strict=True):
@@ -140,6 +151,8 @@ class AdaptiveLength:
             return self.first[self.rounds - 1]
         if not any(isinstance(shape, int) for shape in self.times):
             return self.lengths[0]
+        if 0 in self.lengths and 0 not in self.times:
+            return 0  # what all else is held against is never guessed
         best = max((*self.lengths, *self.trees), key=self.rate)
         if self.rounds < self.look:
             return best
@@ -151,10 +164,21 @@ class AdaptiveLength:
             if isinstance(best, Tree):
                 return max(self.lengths, key=self.rate)
             tree = max(self.trees, key=self.rate)
-            lost = self.time(tree) - self.tokens(tree) / self.rate(best)
-            if lost < _LOOK_COST * self.apart * self.time(best):
+            if self._costs_little(tree, best):
                 return tree
+        turn = self.looks // 2 if self.trees else self.looks
+        if best == 0 and turn % 2 == 0:
+            seen = [k for k in self.lengths[2:] if k in self.times]  # others might have to be captured for this
+            if seen and self._costs_little(length := seen[turn // 2 % len(seen)], best):
+                return length
+        if best != 0 and 0 in self.lengths and turn % _PLAIN_LOOK == 0:
+            return 0
         kind = self.trees if isinstance(best, Tree) else self.lengths
         up = (self.looks // 2 if self.trees else self.look // _LOOK_AROUND) % 2 == 0
         at = kind.index(best) + (1 if up or best == 0 else -1)
-        return kind[min(max(at, 0), len(kind) - 1)]
+        look = kind[min(max(at, 0), len(kind) - 1)]
+        return look if best != 0 or self._costs_little(look, best) else best
+
+    def _costs_little(self, look: int | Tree, best: int | Tree) -> bool:
+        lost = self.time(look) - self.tokens(look) / self.rate(best)
+        return lost < _LOOK_COST * self.apart * self.time(best)

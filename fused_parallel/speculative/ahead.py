@@ -55,7 +55,8 @@ class _Queued:
         lived."""
         drafted = sum(row[-3] for row in lived)
         if self.tree is None:
-            return self.length, drafted, sum(row[-2] for row in lived), sum(row[-2] < row[-3] for row in lived)
+            right, wrong = sum(row[-2] for row in lived), sum(row[-2] < row[-3] for row in lived)
+            return self.length, drafted, right, wrong, (), self.length * len(lived)
         counts = [[0, 0] for _ in range(max(self.tree.places) + 1)]
         for row in lived:
             for place, accepted in self.tree.judged[row[-4] + 1]:
@@ -84,16 +85,22 @@ def run_ahead(
     seen = _NOTHING  # of the round read last
     carried = False  # whether a round brings its time to all ranks
     read, capturing = 0.0, 0.0
+    chosen = None  # and not queued yet
     while True:
         while len(queued) < ahead and needed(sum(q.most for q in queued)):
             since = time.perf_counter()
             if adaptive is not None:
-                round_.draft_next(adaptive.choose())
-                if capture and round_.capture(replay=True):
-                    capturing += time.perf_counter() - since
+                chosen = adaptive.choose() if chosen is None else chosen
+                round_.draft_next(chosen)
+                if capture and queued and (round_.must_catch_up() or round_.wants_capture()):
+                    break  # both take time, which would count as that of the rounds queued: those are read first
+                chosen = None
+                if capture:
+                    round_.catch_up()
                     since = time.perf_counter()
-                    for q in queued:  # their end has been waited for there
-                        q.usual = False
+                    if round_.capture(replay=True):
+                        capturing += time.perf_counter() - since
+                        since = time.perf_counter()
             if carried and adaptive is not None:  # two in a row, where nothing was queued for a while
                 seen = _NOTHING
                 round_.clock.fill_(0)

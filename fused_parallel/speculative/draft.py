@@ -21,10 +21,14 @@ class ModelDraft:
         self.cache = model.make_cache(batch, capacity)
         self.vocab_size = model.config.vocab_size
 
-    def prefill(self, input_ids: torch.Tensor, lens: torch.Tensor) -> None:
-        """Take in the prompts: ids [B, S] padded on the right, their lengths int32 [B]. Of a new cache."""
-        self.cache.context = 0
-        self.model(input_ids, self.cache, logits_at=(lens - 1).long())
+    def prefill(self, input_ids: torch.Tensor, lens: torch.Tensor, chunk: int | None = None) -> None:
+        """Take in the prompts: ids [B, S] padded on the right, `chunk` tokens at a time (None: all), their lengths
+        int32 [B]. Of a new cache."""
+        chunk, first = chunk or input_ids.shape[1], torch.zeros_like(lens, dtype=torch.int64)
+        for start in range(0, input_ids.shape[1], chunk):
+            self.cache.lens.fill_(start)
+            self.cache.context = start
+            self.model(input_ids[:, start : start + chunk], self.cache, logits_at=first)  # of which none is wanted
         self.cache.context = None
 
     def propose(
@@ -121,6 +125,11 @@ class ModelDraft:
         self.cache.lens.copy_(lens)  # where `keep_path` expects the root
         return tokens, weights
 
+    def catch_up(self, history: torch.Tensor, lens: torch.Tensor, missed: int) -> None:
+        """Take in the tokens of rounds without a draft; arguments as of `propose`, which misses nothing then."""
+        feed = self._unseen(history, lens, missed)
+        self.model(feed, self.cache, logits_at=torch.zeros_like(lens, dtype=torch.int64))
+
     def _unseen(self, history: torch.Tensor, lens: torch.Tensor, missed: int) -> torch.Tensor:
         """The tokens to begin a round with, the last of each sequence among them; sets the cache's lengths to what is
         before them."""
@@ -150,7 +159,7 @@ class NgramDraft:
 
     longest = 3
 
-    def prefill(self, input_ids: torch.Tensor, lens: torch.Tensor) -> None:
+    def prefill(self, input_ids: torch.Tensor, lens: torch.Tensor, chunk: int | None = None) -> None:
         """There is nothing to take in: the history is given with every call."""
 
     def propose(self, history: torch.Tensor, lens: torch.Tensor, k: int, **_):

@@ -227,7 +227,7 @@ def generate(
     # rounds are queued ahead there is one more before they stand still.
     capacity = width + max_new_tokens + (k + 1) * (3 if microbatches > 1 or cuda_graph else 2)
 
-    if not isinstance(seed, (Sequence, torch.Tensor)):
+    if not isinstance(seed, Sequence) and (not isinstance(seed, torch.Tensor) or seed.dim() == 0):
         seed = [operator.index(seed) + i for i in range(batch)]
     seed_t = _per_request(seed, batch, "seed", torch.int64, device)
     if temperature is None:
@@ -239,7 +239,7 @@ def generate(
         "min_p": _per_request(min_p, batch, "min_p", torch.float32, device, 0, 1),
     }
     ends = model.config.eos_token_id if eos_token_id is None else eos_token_id
-    ends = set() if ends is None else {ends} if isinstance(ends, int) else set(ends)
+    ends = set() if ends is None else set(torch.as_tensor(ends).flatten().tolist())
 
     parts = _parts(batch, microbatches)
     rounds = [

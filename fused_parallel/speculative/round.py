@@ -16,7 +16,7 @@ from ..nn.linear import gather_last
 from .draft import ModelDraft, NgramDraft
 from .tree import PlacedTree, Tree
 
-MOST_GRAPHS = 24  # of a Round: a length chosen while running comes with few others, or is not worth a graph
+MOST_GRAPHS = 32  # of a Round: lengths and trees chosen while running, each also after a round without a draft
 
 
 class Snapshot:
@@ -140,7 +140,7 @@ class Round:
         self.cache.context = None
         first = self.share(self._judge(logits, self.drafts[:, :0], None))[:, 0]
         if self.drafter is not None:
-            self.drafter.prefill(ids, lens)
+            self.drafter.prefill(ids, lens, chunk)
         self.cache.lens.copy_(lens)
         self.history[:, : ids.shape[1]] = ids
         self.history.scatter_(1, lens.long().unsqueeze(1), first.unsqueeze(1))
@@ -175,12 +175,29 @@ class Round:
         """What the shapes within the next round follow from."""
         return self.tree or self.k, self.missed if self.k and isinstance(self.drafter, ModelDraft) else 0
 
+    def wants_capture(self) -> bool:
+        """Whether `capture` would."""
+        return self._kind() not in self._graphs and len(self._graphs) < MOST_GRAPHS
+
+    def must_catch_up(self) -> bool:
+        """Whether `catch_up` has something to do: a graph for every number of missed rounds would not be worth it."""
+        return self._kind()[1] > 1
+
+    def catch_up(self) -> None:
+        """The draft takes in what was decoded without it, so that the next round is one like many; waits for it."""
+        if not self.must_catch_up():
+            return
+        self.drafter.catch_up(self.history, self.cache.lens, self.missed)
+        self.missed = 0
+        if self.step.is_cuda:
+            torch.cuda.synchronize()
+
     def capture(self, replay: bool = False) -> bool:
         """Capture rounds like the next one in a CUDA graph, unless they are, or many others; with `replay`, and replay
         it once, which takes longer than it will again. The state is as before when it returns. Whether it did."""
-        kind, missed = self._kind(), self.missed
-        if kind in self._graphs or len(self._graphs) == MOST_GRAPHS:
+        if not self.wants_capture():
             return False
+        kind, missed = self._kind(), self.missed
         state = [self.step, self.history, self.cache.lens]
         saved = [t.clone() for t in state]
 

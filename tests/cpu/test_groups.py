@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 import fused_parallel as fp
 from fused_parallel.comm import groups
+from fused_parallel.comm.collectives import CommunicationTimer
 from fused_parallel.comm.launch import RankPool, free_port, launch
 from fused_parallel.ops._dispatch import choose_fused
 from fused_parallel.testing.spawn import run_ranks
@@ -283,3 +284,29 @@ def test_a_loopback_address_is_explained(monkeypatch):
     monkeypatch.setattr(dist, "init_process_group", refuse)
     with pytest.raises(RuntimeError, match=r"loopback address.*set GLOO_SOCKET_IFNAME"):
         groups._start(torch.device("cpu"), 0, 2, datetime.timedelta(seconds=5))
+
+
+def test_a_timer_keeps_few_events():
+    """Of a long eager answer on a GPU: what is over is added up, in order; what runs is kept."""
+
+    class Event:
+        def __init__(self, at, over):
+            self.at, self.over = at, over
+
+        def query(self):
+            return self.over
+
+        def elapsed_time(self, end):
+            return end.at - self.at
+
+    timer, most, kept = CommunicationTimer(), 4096, []
+    for n in range(3 * most):
+        kept.append(Event(n + 0.5, n < 2 * most))
+        timer._around(Event(n, True), kept[-1], n % 2 == 1)
+    assert len(timer._events) <= most + most  # the last third is not over
+    assert timer.host_seconds == pytest.approx(0.5e-3 * (3 * most - len(timer._events)))
+    for event in kept:
+        event.over = True
+    timer._take_in(len(timer._events))
+    assert timer.host_seconds == pytest.approx(1.5e-3 * most)
+    assert timer.waiting_host_seconds == pytest.approx(0.75e-3 * most) and not timer._events

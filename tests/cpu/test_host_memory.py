@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import fused_parallel as fp
+from fused_parallel.models import llama
 from fused_parallel.models.checkpoint import Checkpoint
 from fused_parallel.nn.streamed_layers import _beyond
 from fused_parallel.offload import host_memory
@@ -323,3 +325,41 @@ def test_reads_are_views_of_the_file(tmp_path):
     (tmp_path / "model.safetensors.index.json").unlink()
     with pytest.raises(ValueError, match=r"tensor 'ints' has dtype I32; supported are"):
         Checkpoint(tmp_path).tensor("ints", [2])
+
+
+@pytest.mark.parametrize("in_files", [False, True])
+def test_memory_goes_with_the_model(tmp_path, in_files):
+    """Not only once cycles are collected: the next model may need what this one had pinned."""
+    ranks.save_random_model(tmp_path)
+    gc.collect()
+    gc.disable()
+    try:
+        offload = fp.Offload(host_bytes=0 if in_files else None)
+        model = fp.LlamaForCausalLM.from_pretrained(tmp_path, mesh=fp.init(device="cpu"), offload=offload)
+        fp.generate(model, [[1, 2, 3]], 3)
+        layers = weakref.ref(model.model.layers)
+        assert layers()._host.tensors
+        del model
+        assert layers() is None
+    finally:
+        gc.enable()
+
+
+def test_a_failure_beside_the_layers_gives_memory_back(tmp_path, monkeypatch):
+    ranks.save_random_model(tmp_path)
+    released, release = [], fp.nn.StreamedLayers.release
+    monkeypatch.setattr(fp.nn.StreamedLayers, "release", lambda self: (released.append(self), release(self)))
+
+    def fails(*args, **kwargs):
+        raise torch.OutOfMemoryError("no memory")
+
+    monkeypatch.setattr(llama, "ParallelLMHead", fails)
+    with pytest.raises(torch.OutOfMemoryError):
+        fp.LlamaForCausalLM.from_pretrained(tmp_path, mesh=fp.init(device="cpu"), offload=fp.Offload())
+    assert len(released) == 1
+
+
+def test_a_layer_under_two_names_is_refused():
+    layer = torch.nn.Linear(8, 8)
+    with pytest.raises(ValueError, match="stands under two of the names first, second"):
+        fp.nn.StreamedLayers({"first": layer, "second": layer}, device="cpu")

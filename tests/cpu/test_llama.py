@@ -241,3 +241,12 @@ def test_sizes_that_do_not_fit(models, tmp_path):
     ranks.save_random_model(few, num_attention_heads=3, num_key_value_heads=3)
     with pytest.raises(RuntimeError, match="tp=4 does not fit 3 query heads and 3 key-value heads"):
         run_ranks(ranks.logits, 4, few, IDS, torch.float32, tp=4)
+
+
+def test_a_tied_weight_may_stand_in_a_state_dict_once(models):
+    path, _ = models["llama3 rope, tied"]
+    model = fp.LlamaForCausalLM.from_pretrained(path, mesh=fp.init(device="cpu"))
+    state = {k: v.clone() + 0.01 for k, v in model.state_dict().items() if k != "lm_head.weight"}
+    model.load_state_dict(state)
+    assert torch.equal(model.lm_head.weight, state["model.embed_tokens.weight"])
+    assert "lm_head.weight" not in state

@@ -13,6 +13,7 @@ import torch
 from fused_parallel.ops.quantized_matmul import MOST_ROWS
 from fused_parallel.planner import CLUSTERS, Cluster, Workload, load_cluster, load_model, measured, plan, validate
 from fused_parallel.planner.apply import Planned
+from fused_parallel.planner.cluster import from_profile
 from fused_parallel.planner.cost import (
     DEQUANTIZED_BYTES,
     QUANTIZED_ROWS,
@@ -417,3 +418,29 @@ def test_quantised_weights_beyond_the_kernels_rows(kind):
     fit = Search(M70, ours, Workload(dtypes=(kind,)))
     more = fit.memory(kind, 2, [80], 1, 0)[0].activations - fit.memory("bf16", 2, [80], 1, 0)[0].activations
     assert more * 1e9 == pytest.approx(8192 * 28672 * DEQUANTIZED_PEAK[kind])
+
+
+@pytest.mark.parametrize(
+    "name,known",
+    [
+        ("NVIDIA L4", "l4"),
+        ("NVIDIA L40S", "l40s"),
+        ("NVIDIA L40", None),
+        ("NVIDIA GH200 480GB", None),
+        ("NVIDIA H200", "h200"),
+        ("NVIDIA A100-SXM4-80GB", "a100"),
+        ("NVIDIA GeForce RTX 4090", "rtx4090"),
+        ("NVIDIA RTX PRO 6000 Blackwell Server Edition", "rtxpro6000"),
+    ],
+)
+def test_the_gpu_of_a_profile(name, known):
+    """By whole words: an L40 is no L4, which has a third of its memory's rate."""
+    profile = json.loads((RESULTS / "probe_h100.json").read_text())
+    profile["gpus"][0]["matmul"] = []
+    for gpu in profile["topology"]["gpus"]:
+        gpu["name"] = name
+    if known is None:
+        with pytest.raises(ValueError, match=f"GPU '{name}' is unknown"):
+            from_profile(profile, "this")
+    else:
+        assert from_profile(profile, "this").gpu.hbm_gb_s == GPUS[known].hbm_gb_s
