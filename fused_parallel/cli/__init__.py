@@ -11,6 +11,7 @@ import traceback
 from .._version import __version__
 
 COMMANDS = ("demo", "generate", "plan", "wall", "probe", "bench", "doctor")
+STARTS_RANKS = ("demo", "wall", "probe")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -30,6 +31,9 @@ def main(argv: list[str] | None = None) -> int:
             parser.error(f"unknown arguments: {' '.join(rest)}")
         args.op += rest
     try:
+        command = args.run.__module__.rpartition(".")[2]
+        if command in STARTS_RANKS and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise ValueError(f"{command} starts its own ranks: run it without torchrun")
         return args.run(args)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -41,5 +45,5 @@ def main(argv: list[str] | None = None) -> int:
         rank = os.environ.get("RANK", "0")
         if rank == "0" or isinstance(error, RuntimeError):
             where = f" (rank {rank})" if "RANK" in os.environ else ""
-            print(f"fused-parallel{where}: {error}", file=sys.stderr, flush=True)
+            print(f"fused-parallel{where}: {getattr(error, 'headline', error)}", file=sys.stderr, flush=True)
         return 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
 
 from ..planner import CLUSTERS, load_cluster, load_model
 from ..planner.layer_wall import measure_wall, predict_wall
@@ -15,7 +16,7 @@ def add_parser(subparsers) -> None:
     """Add this sub-command to the command line's parser."""
     parser = subparsers.add_parser(
         "wall",
-        help="compute against communication of a layer, by batch and TP degree",
+        help="compute against communication of a layer, by batch and TP degree (on a CPU several minutes)",
         description="Time one decoder layer on 1, 2, 4, ... ranks of this machine, by this library and with "
         "NCCL's all-reduce (CPU: Gloo's), and say at which degree another GPU stops paying. With --cluster, predict it "
         "for another machine instead.",
@@ -38,10 +39,15 @@ def run(args: argparse.Namespace) -> int:
     """Measure or predict, print and plot; the process's exit code."""
     if args.context < 1:
         raise ValueError(f"wall: --context must be at least 1, got {args.context}")
+    if min(args.batch) < 1:
+        raise ValueError(f"wall: --batch must be at least 1, got {min(args.batch)}")
     if args.plot:
         from ..planner.plot import require_matplotlib
 
         require_matplotlib()  # found out before minutes of measuring, not after
+        folder = Path(args.plot).resolve().parent
+        if not folder.is_dir():
+            raise ValueError(f"wall: --plot {args.plot}: there is no folder {folder}")
     if args.cluster is not None:
         if args.device is not None:
             raise ValueError("wall: --device says where to measure, --cluster predicts: give one of them")

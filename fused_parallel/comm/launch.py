@@ -4,10 +4,12 @@ benchmarks)."""
 from __future__ import annotations
 
 import multiprocessing
+import multiprocessing.connection
 import os
 import pickle
 import queue
 import socket
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -24,7 +26,24 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
+class RankFailedError(RuntimeError):
+    """A rank raised; `headline` is the message without its traceback."""
+
+    def __init__(self, headline: str, trace: str) -> None:
+        super().__init__(f"{headline}\n{trace}")
+        self.headline = headline
+
+
+def _end_with_parent() -> None:
+    """A rank whose parent is gone, killed or not, ends, also while it waits for others or computes."""
+    multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
+    os._exit(1)
+
+
 def _rank_main(rank: int, world: int, environment: dict[str, str], calls, results) -> None:
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    for name in [name for name in os.environ if name.startswith("TORCHELASTIC_")]:
+        del os.environ[name]  # of a torchrun around this process: its agent would have to hold these ranks' store
     os.environ.update(environment)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank))
     if "OMP_NUM_THREADS" not in os.environ:
@@ -82,8 +101,8 @@ class RankPool:
     def run(self, function: Callable, *args, timeout: float = 300.0, **kwargs) -> list:
         """Run `function(*args, **kwargs)` on every rank; the list of their results in rank order.
 
-        Raises RuntimeError with the failing rank's traceback, or PeerTimeoutError if a rank died or the time ran out;
-        in both cases the pool is ended, because its ranks may be stuck in a collective.
+        Raises RankFailedError with the failing rank's traceback, or PeerTimeoutError if a rank died or the time ran
+        out; in both cases the pool is ended, because its ranks may be stuck in a collective.
         """
         # Pickled here and not in the queue's thread, which would lose the error and leave the caller waiting.
         try:
@@ -115,7 +134,7 @@ class RankPool:
             if not fine:
                 self.kill()
                 kind, message, trace = value
-                raise RuntimeError(f"rank {rank} of {self.world_size} raised {kind}: {message}\n{trace}")
+                raise RankFailedError(f"rank {rank} of {self.world_size} raised {kind}: {message}", trace)
             got[rank] = value
         return [got[rank] for rank in range(self.world_size)]
 

@@ -61,8 +61,10 @@ def plan(
     ]
     if not allowed:
         tpot, ttft = min(c.tpot_ms for c in found), min(c.ttft_ms for c in found)
+        limits = {"TPOT": asked.slo_tpot_ms, "TTFT": asked.slo_ttft_ms}
+        wanted = " and ".join(f"{name} {ms:g} ms" for name, ms in limits.items() if ms is not None)
         raise ValueError(
-            f"none of {len(found)} plans that fit meets TPOT {asked.slo_tpot_ms} ms and TTFT {asked.slo_ttft_ms} ms: "
+            f"none of {len(found)} plans that fit meets {wanted}: "
             f"the least TPOT is {tpot:.2f} ms, the least TTFT {ttft:.1f} ms (not always of the same plan)"
         )
     ranks = {

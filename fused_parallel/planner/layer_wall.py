@@ -30,6 +30,7 @@ from .cost import Step, layer_us, stage_cost
 from .model import ModelShape, load_model
 
 _TIMEOUT_S = 120
+DISTURBED = 0.05  # of a layer's time: computing cannot take so much longer than the layer
 _MOST_LAYERS = 32  # of a stack that is timed; small layers are several, so that no call finds its weights in a cache
 # Who adds up what the ranks computed. All else in a layer is this library's in both.
 OURS, NCCL, GLOO = "fused_parallel", "NCCL", "Gloo"
@@ -89,7 +90,7 @@ class LayerWall:
                 rows = self.of(backend, batch)
                 best = min(rows, key=lambda r: r.us)
                 text = f"{backend}: fastest at TP{best.tp} ({best.us:.1f} us a layer"
-                text += f", {best.communication_us / best.us:.0%} communication)" if best.tp > 1 else ")"
+                text += f", {_share(best)}% communication)" if best.tp > 1 else ")"
                 after = [r for r in rows if r.tp > best.tp]
                 if after:
                     text += f", TP{after[0].tp} takes {after[0].us:.1f}"
@@ -98,6 +99,11 @@ class LayerWall:
                     text += f"; from TP{crossed[0].tp} on it communicates longer than it computes"
                 parts.append(text)
             texts.append(f"Batch {batch}: " + ". ".join(parts) + ".")
+        if any(r.communication_us < -DISTURBED * r.us for r in self.rows):
+            texts.append(
+                "In some rows computing alone took longer than the whole layer, which other work on this machine must "
+                "have caused: measure again."
+            )
         if GLOO in self.backends:
             texts.append("On CPUs this library's all-reduce is Gloo's, too: what lies between them is noise.")
         return texts
@@ -128,7 +134,7 @@ class LayerWall:
 
 
 def _share(row: LayerTime) -> str:
-    return f"{100 * row.communication_us / row.us:.0f}" if row.tp > 1 else "0"
+    return f"{max(0.0, 100 * row.communication_us / row.us):.0f}" if row.tp > 1 else "0"
 
 
 def predict_wall(

@@ -132,7 +132,7 @@ class Plan:
         columns = ["#", "TP", "PP", "DP", "dtype", "batch", "resident", "k", "kernels", "TTFT ms", "TPOT ms", "tok/s"]
         columns += ["GPU-s/tok", "comm %", "bubble %", "GB/GPU", "limit"]
         print_table(
-            f"{self.model} on {self.cluster}, by {self.rank}: {self.searched} plans fit",
+            f"{self.model} on {self.cluster}, by {self.rank}: {self.searched} plan(s) fit",
             columns,
             [_row(i, c) for i, c in enumerate(self.entries[:rows], 1)],
         )

@@ -118,3 +118,17 @@ def test_demo_prints_text_and_table():
 def test_demo_without_models(tmp_path, capsys):
     assert main(["demo", "--assets", str(tmp_path)]) == 1
     assert "has no tiny-target" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [["demo"], ["wall"], ["probe", "--quick"]])
+def test_commands_with_ranks_of_their_own_refuse_torchrun(command, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    assert main(command) == 1
+    assert f"{command[0]} starts its own ranks: run it without torchrun" in capsys.readouterr().err
+
+
+def test_a_failed_rank_is_one_line(capsys):
+    assert main(["demo", "--device", "cpu", "--max-new-tokens", "0"]) == 1
+    told = capsys.readouterr().err
+    assert "max_new_tokens" in told and "Traceback" not in told

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -310,3 +311,48 @@ def test_a_timer_keeps_few_events():
     timer._take_in(len(timer._events))
     assert timer.host_seconds == pytest.approx(1.5e-3 * most)
     assert timer.waiting_host_seconds == pytest.approx(0.75e-3 * most) and not timer._events
+
+
+PARENT = """
+import sys, time
+from fused_parallel.comm.launch import RankPool
+
+if __name__ == "__main__":
+    pool = RankPool(2)
+    print(*(process.pid for process in pool.processes), flush=True)
+    time.sleep(120)
+"""
+
+
+def test_ranks_end_with_a_parent_that_is_killed(tmp_path):
+    script = tmp_path / "parent.py"
+    script.write_text(PARENT)
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    with subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True, env=environment) as parent:
+        pids = [int(pid) for pid in parent.stdout.readline().split()]
+        assert len(pids) == 2
+        time.sleep(1.0)
+        parent.kill()
+    end = time.monotonic() + 30
+    while running := [pid for pid in pids if Path(f"/proc/{pid}").exists() and "Z" not in _state(pid)]:
+        assert time.monotonic() < end, f"{running} still run"
+        time.sleep(0.1)
+
+
+def _state(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+    except OSError:
+        return "Z"
+
+
+def test_ranks_started_under_torchrun_have_a_store_of_their_own(monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    with RankPool(2) as pool:
+        assert pool.run(_meets, timeout=60) == [1, 1]
+
+
+def _meets():
+    mesh = fp.init(tp=2, device="cpu", timeout=20)
+    return sum(dist.get_process_group_ranks(mesh.get_group("tp")))

@@ -144,3 +144,13 @@ def test_plot_without_matplotlib_is_told_before_measuring(monkeypatch, capsys):
     assert "fused-parallel[plot]" in told.err and "measuring" not in told.err
     with pytest.raises(ImportError, match="matplotlib"):
         fp.plan("llama-3-8b", "1xh200").plot("x.png")
+
+
+def test_bad_input_of_the_command(capsys, tmp_path):
+    pytest.importorskip("matplotlib")
+    for more, said in (
+        (["--batch", "0"], "--batch must be at least 1, got 0"),
+        (["--plot", str(tmp_path / "no" / "x.png")], f"there is no folder {tmp_path / 'no'}"),
+    ):
+        assert main(["wall", "--model", "llama-3-8b", "--cluster", "2xh200", *more]) == 1
+        assert said in capsys.readouterr().err
