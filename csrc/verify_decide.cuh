@@ -216,8 +216,8 @@ __device__ __forceinline__ void decide(const Params& p, int b, const Request& re
   __syncthreads();
 }
 
-// One CTA of block verification's second pass: chunks of Z = sum max(p_i p - q, 0) of one row. Several where the grid is
-// large enough, as each CTA decides once.
+// One CTA of block verification's second pass: chunks of Z = sum max(p_i p - q, 0) of one row. Several where the grid
+// is large enough, as each CTA decides once.
 template <typename TT, typename TD, bool kPrepared>
 __device__ void beyond_cta(const Params& p, int cta, Decision& d) {
   __shared__ float warp_value[2][kWarps];

@@ -2,9 +2,9 @@
 //
 // The token with the greatest log r - log e wins, with r its weight and e its exponential noise: that with the greatest
 // r / e. As e = -log(1 - v) >= v for its uniform v, a token with r < bound * v cannot beat one with r / e = bound. Of
-// v its first 16 bits are known, and in fp32, with margins for its rounding, this leaves a handful of tokens a row; those
-// are compared in double, by the scores of the reference. So noise costs those bits, and the result does not depend on
-// how a row is split.
+// v its first 16 bits are known, and in fp32, with margins for its rounding, this leaves a handful of tokens a row;
+// those are compared in double, by the scores of the reference. So noise costs those bits, and the result does not
+// depend on how a row is split.
 #pragma once
 
 #include "verify_decide.cuh"
@@ -97,8 +97,8 @@ __device__ void scan(const Source<TT, TD>& s, int tile, const int end, Best& bes
   if (threadIdx.x == 0) best = {0, 0, INT_MAX};
   __syncthreads();
   const int begin = tile, width = s.p.width, excluded = s.excluded;
-  // The noise comes for kNoiseGroup ids at once: a shard that begins between is read from columns before its first, which do
-  // not exist.
+  // The noise comes for kNoiseGroup ids at once: a shard that begins between is read from columns before its first,
+  // which do not exist.
   const int shift = kPrepared ? s.first % static_cast<int>(kNoiseGroup) : 0;
   const unsigned first_group = kPrepared ? s.first / kNoiseGroup : 0;
   const float scale_f = rounded_scale(s.scale), maximum_p = s.np.maximum, maximum_q = kRest ? s.nq.maximum : 0.0f;
@@ -156,7 +156,8 @@ __device__ void scan(const Source<TT, TD>& s, int tile, const int end, Best& bes
       return lower * inverse_exponential(v) * (1.0f - kNoiseMargin);
     };
     if (tile == begin) {
-      // A bound to begin with, from all of the first tile's tokens: else each thread would look at most of its own closely.
+      // A bound to begin with, from all of the first tile's tokens: else each thread would look at most of its own
+      // closely.
 #pragma unroll
       for (int e = 0; e < kRun; ++e) bound = fmaxf(bound, at_least(e, fmaf(first[e], 0x1p-16f, 0x1p-16f)));
       // Not negative, so that the order of the bits is that of the numbers.

@@ -5,17 +5,17 @@
 // 256 parts of that, now by the order of the logits' bits, until one value is left. A row is read again in each round,
 // from the L2: two rounds find a 16-bit logit that is not near 0, four any fp32 one.
 //
-// Most tokens weigh next to nothing. At first those below 2^-16 of the greatest, the tail, are left out: the mass of all
-// is known from the statistics, and so is that of the tail. A round more tells its intervals apart, if what is wanted is
-// only reached there. Where an earlier filter has taken tokens the mass of the rest is not known, and the tail is one
-// sum, which threads keep in registers.
+// Most tokens weigh next to nothing. At first those below 2^-16 of the greatest, the tail, are left out: the mass of
+// all is known from the statistics, and so is that of the tail. A round more tells its intervals apart, if what is
+// wanted is only reached there. Where an earlier filter has taken tokens the mass of the rest is not known, and the
+// tail is one sum, which threads keep in registers.
 //
 // Sums are of integers: weights of an interval that spans a factor of 2 at most as multiples of 2^-23 of its upper
 // bound. So they depend on no order, and the threshold not on the number of CTAs or ranks; equal logits are kept or
 // left together. Only the whole, of which the mass wanted is a share, is the statistics', whose last bits depend on the
-// number of ranks (and the tail's sum is off by up to 2^-40 of the greatest weight a token). So the threshold can differ
-// from the reference's only where the mass down to some logit is within the rounding of fp32 exponentials (some 1e-6 of
-// it) of the mass wanted.
+// number of ranks (and the tail's sum is off by up to 2^-40 of the greatest weight a token). So the threshold can
+// differ from the reference's only where the mass down to some logit is within the rounding of fp32 exponentials (some
+// 1e-6 of it) of the mass wanted.
 #pragma once
 
 #include "verify_sums.cuh"
@@ -111,8 +111,8 @@ __device__ __forceinline__ bool sum_tail_by_weight(float from, Rounds<T, kSharde
   return rounds.total(sh);
 }
 
-// Warp 0, first round: the interval in which `goal` is reached; of mass, it is a fraction of the whole. `all`: the whole,
-// where the tail was left out, and infinite where that is not known; 0: it was not.
+// Warp 0, first round: the interval in which `goal` is reached; of mass, it is a fraction of the whole. `all`: the
+// whole, where the tail was left out, and infinite where that is not known; 0: it was not.
 template <bool kMass>
 __device__ __forceinline__ void choose_bin(FilterShared& sh, double given, double all = 0.0) {
   constexpr int kEach = kBins / 32;

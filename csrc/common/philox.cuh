@@ -1,6 +1,7 @@
 // The noise of reference/noise.py, bit for bit in its integers: Philox4x32-10 (Salmon et al. 2011, "Parallel Random
-// Numbers: As Easy as 1, 2, 3") of (seed, stream, position, step, token id), 64 bits a token. Those of a draw begin with
-// 16 bits of which one block has eight tokens': enough to see that almost all tokens lose, and a quarter of the work.
+// Numbers: As Easy as 1, 2, 3") of (seed, stream, position, step, token id), 64 bits a token. Those of a draw begin
+// with 16 bits of which one block has eight tokens': enough to see that almost all tokens lose, and a quarter of the
+// work.
 #pragma once
 
 #include <cstdint>
@@ -20,11 +21,11 @@ __device__ __forceinline__ NoiseKey noise_key(std::int64_t seed, std::int64_t st
           static_cast<unsigned>(step), stream << 30 | (static_cast<unsigned>(step >> 32) & 0x3fffffffu)};
 }
 
-constexpr unsigned kNoiseGroup = 8;         // tokens whose first bits are in one block
+constexpr unsigned kNoiseGroup = 8;        // tokens whose first bits are in one block
 constexpr unsigned kFirstBits = 1u << 31;  // in the counter's word 0, where ids are below 2^30
 
-// Of block kFirstBits | g the first 16 bits of the tokens 8 g to 8 g + 7, low half of x first. Of block b the others': words
-// (low, high) of the even token 2 b in x and y, of the odd one after it in z and w.
+// Of block kFirstBits | g the first 16 bits of the tokens 8 g to 8 g + 7, low half of x first. Of block b the others':
+// words (low, high) of the even token 2 b in x and y, of the odd one after it in z and w.
 __device__ __forceinline__ uint4 noise_words(const NoiseKey& n, unsigned block) {
   unsigned c0 = block, c1 = n.position, c2 = n.step, c3 = n.last;
   unsigned k0 = n.key0, k1 = n.key1;
