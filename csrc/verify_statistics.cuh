@@ -51,8 +51,9 @@ struct Chunk {
 
     const float scale_f = rounded_scale(scale);
     const float reference = maximum * scale_f;
-    // Else the products below would overflow: temperatures and logits near the ends of fp32.
-    const bool regular = scale < 1e30 && fabsf(reference) < 1e30f;
+    // Else the rounding of `reference`, up to 2^-25 of it, would take the sum out of fp32's range (of 4 in the exponent
+    // the end of this function takes care), or the products below would overflow: extreme temperatures and logits.
+    const bool regular = scale < 1e30 && fabsf(reference) < 1e8f;
     float sum = 0.0f;
     if (maximum > -INFINITY) {  // the same in all lanes
       if (regular) {

@@ -105,6 +105,8 @@ def run(args: argparse.Namespace) -> int:
     if args.prompt_file is not None and not args.prompt_file.is_file():
         raise FileNotFoundError(f"--prompt-file {args.prompt_file}: there is no such file")
     prompts = args.prompt if args.prompt is not None else [args.prompt_file.read_text()]
+    if args.offload is not None and args.offload < 0:
+        raise ValueError(f"--offload must be GB of layers to keep on the device, at least 0, got {args.offload:g}")
     if (args.host_memory is not None or args.cache_dir is not None or args.offload_cpu) and args.offload is None:
         raise ValueError("--host-memory, --cache-dir and --offload-cpu say what --offload does: give --offload GB, too")
     if args.plan is None and args.num_draft_tokens is not None and args.draft is None:

@@ -127,6 +127,8 @@ def load_config(source: str | Path | dict | LlamaConfig) -> tuple[LlamaConfig, s
     try:
         config = json.loads(path.read_text())
         return LlamaConfig.from_dict(config), path.parent.name or path.stem
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not a model's config.json: no JSON ({error})") from error
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: {error}") from error
 

@@ -132,3 +132,13 @@ def test_a_failed_rank_is_one_line(capsys):
     assert main(["demo", "--device", "cpu", "--max-new-tokens", "0"]) == 1
     told = capsys.readouterr().err
     assert "max_new_tokens" in told and "Traceback" not in told
+
+
+def test_what_is_wrong_is_named_as_it_was_given(tmp_path, capsys):
+    (tmp_path / "config.json").write_text('{"hidden_size":')
+    for command, said in (
+        (["plan", "--model", str(tmp_path / "config.json"), "--cluster", "2xh200"], "config.json: no JSON"),
+        (["generate", "--model", str(TARGET), "--prompt", "x", "--offload", "-1"], "--offload must be GB"),
+    ):
+        assert main(command) == 1
+        assert said in capsys.readouterr().err

@@ -199,6 +199,25 @@ def odd_case(k, vocab, full, dtype=torch.float32):
     return c
 
 
+@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("temperature,factor", [(1e-7, 1), (3e-9, 1), (1e-10, 1), (1.0, 1e8), (1.0, 1e9), (1.0, 1e10)])
+def test_logits_far_apart_for_their_temperature(seed, extension, temperature, factor, world):
+    """Exponents far beyond where fp32 counts in ones: the greatest logit has all of the weight, and its log is 0."""
+    vocab = 64
+    c = make_case(60, 2, vocab, (), full_q=False, mixed=False, invalid=False, ragged=False)
+    c["target_logits"] = torch.randn(60, 3, vocab) * 6 * factor
+    c["draft_tokens"] = c["target_logits"][:, :2].argmax(-1)
+    c["temperature"][:] = temperature
+    if world == 1:
+        got = run_whole(c, "rejection", vocab)
+    else:
+        calls = shards(c, world, vocab, "rejection")
+        extension.verify_ranks([prepared(extension, call) for call in calls])
+        got = same_on_all_ranks(calls)
+    check(c, got, "rejection", vocab)
+    assert torch.equal(got[0], c["target_logits"].argmax(-1)) and got[2].abs().max() < 1e-5
+
+
 @pytest.mark.parametrize("world", [1, 3])
 @pytest.mark.parametrize("full", [True, False], ids=["full", "onehot"])
 @pytest.mark.parametrize("method", ["rejection", "block", "greedy"])

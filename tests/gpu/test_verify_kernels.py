@@ -208,3 +208,15 @@ def test_law_of_the_first_two_tokens(seed, method, full):
     freedom = int(big.sum())
     # 5 standard deviations of the chi-square's normal approximation: below 1e-5 each.
     assert chi < freedom + 5 * (2 * freedom) ** 0.5, f"chi-square {chi:.1f} on {freedom} degrees of freedom"
+
+
+@pytest.mark.parametrize("temperature,factor", [(1e-7, 1), (3e-9, 1), (1e-10, 1), (1.0, 1e8), (1.0, 1e9), (1.0, 1e10)])
+def test_logits_far_apart_for_their_temperature(seed, temperature, factor):
+    """Exponents far beyond where fp32 counts in ones: the greatest logit has all of the weight, and its log is 0."""
+    inputs = make_round(200, 2, 5000, torch.float32, full=False, greedy=0.0)
+    inputs["target_logits"] *= factor
+    inputs["draft_tokens"] = inputs["target_logits"][:, :2].argmax(-1)
+    inputs |= {"temperature": torch.full_like(inputs["temperature"], temperature), "num_draft_tokens": None}
+    with fp.use("fused"):
+        result = verify(**inputs, return_logprobs=True)
+    assert torch.equal(result.tokens, inputs["target_logits"].argmax(-1)) and result.logprobs.abs().max() < 1e-5
