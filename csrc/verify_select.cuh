@@ -12,10 +12,10 @@
 //
 // Sums are of integers: weights of an interval that spans a factor of 2 at most as multiples of 2^-23 of its upper
 // bound. So they depend on no order, and the threshold not on the number of CTAs or ranks; equal logits are kept or
-// left together. Only the whole, of which the mass wanted is a share, is the statistics', whose last bits depend on the
-// number of ranks (and the tail's sum is off by up to 2^-40 of the greatest weight a token). So the threshold can
-// differ from the reference's only where the mass down to some logit is within the rounding of fp32 exponentials (some
-// 1e-6 of it) of the mass wanted.
+// left together. Only the whole, of which the mass wanted is a share, is the statistics' without shards and such a sum
+// over them (the tail's off by up to 2^-40 of the greatest weight a token): ranks never differ from each other, but one
+// GPU may from several. So the threshold can differ from the reference's only where the mass down to some logit is
+// within the rounding of fp32 exponentials (some 1e-6 of it) of the mass wanted.
 #pragma once
 
 #include "verify_sums.cuh"
