@@ -108,7 +108,7 @@ Layout layout(int batch, int k, int width, int target_chunks, int draft_chunks, 
   take(b * chunks * sizeof(Statistic));
   l.beyond = take(with_draft * b * k * ceil_div(width, kBeyondTiles * kTile) * sizeof(double));
   l.beyond_total = take(with_draft * b * k * sizeof(double));
-  l.drawn = take(b * ceil_div(width + 1, kTile) * sizeof(Drawn));
+  l.drawn = take(b * ceil_div(width + kNoiseGroup - 1, kTile) * sizeof(Drawn));
   l.prepared = take(rows * sizeof(Prepared));
   l.winners = take(b * sizeof(Winner));
   l.own = take(rows * kShardRecordBytes);
@@ -164,10 +164,22 @@ struct Run {
     p.arrived = reinterpret_cast<unsigned*>(scratch + l.arrived);
 
     // About one wave of CTAs for the draw: more would only decide the same again.
-    const int tiles = ceil_div(width + a.first % 2, kTile);
+    const int tiles = ceil_div(width + a.first % static_cast<int>(kNoiseGroup), kTile);
     const int wanted = std::max(1, kDrawsPerMultiprocessor * multiprocessor_count(device) / a.batch);
     p.tiles_per_split = ceil_div(tiles, std::min(tiles, wanted));
     p.splits = ceil_div(tiles, p.tiles_per_split);
+
+    // A CTA of the sums decides, which takes about as long as a chunk, and then takes its chunks.
+    const std::int64_t slots = kDrawsPerMultiprocessor * multiprocessor_count(device);
+    std::int64_t least = std::numeric_limits<std::int64_t>::max();
+    for (int splits = 1; beyond && splits <= p.beyond_chunks; ++splits) {
+      const int chunks = ceil_div(p.beyond_chunks, splits);
+      const std::int64_t time = (1LL * a.batch * (a.k - 1) * splits + slots - 1) / slots * (1 + chunks);
+      if (time >= least) continue;
+      least = time;
+      p.beyond_per_split = chunks;
+      p.beyond_splits = ceil_div(p.beyond_chunks, chunks);
+    }
 
     const std::int64_t most = std::max<std::int64_t>(statistics_ctas() + p.splits, 1LL * a.k * p.beyond_chunks);
     if (most * a.batch > std::numeric_limits<int>::max()) {
@@ -234,7 +246,7 @@ struct Run {
 
   template <bool kPrepared>
   void sum_beyond() {
-    launch_one(beyond_kernel<TT, TD, kPrepared>, p.batch * (p.k - 1) * p.beyond_chunks);
+    launch_one(beyond_kernel<TT, TD, kPrepared>, p.batch * (p.k - 1) * p.beyond_splits);
   }
 
   template <bool kPrepared>

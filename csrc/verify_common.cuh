@@ -91,7 +91,7 @@ struct Params : VerifyArguments {
   Winner* winners;        // [batch], with shards
   TreeState* trees;       // [batch], of trees
   int target_chunks, draft_chunks, beyond_chunks;
-  int splits, tiles_per_split;
+  int splits, tiles_per_split, beyond_splits, beyond_per_split;
   int target_aligned, draft_aligned;
 };
 

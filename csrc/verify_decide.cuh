@@ -216,21 +216,23 @@ __device__ __forceinline__ void decide(const Params& p, int b, const Request& re
   __syncthreads();
 }
 
-// One CTA of block verification's second pass: a chunk of Z = sum max(p_i p - q, 0) of one row.
+// One CTA of block verification's second pass: chunks of Z = sum max(p_i p - q, 0) of one row. Several where the grid
+// is large enough, as each CTA decides once.
 template <typename TT, typename TD, bool kPrepared>
 __device__ void beyond_cta(const Params& p, int cta, Decision& d) {
-  __shared__ float warp_value[kWarps];
-  const int per_request = (p.k - 1) * p.beyond_chunks;  // row 0 has no use for it
+  __shared__ float warp_value[2][kWarps];
+  const int per_request = (p.k - 1) * p.beyond_splits;  // row 0 has no use for it
   int b = p.batch - 1 - cta / per_request;              // what was read last is still in the L2
-  int row = 1 + cta % per_request / p.beyond_chunks;
-  const int chunk = cta % p.beyond_chunks;
+  int row = 1 + cta % per_request / p.beyond_splits;
+  const int begin = cta % p.beyond_splits * p.beyond_per_split;
+  const int end = min(begin + p.beyond_per_split, p.beyond_chunks);
   const Request request = read_request(p, b);
   if (request.greedy || row >= request.limit) {
     dependency_wait();  // every CTA must, or the draw could overtake the statistics
     return;
   }
   // Into the L2 while the statistics end and are combined: it takes no registers.
-  const int first = chunk * kBeyondTiles * kTile + static_cast<int>(threadIdx.x) * kRun;
+  int first = begin * kBeyondTiles * kTile + static_cast<int>(threadIdx.x) * kRun;
 #pragma unroll
   for (int t = 0; t < kBeyondTiles; ++t) {
     target_row<TT>(p, b, row).prefetch(first + t * kTile);
@@ -249,32 +251,48 @@ __device__ void beyond_cta(const Params& p, int cta, Decision& d) {
   // Products of exponentials and not exponentials of sums: the sums' rounding would count in p - q.
   const float p_scale = np.empty ? 0.0f : static_cast<float>(exp2(d.log2_scales[row] - np.log2_sum));
   const float q_scale = nq.empty ? 0.0f : static_cast<float>(exp2(-nq.log2_sum));
-  float sum = 0.0f;
+  const bool infinities = maximum_p == FLT_MAX || maximum_q == FLT_MAX;
 #pragma unroll 1
-  for (int t = 0; t < kBeyondTiles; ++t) {
-    Run<TT> target;
-    Run<TD> draft;
-    target.load(p_row, first + t * kTile);
-    draft.load(q_row, first + t * kTile);
-    float x[kRun], y[kRun];
-    target.floats(x);
-    draft.floats(y);
+  for (int chunk = begin; chunk < end; ++chunk, first += kBeyondTiles * kTile) {
+    float sum = 0.0f;
+#pragma unroll 1
+    for (int t = 0; t < kBeyondTiles; ++t) {
+      Run<TT> target;
+      Run<TD> draft;
+      target.load(p_row, first + t * kTile);
+      draft.load(q_row, first + t * kTile);
+      if (chunk + 1 < end) {
+        p_row.prefetch(first + (kBeyondTiles + t) * kTile);
+        q_row.prefetch(first + (kBeyondTiles + t) * kTile);
+      }
+      float x[kRun], y[kRun];
+      target.floats(x);
+      draft.floats(y);
+      if (infinities) {
 #pragma unroll
-    for (int e = 0; e < kRun; ++e) {
-      float pe = exp2_fast((clean(x[e]) - maximum_p) * scale_f);
-      if (kPrepared && clean(x[e]) < np.threshold) pe = 0.0f;
-      const float qe = exp2_fast((clean(y[e]) - maximum_q) * static_cast<float>(kLog2E));
-      sum += fmaxf(fmaf(-qe, q_scale, pe * p_scale), 0.0f);
+        for (int e = 0; e < kRun; ++e) {
+          x[e] = clean(x[e]);
+          y[e] = clean(y[e]);
+        }
+      }
+#pragma unroll
+      for (int e = 0; e < kRun; ++e) {
+        float pe = exp2_fast((x[e] - maximum_p) * scale_f);  // NaN for NaN, which the sum below drops
+        if (kPrepared && x[e] < np.threshold) pe = 0.0f;
+        const float qe = fmaxf(exp2_fast((y[e] - maximum_q) * static_cast<float>(kLog2E)), 0.0f);  // 0 for NaN
+        sum += fmaxf(fmaf(-qe, q_scale, pe * p_scale), 0.0f);
+      }
     }
-  }
 #pragma unroll
-  for (int offset = 16; offset > 0; offset /= 2) sum += __shfl_xor_sync(kAllLanes, sum, offset);
-  if (threadIdx.x % 32 == 0) warp_value[threadIdx.x / 32] = sum;
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    double total = 0.0;
-    for (int w = 0; w < kWarps; ++w) total += warp_value[w];
-    p.beyond[(static_cast<std::int64_t>(b) * p.k + row) * p.beyond_chunks + chunk] = total;
+    for (int offset = 16; offset > 0; offset /= 2) sum += __shfl_xor_sync(kAllLanes, sum, offset);
+    float* values = warp_value[chunk % 2];  // those of the chunk before are read until the next barrier
+    if (threadIdx.x % 32 == 0) values[threadIdx.x / 32] = sum;
+    __syncthreads();
+    if (threadIdx.x == 0) {
+      double total = 0.0;
+      for (int w = 0; w < kWarps; ++w) total += values[w];
+      p.beyond[(static_cast<std::int64_t>(b) * p.k + row) * p.beyond_chunks + chunk] = total;
+    }
   }
 }
 

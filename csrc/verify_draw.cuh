@@ -1,9 +1,10 @@
 // Last pass of verification: the Gumbel argmax over one row a request, or over the residual max(s p - q, 0) of two.
 //
 // The token with the greatest log r - log e wins, with r its weight and e its exponential noise: that with the greatest
-// r / e. As e = -log(1 - v) >= v for its uniform v, a token with r < bound * v cannot beat one with r / e = bound. In
-// fp32, with margins for its rounding, this leaves a handful of tokens a row; those are compared in double, by the
-// scores of the reference. So noise costs the random bits, and the result does not depend on how a row is split.
+// r / e. As e = -log(1 - v) >= v for its uniform v, a token with r < bound * v cannot beat one with r / e = bound. Of
+// v its first 16 bits are known, and in fp32, with margins for its rounding, this leaves a handful of tokens a row;
+// those are compared in double, by the scores of the reference. So noise costs those bits, and the result does not
+// depend on how a row is split.
 #pragma once
 
 #include "verify_decide.cuh"
@@ -13,10 +14,11 @@ namespace verify_detail {
 
 // Relative error allowed to an fp32 weight: exact differences of logits to 2^6 bits times three roundings, the
 // hardware's exponential, and to spare. Of the fp32 exponential noise: its logarithm's 2^-22 over the least v there.
+static_assert(kRun == kNoiseGroup, "a thread's tokens are those of one block of the noise");
 constexpr float kMargin = 3e-5f;
 constexpr float kNoiseMargin = 2e-5f;
-constexpr float kSeries = 0x1p-5f;       // v below it: -log(1 - v) by its series
-constexpr unsigned kFewBits = 1u << 17;  // high words below it tell too little of v without the low word
+constexpr float kSeries = 0x1p-5f;  // v below it: -log(1 - v) by its series
+constexpr float kFewBits = 128.0f;  // first bits below it tell too little of v without the next
 
 template <typename TT, typename TD>
 struct Source {  // in shared memory
@@ -56,6 +58,18 @@ __device__ __noinline__ double exact_score(const Source<TT, TD>& s, int token) {
   return weight - noise_log2_exponential(s.noise, s.first + token);
 }
 
+// Not inlined: rarely wanted, and long.
+template <typename TT, typename TD>
+__device__ __noinline__ float second_bits(const Source<TT, TD>& s, int token) {
+  return noise_second(s.noise, s.first + token);
+}
+
+// 1 / e of v, a multiple of 2^-16 where it is not small; from infinity at 0 to 0 at 1.
+__device__ __forceinline__ float inverse_exponential(float v) {
+  const float series = v * fmaf(v, fmaf(v, fmaf(v, 0.25f, 1.0f / 3.0f), 0.5f), 1.0f);
+  return __fdividef(1.0f, v < kSeries ? series : -0.693147181f * __log2f(1.0f - v));
+}
+
 // The three tokens of a thread with the greatest upper bounds of r / e.
 struct Candidates {
   float most = 0.0f, next = 0.0f, third = 0.0f;
@@ -83,10 +97,10 @@ __device__ void scan(const Source<TT, TD>& s, int tile, const int end, Best& bes
   if (threadIdx.x == 0) best = {0, 0, INT_MAX};
   __syncthreads();
   const int begin = tile, width = s.p.width, excluded = s.excluded;
-  // Philox gives the noise of an even id and the one after it: a shard that begins with an odd id is read from the
-  // column before, which does not exist.
-  const int shift = kPrepared ? s.first & 1 : 0, first_pair = kPrepared ? s.first / 2 : 0;
-  NoiseKey noise = s.noise;
+  // The noise comes for kNoiseGroup ids at once: a shard that begins between is read from columns before its first,
+  // which do not exist.
+  const int shift = kPrepared ? s.first % static_cast<int>(kNoiseGroup) : 0;
+  const unsigned first_group = kPrepared ? s.first / kNoiseGroup : 0;
   const float scale_f = rounded_scale(s.scale), maximum_p = s.np.maximum, maximum_q = kRest ? s.nq.maximum : 0.0f;
   // Upper bounds of p, lower bounds of q.
   const float upper_p = static_cast<float>(exp2((kRest ? s.log2_scale : 0.0) - s.np.log2_sum)) * (1.0f + kMargin);
@@ -97,19 +111,15 @@ __device__ void scan(const Source<TT, TD>& s, int tile, const int end, Best& bes
   float bound = 0.0f;
   for (; tile < end; ++tile) {
     const int column = tile * kTile + static_cast<int>(threadIdx.x) * kRun, index = column - shift;
-    if (index >= width) break;
+    if (index >= width && tile > begin) break;  // in the first tile all threads come to its barrier
     Run<TT> run_p;
     Run<TD> run_q;
     run_p.load(s.p, index);
     if constexpr (kRest) run_q.load(s.q, index);
-    unsigned high[kRun];
+    float first[kRun];
+    NoiseKey noise = s.noise;
     asm volatile("" : "+r"(noise.key1));  // else the keys of all rounds stay in registers, which spill
-#pragma unroll
-    for (int i = 0; i < kRun / 2; ++i) {
-      const uint4 w = noise_words(noise, first_pair + column / 2 + i);
-      high[2 * i] = w.y;
-      high[2 * i + 1] = w.w;
-    }
+    noise_first(noise, first_group + column / kRun, first);
     float x[kRun], upper[kRun], p[kRun];
     run_p.floats(x);
     if (infinities) {
@@ -140,32 +150,40 @@ __device__ void scan(const Source<TT, TD>& s, int tile, const int end, Best& bes
         if (index + e == excluded) upper[e] = 0.0f;
       }
     }
+    // At least so much r / e has a token of v or less: 0 or less where it may have none, NaN for NaN.
+    auto at_least = [&](int e, float v) {
+      const float lower = kRest ? upper[e] - 4.1f * kMargin * p[e] : upper[e] * (1.0f - 2.1f * kMargin);
+      return lower * inverse_exponential(v) * (1.0f - kNoiseMargin);
+    };
+    if (tile == begin) {
+      // A bound to begin with, from all of the first tile's tokens: else each thread would look at most of its own
+      // closely.
+#pragma unroll
+      for (int e = 0; e < kRun; ++e) bound = fmaxf(bound, at_least(e, fmaf(first[e], 0x1p-16f, 0x1p-16f)));
+      // Not negative, so that the order of the bits is that of the numbers.
+      const unsigned of_warp = __reduce_max_sync(kAllLanes, __float_as_uint(bound));
+      if (threadIdx.x % 32 == 0) atomicMax(&best.bound, of_warp);
+      __syncthreads();
+    }
     // Any value read here is a valid bound, however old.
     bound = fmaxf(bound, __uint_as_float(*static_cast<volatile unsigned*>(&best.bound)));
-    const float threshold = bound * 0x1p-32f;
+    const float threshold = bound * 0x1p-16f;
     float most = -1.0f;
 #pragma unroll
-    for (int e = 0; e < kRun; ++e) most = fmaxf(most, fmaf(-threshold, __uint2float_rz(high[e]), upper[e]));
+    for (int e = 0; e < kRun; ++e) most = fmaxf(most, fmaf(-threshold, first[e], upper[e]));
     if (most < 0.0f) continue;
     const float before = bound;
 #pragma unroll
     for (int e = 0; e < kRun; ++e) {
-      const float h = __uint2float_rz(high[e]);
-      if (!(upper[e] > 0.0f && upper[e] >= bound * 0x1p-32f * h)) continue;
-      const float lower = kRest ? upper[e] - 4.1f * kMargin * p[e] : upper[e] * (1.0f - 2.1f * kMargin);
-      if (high[e] < kFewBits) {
-        mine.insert(FLT_MAX, index + e);
-        bound = fmaxf(bound, __fdividef(lower, (h + 1.0f) * 0x1p-32f) * (1.0f - kNoiseMargin));
-      } else {
-        const float v = fmaf(h, 0x1p-32f, 0x1p-33f);
-        const float series = v * fmaf(v, fmaf(v, fmaf(v, 0.25f, 1.0f / 3.0f), 0.5f), 1.0f);
-        const float log = -0.693147181f * __log2f(fmaf(__uint2float_rn(~high[e]), 0x1p-32f, 0x1p-33f));
-        const float inverse = __fdividef(1.0f, v < kSeries ? series : log);
-        mine.insert(upper[e] * inverse * (1.0f + kNoiseMargin), index + e);
-        bound = fmaxf(bound, lower * inverse * (1.0f - kNoiseMargin));
+      if (!(upper[e] > 0.0f && upper[e] >= bound * 0x1p-16f * first[e])) continue;
+      float v = first[e] * 0x1p-16f, above = 0x1p-16f;
+      if (first[e] < kFewBits) {
+        v = fmaf(second_bits(s, index + e), 0x1p-32f, v);
+        above = 0x1p-32f;
       }
+      mine.insert(fminf(upper[e] * inverse_exponential(v) * (1.0f + kNoiseMargin), FLT_MAX), index + e);
+      bound = fmaxf(bound, at_least(e, v + above));
     }
-    // Not negative, so that the order of the bits is that of the numbers.
     if (bound > before) atomicMax(&best.bound, __float_as_uint(bound));
   }
   __syncthreads();
@@ -314,12 +332,12 @@ __device__ void draw_cta(const Params& p, int cta, Decision& d) {
     if constexpr (kPrepared) {
       source.first = p.first;
       if (source.excluded >= 0) source.excluded = max(source.excluded - p.first, -1);  // -1: a lower rank's
-      // Vectors from an odd column are not aligned.
-      if (p.first % 2 != 0) source.p.aligned = source.q.aligned = false;
+      // Vectors from a column within a group are not aligned.
+      if (p.first % kNoiseGroup != 0) source.p.aligned = source.q.aligned = false;
     }
   }
   __syncthreads();
-  const int tiles = (p.width + (kPrepared ? p.first % 2 : 0) + kTile - 1) / kTile;
+  const int tiles = (p.width + (kPrepared ? p.first % static_cast<int>(kNoiseGroup) : 0) + kTile - 1) / kTile;
   const int tile = split * p.tiles_per_split;
   scan_any<kPrepared>(source, tile, min(tile + p.tiles_per_split, tiles), best);
 

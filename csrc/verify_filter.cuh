@@ -70,7 +70,7 @@ __device__ __forceinline__ bool filter_row(const ExchangeParams& p, int b, int r
     }
     const float threshold = least == 0 ? -INFINITY : of_order_key<TT>(least);
     if (!summed) {
-      if (!sum_by_weight<true>(fmaxf(threshold, -FLT_MAX), rounds, sh)) return false;
+      if (!sum_by_weight<true, true>(fmaxf(threshold, -FLT_MAX), rounds, sh)) return false;
       if (threadIdx.x < 32) {
         choose_bin<true>(sh, 1.0);
         __syncwarp();

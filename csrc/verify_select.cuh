@@ -5,14 +5,17 @@
 // 256 parts of that, now by the order of the logits' bits, until one value is left. A row is read again in each round,
 // from the L2: two rounds find a 16-bit logit that is not near 0, four any fp32 one.
 //
-// Most tokens weigh next to nothing. At first those below 2^-16 of the greatest, the tail, are one sum, which threads
-// keep in registers; a round more tells its intervals apart, if what is wanted is only reached there.
+// Most tokens weigh next to nothing. At first those below 2^-16 of the greatest, the tail, are left out: the mass of
+// all is known from the statistics, and so is that of the tail. A round more tells its intervals apart, if what is
+// wanted is only reached there. Where an earlier filter has taken tokens the mass of the rest is not known, and the
+// tail is one sum, which threads keep in registers.
 //
 // Sums are of integers: weights of an interval that spans a factor of 2 at most as multiples of 2^-23 of its upper
 // bound. So they depend on no order, and the threshold not on the number of CTAs or ranks; equal logits are kept or
-// left together. It can differ from the reference's only where the mass down to some logit is within the rounding of
-// fp32 exponentials (some 1e-6 of it) of the mass wanted. The tail's sum adds 2^-40 of the greatest weight a token to
-// that, and only to the whole of which the mass wanted is a share.
+// left together. Only the whole, of which the mass wanted is a share, is the statistics' without shards and such a sum
+// over them (the tail's off by up to 2^-40 of the greatest weight a token): ranks never differ from each other, but one
+// GPU may from several. So the threshold can differ from the reference's only where the mass down to some logit is
+// within the rounding of fp32 exponentials (some 1e-6 of it) of the mass wanted.
 #pragma once
 
 #include "verify_sums.cuh"
@@ -64,23 +67,26 @@ __device__ __forceinline__ void take_columns(FilterShared& sh, unsigned long lon
   __syncthreads();
 }
 
-// By weight, of the logits that are `from` or more: the intervals above the tail, and in the next one all of the tail.
-// False after a failed wait.
-template <bool kMass, typename T, bool kSharded>
+// By weight, of the logits that are `from` or more: the intervals above the tail, and in the next one all of the tail,
+// unless it is left out. False after a failed wait.
+template <bool kMass, bool kTailToo, typename T, bool kSharded>
 __device__ __forceinline__ bool sum_by_weight(float from, Rounds<T, kSharded>& rounds, FilterShared& sh) {
   const Weight weight = sh.weight;
   if (threadIdx.x % 8 == 0) rounds.own(sh)[threadIdx.x / 8] = 0;
   unsigned* column = &sh.columns[threadIdx.x / 32 % kGroups][0][threadIdx.x % 32];
   unsigned tail = 0;  // of fewer logits between two flushes than a column is of
+  if (!kTailToo) from = fmaxf(from, weight.least_above(kTail));
   for_each_logit<kInFlight<kSharded>>(
       rounds.row(sh), rounds.begin(), rounds.end(), from,
       [&](float x) {
         const float w = weight(x);
-        const unsigned value = kMass ? mass<kHeadBins / 4>(w) : 1u;
-        if (w < kTail) {
-          atomicAdd(column + head_bin(w) * 32, value);
-        } else {
-          tail += value;
+        if (kTailToo || w < kTail) {
+          const unsigned value = kMass ? mass<kHeadBins / 4>(w) : 1u;
+          if (!kTailToo || w < kTail) {
+            atomicAdd(column + head_bin(w) * 32, value);
+          } else {
+            tail += value;
+          }
         }
       },
       [&] { take_columns(sh, rounds.own(sh), tail); });
@@ -105,9 +111,10 @@ __device__ __forceinline__ bool sum_tail_by_weight(float from, Rounds<T, kSharde
   return rounds.total(sh);
 }
 
-// Warp 0, first round: the interval in which `goal` is reached; of mass, it is a fraction of the whole.
+// Warp 0, first round: the interval in which `goal` is reached; of mass, it is a fraction of the whole. `all`: the
+// whole, where the tail was left out, and infinite where that is not known; 0: it was not.
 template <bool kMass>
-__device__ __forceinline__ void choose_bin(FilterShared& sh, double given) {
+__device__ __forceinline__ void choose_bin(FilterShared& sh, double given, double all = 0.0) {
   constexpr int kEach = kBins / 32;
   const int lane = threadIdx.x;
   auto value = [&](int bin) { return static_cast<double>(sh.bins[bin]) * (kMass ? power_of_two(-(bin / 4)) : 1.0); };
@@ -119,6 +126,7 @@ __device__ __forceinline__ void choose_bin(FilterShared& sh, double given) {
     const double lower = __shfl_up_sync(kAllLanes, sum, offset);
     if (lane >= offset) sum += lower;
   }
+  if (all > 0.0 && lane >= kHeadBins / kEach) sum = fmax(sum, all);
   const double whole = __shfl_sync(kAllLanes, sum, 31);
   if (lane == 0) sh.whole = whole;
   const double goal = kMass ? given * whole : given;
@@ -127,6 +135,10 @@ __device__ __forceinline__ void choose_bin(FilterShared& sh, double given) {
   const unsigned reached = __ballot_sync(kAllLanes, sum >= goal);
   if (lane == 0) sh.none = reached == 0;
   if (reached == 0 || lane != __ffs(reached) - 1) return;
+  if (all > 0.0 && lane >= kHeadBins / kEach) {
+    sh.bin = kHeadBins;  // the rest of what is chosen is not known yet
+    return;
+  }
   int bin = -1;
   for (int i = 0; i < kEach; ++i) {
     if (sh.bins[lane * kEach + i] == 0) continue;
@@ -188,8 +200,13 @@ template <bool kMass, typename T, bool kSharded, typename Goal>
 __device__ __forceinline__ unsigned select(unsigned least, Goal&& goal, Rounds<T, kSharded>& rounds, FilterShared& sh) {
   // Keys between two logits are of no logit: that of the lower bound keeps the same ones.
   const float from = least == 0 ? -FLT_MAX : of_order_key<T>(least);
-  if (!sum_by_weight<kMass>(from, rounds, sh)) return kNoKey;
-  if (threadIdx.x < 32) choose_bin<kMass>(sh, goal());
+  if (!kSharded && least == 0) {  // nothing is taken yet; with shards the registers do not suffice for both
+    if (!sum_by_weight<kMass, false>(from, rounds, sh)) return kNoKey;
+    if (threadIdx.x < 32) choose_bin<kMass>(sh, goal(), kMass ? exp2(sh.row.log2_sum + 23.0) : INFINITY);
+  } else {
+    if (!sum_by_weight<kMass, true>(from, rounds, sh)) return kNoKey;
+    if (threadIdx.x < 32) choose_bin<kMass>(sh, goal());
+  }
   __syncthreads();
   if (!sh.none && sh.bin == kHeadBins) {  // the same in all threads
     // The mass wanted is now a share of the sum of the tail's intervals and those above, whatever was left to rounding.

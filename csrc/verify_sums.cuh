@@ -41,6 +41,10 @@ struct Weight {  // of a logit, in base 2 and negated: 0 for the greatest
 
   // A product of its own: were it fused with what follows, differently in each pass, their sums would not agree.
   __device__ __forceinline__ float operator()(float x) const { return __fmul_rn(maximum - x, scale); }
+  // A logit below none of whose weight is under `w`: all nearer to the greatest are it or above.
+  __device__ __forceinline__ float least_above(float w) const {
+    return __fadd_rd(maximum, -(w / scale) * (1.0f + 1e-6f));
+  }
   // Greater logits are in lower intervals, of a quarter each; what weighs under 2^-64 of the greatest is in the last.
   __device__ __forceinline__ int bin(float w) const { return static_cast<int>(fminf(w * 4.0f, kBins - 1.0f)); }
 };

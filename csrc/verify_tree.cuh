@@ -261,6 +261,15 @@ __device__ void walk_cta(const Params& p, int b) {
   for (unsigned i = threadIdx.x; i < sizeof(TreeState) / 8; i += kThreads) to[i] = from[i];
 }
 
+// log2 of r / e, in double.
+template <typename TT, typename TD>
+__device__ __noinline__ double tree_score(const Tree<TT, TD>& tree, const NoiseKey& noise, int count, int id,
+                                          float logit) {
+  const double weight =
+      count == 0 ? log2_probability(tree.s.p, tree.request.scale, logit) : log2(tree.weight(count, id));
+  return weight - noise_log2_exponential(noise, id);
+}
+
 // The Gumbel argmax over the tiles from `tile` to `end` of what `count` refusals left. As verify_draw.cuh, but with a
 // bound that forgets what the refusals took: the weight is at most p over the Z, so a token that loses with that loses.
 // What survives is compared in double. By the whole CTA; ends with a barrier.
@@ -283,27 +292,22 @@ __device__ void tree_scan(const Tree<TT, TD>& tree, const NoiseKey& noise, int c
     float x[kRun];
     run.load(row, first);
     run.floats(x);
-#pragma unroll 1
-    for (int i = 0; i < kRun / 2; ++i) {
-      const uint4 w = noise_words(noise, first / 2 + i);
+    float of_noise[kRun];
+    noise_first(noise, first / kRun, of_noise);
 #pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        // Any value read here is a valid bound, however old. Of e >= v >= its high word.
-        const float bound = __uint_as_float(*static_cast<volatile unsigned*>(&best.bound));
-        const float logit = clean(e == 0 ? x[2 * i] : x[2 * i + 1]);
-        const float v = __uint2float_rz(e == 0 ? w.y : w.w) * 0x1p-32f;
-        if (!(logit >= s.p.threshold && logit > -INFINITY)) continue;
-        if (exp2_fast((logit - s.p.maximum) * tree.request.scale_f) * upper_p < bound * v) continue;
-        const int id = first + 2 * i + e;
-        const double weight =
-            count == 0 ? log2_probability(s.p, tree.request.scale, logit) : log2(tree.weight(count, id));
-        const double of_id = weight - noise_log2_exponential(noise, id);
-        if (!(of_id > score)) continue;  // ids of a thread rise: of equal scores the lowest is kept
-        score = of_id;
-        token = id;
-        const float lower = exp2f(static_cast<float>(of_id)) * (1.0f - kMargin);
-        atomicMax(&best.bound, __float_as_uint(fminf(lower, FLT_MAX)));
-      }
+    for (int e = 0; e < kRun; ++e) {
+      // Any value read here is a valid bound, however old. Of e >= v >= its first bits.
+      const float bound = __uint_as_float(*static_cast<volatile unsigned*>(&best.bound));
+      const float logit = clean(x[e]), v = of_noise[e] * 0x1p-16f;
+      if (!(logit >= s.p.threshold && logit > -INFINITY)) continue;
+      if (exp2_fast((logit - s.p.maximum) * tree.request.scale_f) * upper_p < bound * v) continue;
+      const int id = first + e;
+      const double of_id = tree_score(tree, noise, count, id, logit);
+      if (!(of_id > score)) continue;  // ids of a thread rise: of equal scores the lowest is kept
+      score = of_id;
+      token = id;
+      const float lower = exp2f(static_cast<float>(of_id)) * (1.0f - kMargin);
+      atomicMax(&best.bound, __float_as_uint(fminf(lower, FLT_MAX)));
     }
   }
   const unsigned long long key = score > -INFINITY ? ordered(score) : 0;

@@ -4,11 +4,14 @@ Philox4x32-10 (Salmon et al. 2011, "Parallel Random Numbers: As Easy as 1, 2, 3"
 bits on CPUs and GPUs, without host synchronisation, capturable in CUDA graphs.
 
     key      seed, its low and high 32 bits
-    counter  token id // 2, position, low 32 bits of step, stream << 30 | bits 32 to 61 of step
-    output   four 32-bit words: the first two (low, high) make the 64-bit integer x of the even token id, the last two
-             that of the odd one
-    uniform  v = (x + 0.5) * 2**-64 in float64, at most 1 - 2**-53; exponential e = -log1p(-v); Gumbel g = -log(e)
+    counter  block, position, low 32 bits of step, stream << 30 | bits 32 to 61 of step
+    output   four 32-bit words: the first two (low, high) make a 64-bit integer y of the even token id 2 * block, the
+             last two that of the odd one; of block 2**31 | g the halves of the words (low half first) are the first 16
+             bits of the token ids 8 g to 8 g + 7
+    uniform  v = (x + 0.5) * 2**-64 in float64, at most 1 - 2**-53, where x is y; exponential e = -log1p(-v);
+             Gumbel g = -log(e), where x is the first 16 bits and then the upper 48 of y
 
+A draw that compares first bits needs a block for eight tokens, and for the few tokens that may win another.
 64 bits a number: 32 would cut the Gumbel's upper tail at 22, and with 10**5 tokens one draw in 40 000 has a Gumbel
 beyond it. The lower tail, which the argmax of a draw does not read, ends at -log(53 log 2).
 """
@@ -20,6 +23,7 @@ import torch
 STREAMS = {"draft": 0, "accept": 1, "residual": 2}
 MASK = 0xFFFFFFFF
 ROUNDS = 10
+FIRST_BITS = 1 << 31  # of the counter's word 0, where ids are below 2**30
 MULTIPLIERS = (0xCD9E8D57, 0xD2511F53)  # of the counter's words 2 and 0, in the order the round below uses them
 WEYL = (0x9E3779B9, 0xBB67AE85)  # what the key's two words grow by each round
 
@@ -63,8 +67,11 @@ def gumbel(
     seed: torch.Tensor, step: torch.Tensor, position: torch.Tensor, stream: str, first: int, count: int
 ) -> torch.Tensor:
     """Float64 standard Gumbels [B, count] of the token ids first .. first + count - 1; the others int64 [B]."""
-    begin, end = first // 2, (first + count + 1) // 2
-    block = torch.arange(begin, end, device=seed.device)
-    words = _words(seed[:, None], step[:, None], position[:, None], stream, block)
-    v = torch.stack((_unit(*words[:2]), _unit(*words[2:])), -1).flatten(1)[:, first - 2 * begin :][:, :count]
+    last = first + count - 1
+    key = seed[:, None], step[:, None], position[:, None], stream
+    words = _words(*key, torch.arange(first // 2, last // 2 + 1, device=seed.device))
+    low, high = (torch.stack((words[i], words[i + 2]), -1).flatten(1)[:, first % 2 :][:, :count] for i in (0, 1))
+    words = torch.stack(_words(*key, FIRST_BITS | torch.arange(first // 8, last // 8 + 1, device=seed.device)), -1)
+    bits = torch.stack((words & 0xFFFF, words >> 16), -1).flatten(1)[:, first % 8 :][:, :count]
+    v = _unit((high << 16 | low >> 16) & MASK, bits << 16 | high >> 16)
     return -torch.log(-torch.log1p(-v))

@@ -12,6 +12,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 HOST = Path(__file__).resolve().parent / "host_cuda"
@@ -122,6 +123,14 @@ class HostExtension:
         threshold, log2_sum = ctypes.c_float(), ctypes.c_double()
         self.library.row_of(ctypes.byref(arguments), row, ctypes.byref(threshold), ctypes.byref(log2_sum))
         return threshold.value, log2_sum.value
+
+    def beyond(self, arguments) -> tuple[torch.Tensor, int]:
+        """Block verification's sums Z of chunks, float64 [B, k, chunks] (of row 0 and of rows that do not matter: any
+        content), after a float32 call; and over how many CTAs a row was spread."""
+        at, splits = ctypes.POINTER(ctypes.c_double)(), ctypes.c_int()
+        chunks = self.library.beyond_of(ctypes.byref(arguments), ctypes.byref(at), ctypes.byref(splits))
+        count = arguments.batch * arguments.k * chunks
+        return torch.tensor(at[:count]).double().view(arguments.batch, arguments.k, chunks), splits.value
 
     def set_multiprocessors(self, count: int) -> int:
         """Of the GPU that the launchers see; and the largest cluster of the launches since the last call of this."""

@@ -19,17 +19,25 @@ def philox(counter, key):
     return c
 
 
-def uniform(seed, stream, position, step, token):
-    """The float64 nearest to (x + 1/2) / 2**64, below 1."""
+def words(seed, stream, position, step, block):
     seed %= 2**64
-    counter = (token // 2, position, step & MASK, STREAM[stream] << 30 | (step >> 32))
-    words = philox(counter, (seed & MASK, seed >> 32))
-    low, high = words[2 * (token % 2) :][:2]
-    return min(float(Fraction(2 * (high << 32 | low) + 1, 2**65)), 1 - 2**-53)
+    return philox((block, position, step & MASK, STREAM[stream] << 30 | (step >> 32)), (seed & MASK, seed >> 32))
+
+
+def unit(x):
+    """The float64 nearest to (x + 1/2) / 2**64, below 1."""
+    return min(float(Fraction(2 * x + 1, 2**65)), 1 - 2**-53)
+
+
+def uniform(seed, stream, position, step):
+    low, high, _, _ = words(seed, stream, position, step, 0)
+    return unit(high << 32 | low)
 
 
 def gumbel(seed, stream, position, step, token):
-    return -math.log(-math.log1p(-uniform(seed, stream, position, step, token)))
+    low, high = words(seed, stream, position, step, token // 2)[2 * (token % 2) :][:2]
+    halves = [half for w in words(seed, stream, position, step, 2**31 + token // 8) for half in (w & 0xFFFF, w >> 16)]
+    return -math.log(-math.log1p(-unit(halves[token % 8] << 48 | (high << 32 | low) >> 16)))
 
 
 def clean(logits, vocab_size):
@@ -110,7 +118,7 @@ def verify(targets, drafts, draft_rows, seed, step, method, vocab_size):
             break
         usable += 1
     p = [t.p for t in targets]
-    u = [uniform(seed, "accept", i, step, 0) for i in range(usable)]
+    u = [uniform(seed, "accept", i, step) for i in range(usable)]
     if targets[0].greedy:
         accepted = 0
         while accepted < usable and drafts[accepted] in p[accepted]:
@@ -159,13 +167,13 @@ def verify_tree(targets, drafts, parents, draft_rows, seed, step, vocab_size, ma
                 q = draft_law(draft_rows[child], x, vocab_size) if q is None else q
                 if q.get(x, 0.0) <= 0:
                     continue
-                accept = uniform(seed, "accept", child, step, 0) * q[x] < p.get(x, 0.0)
+                accept = uniform(seed, "accept", child, step) * q[x] < p.get(x, 0.0)
                 left = minus(p, q)
                 others = {t: w for t, w in q.items() if t != x}
                 total = math.fsum(others.values())
                 q_left = {t: w / total for t, w in others.items()} if total > 0 else {}
             else:
-                accept = uniform(seed, "accept", child, step, 0) < p.get(x, 0.0)
+                accept = uniform(seed, "accept", child, step) < p.get(x, 0.0)
                 left, q_left = {t: w for t, w in p.items() if t != x}, q
             if accept:
                 chosen = child

@@ -241,6 +241,11 @@ inline int __reduce_min_sync(unsigned, int value) {
   for (int i = 0; i < 32; ++i) least = std::min(least, host_cuda::of_bits<int>(all[i]));
   return least;
 }
+inline unsigned __reduce_max_sync(unsigned, unsigned value) {
+  const unsigned long long* all = host_cuda::gather(value);
+  for (int i = 0; i < 32; ++i) value = std::max(value, static_cast<unsigned>(all[i]));
+  return value;
+}
 inline void __syncwarp() {
   host_cuda::gather(0);
 }
@@ -301,12 +306,11 @@ inline double __hiloint2double(int high, int low) {
 inline unsigned __float2uint_rn(float x) {
   return static_cast<unsigned>(std::nearbyint(x));
 }
-inline float __uint2float_rn(unsigned x) {
-  return static_cast<float>(x);
-}
-inline float __uint2float_rz(unsigned x) {
-  const float f = static_cast<float>(x);
-  return static_cast<double>(f) > x ? std::nextafter(f, 0.0f) : f;
+inline unsigned __byte_perm(unsigned x, unsigned y, unsigned selector) {
+  const unsigned long long bytes = static_cast<unsigned long long>(y) << 32 | x;
+  unsigned out = 0;
+  for (int i = 0; i < 4; ++i) out |= static_cast<unsigned>(bytes >> 8 * (selector >> 4 * i & 7) & 0xff) << 8 * i;
+  return out;
 }
 inline float __fmul_rn(float a, float b) {
   return a * b;

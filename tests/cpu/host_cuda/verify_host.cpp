@@ -89,6 +89,15 @@ void row_of(const fp::VerifyArguments* a, int row, float* threshold, double* log
   *log2_sum = n.log2_sum;
 }
 
+// Block verification's sums of chunks after a call of one rank with float32 logits, [batch, k, chunks], of which there
+// are as many as is returned; and over how many CTAs a row was spread.
+int beyond_of(const fp::VerifyArguments* a, const double** sums, int* splits) {
+  fp::Run<float, float> run(*a, nullptr, 0, nullptr);
+  *sums = run.p.beyond;
+  *splits = run.p.beyond_splits;
+  return run.p.beyond_chunks;
+}
+
 // Rounds of `world` calls, [rounds, world], in threads of their own, exchanging through memory that is made here:
 // several in a row go through all generations of the slots. Rank `absent`, if there is one, never comes: the others
 // must say so.
