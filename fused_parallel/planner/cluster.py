@@ -34,6 +34,17 @@ def _check_islands(islands: object, gpus: int, where: str) -> None:
 
 
 @dataclass(frozen=True)
+class EagerLayer:
+    """What a host takes to queue a layer's prefill kernel by kernel, microseconds: of a prompt's first chunk and of a
+    later one; the same in a tensor-parallel group (None: not measured, taken to be alike)."""
+
+    first: float
+    later: float
+    tp_first: float | None = None
+    tp_later: float | None = None
+
+
+@dataclass(frozen=True)
 class Cluster:
     """`hosts` equal hosts of `gpus_per_host` GPUs.
 
@@ -41,8 +52,8 @@ class Cluster:
     joins only some of a host's GPUs, which those are ((0, 1), (2, 3)), and `between` what joins the islands.
     `host_memory_gb` bounds what offload may keep in host memory (None: not checked). `layer_us` is the time of
     everything in a layer besides its matmuls, KV reads and communication (None: the backend's measured constant,
-    cost.layer_us), `eager_layer_us` what the host takes to queue a layer's kernels one by one (None: the H200
-    machine's).
+    cost.layer_us), `eager_layer_us` what the host takes to queue a layer's kernels one by one (a number: always;
+    None: measured.EAGER_LAYER_US).
     ours: this library's kernels within an island (None: not measured on such a link); backend: whose costs count."""
 
     name: str
@@ -54,7 +65,7 @@ class Cluster:
     nics: int = 1
     host_memory_gb: float | None = None
     layer_us: float | None = None
-    eager_layer_us: float | None = None
+    eager_layer_us: float | EagerLayer | None = None
     islands: tuple[tuple[int, ...], ...] = ()
     between: Link | None = None
     ours: Link | None = None
@@ -301,7 +312,10 @@ def from_profile(profile: dict, name: str) -> Cluster:
             changes["memory_share"] = min(1.0, m["k"] * m["n"] * 2 / reading / 1e3 / gpu.hbm_gb_s)
     memory = profile["host"]["memory_bytes"] / 1e9
     links = _profile_links(profile, found)
-    host = {"host_memory_gb": memory, "eager_layer_us": profile["host"].get("eager_layer_us")}
+    queueing = profile["host"].get("eager_layer_us")
+    if isinstance(queueing, dict):  # before, a number
+        queueing = EagerLayer(**queueing)
+    host = {"host_memory_gb": memory, "eager_layer_us": queueing}
     return Cluster(name, dataclasses.replace(gpu, **changes), len(found), **host, **links)
 
 

@@ -8,7 +8,7 @@ import math
 from dataclasses import dataclass
 from functools import cache
 
-from .cluster import CLUSTERS, NCCL, OURS, Cluster
+from .cluster import CLUSTERS, NCCL, OURS, Cluster, EagerLayer
 from .hardware import GPU, Link
 from .measured import (
     EAGER_LAYER_US,
@@ -198,10 +198,14 @@ def layer_us(cluster: Cluster) -> float:
     return _h100_layer_us("torch_nccl") if cluster.gpu.name == "h100" else _h200_layer_us()
 
 
-def eager_layer_us(cluster: Cluster) -> float:
-    """What the host takes to queue a layer's kernels one by one, as in a prefill: the cluster's, else the H200
-    machine's."""
-    return EAGER_LAYER_US if cluster.eager_layer_us is None else cluster.eager_layer_us
+def eager_layer_us(cluster: Cluster, tp: int, chunks: int) -> float:
+    """What the host takes to queue a layer's kernels one by one, as in a prefill, on average over a prompt's chunks:
+    the cluster's, else that of a machine of ours."""
+    us = EAGER_LAYER_US if cluster.eager_layer_us is None else cluster.eager_layer_us
+    if not isinstance(us, EagerLayer):
+        return us
+    first, later = (us.first, us.later) if tp == 1 or us.tp_first is None else (us.tp_first, us.tp_later)
+    return (first + (chunks - 1) * later) / chunks
 
 
 @cache

@@ -294,7 +294,7 @@ class Search:
         size = math.ceil(length / chunks)
         step = Step(1, size, (length - size) // 2, 1)
         times = [c.us for c in self._stages(dtype, tp, stages, step, streamed)]
-        queued = [layers * eager_layer_us(self.cluster) for layers in stages]
+        queued = [layers * eager_layer_us(self.cluster, tp, chunks) for layers in stages]
         last = simulate(times, self._hops(tp, stages, size), chunks, queued_us=queued).last
         return last, chunks * max(*times, *queued), size if chunks > 1 else None
 

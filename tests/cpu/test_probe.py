@@ -1,5 +1,6 @@
 """`fused-parallel probe` on a CPU machine, and the fit of its cost model."""
 
+import dataclasses
 import json
 import random
 import subprocess
@@ -15,6 +16,8 @@ from fused_parallel.comm.alpha_beta import fit_alpha_beta
 from fused_parallel.comm.probe import SCHEMA_VERSION, load_profile, write_profile
 from fused_parallel.comm.probe_collectives import rank_environment, world_sizes
 from fused_parallel.comm.probe_layer import eager_layer_us
+from fused_parallel.planner import cost
+from fused_parallel.planner.cluster import CLUSTERS, EagerLayer
 
 SIZES = [4 << 10 << 2 * i for i in range(8)]
 
@@ -184,4 +187,12 @@ def test_the_slowest_link_names_the_machine(monkeypatch):
 
 def test_layers_are_queued_in_a_process_for_each_gpu(monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # on a CPU they compute, and would keep each other waiting
-    assert eager_layer_us(2, "cpu") > 1
+    found = eager_layer_us(2, "cpu")
+    assert set(found) == {"first", "later", "tp_first", "tp_later"} and all(us > 1 for us in found.values()), found
+    # As a profile's they bound short prompts: in a tensor-parallel group by its own figures.
+    ours = dataclasses.replace(CLUSTERS["2xh100"], eager_layer_us=EagerLayer(**found))
+    for tp, of_tp in ((1, ""), (2, "tp_")):
+        first, later = found[of_tp + "first"], found[of_tp + "later"]
+        assert cost.eager_layer_us(ours, tp, 1) == first
+        assert cost.eager_layer_us(ours, tp, 4) == pytest.approx((first + 3 * later) / 4)
+    assert cost.eager_layer_us(dataclasses.replace(ours, eager_layer_us=EagerLayer(3.0, 5.0)), 2, 2) == 4.0

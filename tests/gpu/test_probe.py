@@ -23,7 +23,9 @@ def test_nothing_fails(profile):
 
 
 def test_memory_and_matmuls_are_plausible(profile):
-    assert 20 < profile["host"]["eager_layer_us"] < 5000
+    queueing = profile["host"]["eager_layer_us"]
+    assert len(queueing) == (4 if torch.cuda.device_count() > 1 else 2)
+    assert all(20 < us < 5000 for us in queueing.values()), queueing
     for gpu in profile["gpus"]:
         assert 0.1 < gpu["graph_kernel_us"] < 20
         assert 100 < gpu["memory"]["copy_gb_per_s"] < 12000
