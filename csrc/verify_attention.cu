@@ -19,6 +19,7 @@ namespace {
 using namespace attention_detail;
 
 constexpr int kLeastShare = 128;     // two tiles: less, and a CTA spends its time filling its pipeline
+constexpr int kAloneShare = 256;     // keys of a share from which a CTA alone on a multiprocessor is faster than two
 constexpr double kFullWaves = 0.95;  // the part of the places for CTAs, over all waves, that a split should fill
 
 int ceil_div(int a, int b) {
@@ -27,13 +28,31 @@ int ceil_div(int a, int b) {
 
 // How a call is spread over CTAs.
 struct Plan {
-  int warps;  // of a CTA; with key_groups, it takes 16 * warps / key_groups rows
+  int warps;   // of a CTA; with key_groups, it takes 16 * warps / key_groups rows
+  bool alone;  // on its multiprocessor
   int key_groups, row_blocks, splits, least_share;
 };
 
-// The same for all kernels of a head_dim.
+// The same for all kernels of a head_dim, but for those of heads of 128 that are alone on a multiprocessor.
 int shared_bytes(int head_dim) {
-  return head_dim == 64 ? Layout<64, 4, 4, false>::kSharedBytes : Layout<128, 4, 4, false>::kSharedBytes;
+  return head_dim == 64 ? Layout<64, 4, 4, false, false>::kSharedBytes : Layout<128, 4, 4, false, false>::kSharedBytes;
+}
+
+constexpr int kAloneBytes = Layout<128, 4, 4, true, false>::kSharedBytes;
+
+// The splits that fill `places` for CTAs best, the fewest if several fill them well; at most `most`.
+int choose_splits(std::int64_t unsplit, std::int64_t places, int most) {
+  double best = 0.0;
+  int chosen = 1;
+  for (int splits = 1; splits <= most && best < kFullWaves; ++splits) {
+    const std::int64_t ctas = unsplit * splits, waves = (ctas + places - 1) / places;
+    const double filled = static_cast<double>(ctas) / static_cast<double>(waves * places);
+    if (filled > best) {
+      best = filled;
+      chosen = splits;
+    }
+  }
+  return chosen;
 }
 
 Plan make_plan(const VerifyAttentionShape& s, int device) {
@@ -41,6 +60,7 @@ Plan make_plan(const VerifyAttentionShape& s, int device) {
   Plan plan;
   plan.warps = row_tiles == 1 ? 4 : row_tiles <= 6 ? 6 : 8;
   plan.key_groups = row_tiles == 1 ? 4 : row_tiles <= 3 ? 2 : 1;
+  plan.alone = plan.warps == 8;
   plan.row_blocks = ceil_div(row_tiles, plan.warps / plan.key_groups);
   // A share reads a key and a value for each of its keys, and writes twice as much for each of its rows, to be read
   // again: with fewer keys than this, the scratch memory would see more traffic than the cache.
@@ -48,21 +68,24 @@ Plan make_plan(const VerifyAttentionShape& s, int device) {
 
   int memory = 0;
   FP_CUDA_CHECK(cudaDeviceGetAttribute(&memory, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device));
-  const int fit = memory / (shared_bytes(s.head_dim) + 1024);
-  const std::int64_t places =
-      static_cast<std::int64_t>(multiprocessor_count(device)) * std::max(1, std::min(fit, plan.warps == 8 ? 1 : 2));
+  const std::int64_t multiprocessors = multiprocessor_count(device);
   const std::int64_t unsplit = static_cast<std::int64_t>(s.batch) * s.kv_heads * plan.row_blocks;
   const int most = std::max(1, std::min(kMaxSplits, s.capacity / plan.least_share));
-  double best = 0.0;
-  plan.splits = 1;
-  for (int splits = 1; splits <= most && best < kFullWaves; ++splits) {
-    const std::int64_t ctas = unsplit * splits, waves = (ctas + places - 1) / places;
-    const double filled = static_cast<double>(ctas) / static_cast<double>(waves * places);
-    if (filled > best) {
-      best = filled;
+  if (s.head_dim == 128 && row_tiles <= 3 && memory >= kAloneBytes + 1024) {
+    const int splits = choose_splits(unsplit, multiprocessors, most);
+    // In one wave, and a full one: CTAs that follow others alone begin and end while nothing is read.
+    const std::int64_t ctas = unsplit * splits;
+    if (s.capacity / splits >= kAloneShare && ctas <= multiprocessors &&
+        static_cast<double>(ctas) >= kFullWaves * static_cast<double>(multiprocessors)) {
+      plan.alone = true;
+      plan.warps = row_tiles == 1 ? 4 : 12;
+      plan.key_groups = 4;
       plan.splits = splits;
+      return plan;
     }
   }
+  const int fit = memory / (shared_bytes(s.head_dim) + 1024);
+  plan.splits = choose_splits(unsplit, multiprocessors * std::max(1, std::min(fit, plan.alone ? 1 : 2)), most);
   return plan;
 }
 
@@ -93,15 +116,15 @@ void check_shape(const VerifyAttentionShape& s) {
 
 // As launch_local, which has no shared memory to give: a grid that could fill the GPU does not wait on it for the
 // kernel before.
-template <typename T, int kDim, int kWarps, int kKeyGroups>
+template <typename T, int kDim, int kWarps, int kKeyGroups, bool kAlone>
 void launch_shares(const Params& p, std::int64_t ctas, int device, cudaStream_t stream) {
-  constexpr int kRegisters = 65536 / (kWarps == 8 ? 1 : 2);  // of a CTA, at most
-  auto* kernel = p.block_table == nullptr ? share_kernel<T, kDim, kWarps, kKeyGroups, false>
-                                          : share_kernel<T, kDim, kWarps, kKeyGroups, true>;
-  const int bytes = shared_bytes(kDim);
+  constexpr int kRegisters = 65536 / (kAlone ? 1 : 2);  // of a CTA, at most
+  auto* kernel = p.block_table == nullptr ? share_kernel<T, kDim, kWarps, kKeyGroups, kAlone, false>
+                                          : share_kernel<T, kDim, kWarps, kKeyGroups, kAlone, true>;
+  const int bytes = Layout<kDim, kWarps, kKeyGroups, kAlone, false>::kSharedBytes;
   FP_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
   FP_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
-                                     cudaSharedmemCarveoutMaxShared));  // for two CTAs on a multiprocessor
+                                     cudaSharedmemCarveoutMaxShared));  // for two CTAs, or one with more
   cudaLaunchAttribute attribute = {};
   attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attribute.val.programmaticStreamSerializationAllowed = 1;
@@ -153,14 +176,22 @@ void run(const VerifyAttentionArguments& a, int device, cudaStream_t stream) {
   if (ctas > std::numeric_limits<int>::max()) {
     throw std::runtime_error("verify_attention: batch " + std::to_string(a.batch) + " is too large for one launch");
   }
-  if (plan.warps == 4) {
-    launch_shares<T, kDim, 4, 4>(p, ctas, device, stream);
+  if (plan.warps == 8) {
+    launch_shares<T, kDim, 8, 1, true>(p, ctas, device, stream);
+  } else if (plan.alone) {
+    if constexpr (kDim == 128) {
+      if (plan.warps == 12) {
+        launch_shares<T, kDim, 12, 4, true>(p, ctas, device, stream);
+      } else {
+        launch_shares<T, kDim, 4, 4, true>(p, ctas, device, stream);
+      }
+    }
+  } else if (plan.warps == 4) {
+    launch_shares<T, kDim, 4, 4, false>(p, ctas, device, stream);
   } else if (plan.key_groups == 2) {
-    launch_shares<T, kDim, 6, 2>(p, ctas, device, stream);
-  } else if (plan.warps == 6) {
-    launch_shares<T, kDim, 6, 1>(p, ctas, device, stream);
+    launch_shares<T, kDim, 6, 2, false>(p, ctas, device, stream);
   } else {
-    launch_shares<T, kDim, 8, 1>(p, ctas, device, stream);
+    launch_shares<T, kDim, 6, 1, false>(p, ctas, device, stream);
   }
   if (plan.splits == 1) return;
   // With the first kernel's carveout, so that its CTAs may run on a multiprocessor beside it.

@@ -7,9 +7,11 @@
 namespace fp {
 namespace attention_detail {
 
-template <int kDim, int kWarps, int kGroups, bool kIsPaged>
+// kIsAlone: a CTA has a multiprocessor, its registers and its shared memory for itself.
+template <int kDim, int kWarps, int kGroups, bool kIsAlone, bool kIsPaged>
 struct Layout {
   static constexpr bool kPaged = kIsPaged;
+  static constexpr bool kAlone = kIsAlone;
   static constexpr int kKeyGroups = kGroups;             // warps that share a tile's keys
   static constexpr int kRowTiles = kWarps / kKeyGroups;  // and the CTA's rows
   static constexpr int kWarpKeys = kTile / kKeyGroups;
@@ -17,13 +19,13 @@ struct Layout {
   static constexpr int kRowBytes = kDim * kElement;
   static constexpr int kTileBytes = kTile * kRowBytes;
   static constexpr int kStageBytes = 2 * kTileBytes;  // keys, then values
-  static constexpr int kStages = kDim == 128 ? 3 : 5;
+  static constexpr int kStages = kDim == 64 ? 5 : kAlone && kWarps != 8 ? 6 : 3;
   static constexpr int kSharedBytes = kStages * kStageBytes;
   static constexpr int kVecs = kRowBytes / 16;
   // A power of two copies, so that rows a step apart are a multiple of 8 apart: one permutation for all of a thread's.
-  static constexpr int kCopyThreads = kWarps == 6 ? 128 : kThreads;
+  static constexpr int kCopyThreads = kWarps == 6 ? 128 : kWarps == 12 ? 256 : kThreads;
   static constexpr int kRowStep = kCopyThreads / kVecs;
-  static constexpr int kChunk = kWarps == 6 ? 16 : kWarpKeys < 32 ? kWarpKeys : 32;  // keys a warp takes at once
+  static constexpr int kChunk = kWarps % 6 == 0 ? 16 : kWarpKeys < 32 ? kWarpKeys : 32;  // keys a warp takes at once
   static constexpr int kFragment = kDim / 8 * 4 + 4;  // floats a lane hands over: sums, two maxima, two totals
   static_assert(kRowStep % 8 == 0 && kTile % kRowStep == 0, "a thread's rows must be alike");
   static_assert((kWarps - 1) * kFragment * 32 * 4 <= kSharedBytes, "merging needs more memory");

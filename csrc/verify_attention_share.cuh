@@ -233,9 +233,9 @@ __device__ __forceinline__ void write_rows(const Params& p, const Rows<T, kDim>&
   }
 }
 
-template <typename T, int kDim, int kWarps, int kKeyGroups, bool kPaged>
-__global__ void __launch_bounds__(kWarps * 32, kWarps == 8 ? 1 : 2) share_kernel(const Params p) {
-  using L = Layout<kDim, kWarps, kKeyGroups, kPaged>;
+template <typename T, int kDim, int kWarps, int kKeyGroups, bool kAlone, bool kPaged>
+__global__ void __launch_bounds__(kWarps * 32, kAlone ? 1 : 2) share_kernel(const Params p) {
+  using L = Layout<kDim, kWarps, kKeyGroups, kAlone, kPaged>;
   extern __shared__ __align__(256) unsigned char memory[];  // of a row, for the exclusive or in addresses
   __shared__ Source source;
   dependency_wait();  // also before an early return: else the kernel after this one could overtake the one before

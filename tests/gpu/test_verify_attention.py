@@ -171,7 +171,12 @@ def test_pages_give_the_bits_of_a_contiguous_cache(page, dtype, seed):
 
 @pytest.mark.parametrize("new", [1, 2, 5, 16, 40])
 def test_tree_masks(new, seed):
-    for batch, heads, dim, capacity in ((3, (32, 4), 128, 1000), (2, (8, 8), 64, 64), (1, (4, 1), 128, 5000)):
+    for batch, heads, dim, capacity in (
+        (3, (32, 4), 128, 1000),
+        (2, (8, 8), 64, 64),
+        (1, (4, 1), 128, 5000),
+        (16, (32, 4), 128, 600),
+    ):
         q, k, v, lens = random_inputs(batch, new, heads, dim, capacity, torch.bfloat16)
         mask = random_tree(batch, new)
         assert_close(verify_attention(q, k, v, lens, tree_mask=mask), oracle(q, k, v, lens, mask))
