@@ -14,6 +14,7 @@ LENGTHS = (0, 1, 2, 3, 4, 6, 8)  # tried draft lengths; 0 is plain decoding
 # Where every pass streams the weights, a round costs about the same whatever its length.
 LENGTHS_OFFLOADED = (0, 1, 2, 4, 6, 8, 12, 16, 24, 32)
 _FIRST = (4, 0, 4, 0, 1)  # costs and acceptance are unknown at first
+_WORTH_FIRST = 1.1  # tokens a sequence below which one of these is left out: the batch has shown that drafts are wrong
 _LOOK_AROUND = 32  # rounds between two looks at a neighbour of the best length
 _MOST_APART = 512  # where drafting does not pay, each look is twice as far from the one before, up to this
 _MEMORY = 0.95  # weight of what was seen a round ago
@@ -148,7 +149,8 @@ class AdaptiveLength:
         """What to draft in the next round: so many tokens, or this tree."""
         self.rounds += 1
         if self.rounds <= len(self.first):
-            return self.first[self.rounds - 1]
+            first = self.first[self.rounds - 1]
+            return first if self.tokens(first) >= _WORTH_FIRST or 0 not in self.lengths else 0
         if not any(isinstance(shape, int) for shape in self.times):
             return self.lengths[0]
         if 0 in self.lengths and 0 not in self.times:

@@ -50,6 +50,14 @@ def test_near_the_best_length_and_never_much_slower_than_plain(acceptance, draft
     assert sum(rate / best for rate, best, _ in rates) / 3 > 0.93
 
 
+def test_a_short_run_of_many_sequences_learns_from_one_round():
+    """Costs of 64 sequences on two H100: the first round shows that drafts are wrong, and no other is needed."""
+    rates = [simulate(lambda _: 0.0, 7400.0, 1850.0, 50.0, 64, 160, seed) for seed in range(5)]
+    assert all(rate > 0.98 * plain for rate, _, plain in rates), rates  # 0.985
+    some = simulate(lambda _: 0.8, 7400.0, 300.0, 50.0, 64, 160, 0)
+    assert some[0] > 0.9 * some[1]
+
+
 def test_a_change_is_noticed():
     """Drafts are useless for 1500 rounds, then right: plain decoding at first, long drafts later."""
     rate, _, plain = simulate(lambda n: 0.0 if n < 1500 else 0.9, 1000.0, 50.0, 10.0, 1, 6000, 0)
