@@ -198,14 +198,15 @@ def layer_us(cluster: Cluster) -> float:
     return _h100_layer_us("torch_nccl") if cluster.gpu.name == "h100" else _h200_layer_us()
 
 
-def eager_layer_us(cluster: Cluster, tp: int, chunks: int) -> float:
-    """What the host takes to queue a layer's kernels one by one, as in a prefill, on average over a prompt's chunks:
-    the cluster's, else that of a machine of ours."""
+def eager_layer_us(cluster: Cluster, tp: int, first: bool) -> float:
+    """What the host takes to queue a layer's kernels one by one, as in a prefill, of a prompt's first chunk or a later
+    one: the cluster's, else that of a machine of ours."""
     us = EAGER_LAYER_US if cluster.eager_layer_us is None else cluster.eager_layer_us
     if not isinstance(us, EagerLayer):
         return us
-    first, later = (us.first, us.later) if tp == 1 or us.tp_first is None else (us.tp_first, us.tp_later)
-    return (first + (chunks - 1) * later) / chunks
+    if tp == 1 or us.tp_first is None:
+        return us.first if first else us.later
+    return us.tp_first if first else us.tp_later
 
 
 @cache

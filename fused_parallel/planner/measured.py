@@ -57,9 +57,11 @@ H100_ALL_REDUCE_US = {
     512: (48.69, 26.97), 1024: (76.06, 52.77), 8192: (465.67, 419.00),
 }  # fmt: skip
 
-# The host's time to queue one layer of a prefill: what `fused-parallel probe --quick` measured as eager_layer_us on a
-# machine of two H200 (benchmarks/results/probe_h200_quick.json), then still in one process.
-EAGER_LAYER_US = 516.4
+# The host's time to queue one layer of a prefill: what `fused-parallel probe --quick` measured as eager_layer_us on two
+# of four H100 (commit 6b0285190108), and the most that it measured on a machine of that kind
+# (benchmarks/results/probe_h100_quick.json): a host's speed changes by so much within minutes (docs/planning.md).
+EAGER_LAYER_US = 595.2
+SLOWEST_EAGER_LAYER_US = 1097.4
 
 # H100: matmul_all_reduce.csv, (M, K, N) of a rank -> microseconds of (cublas: the matmul, fused: with its all-reduce)
 H100_MATMUL_US = {

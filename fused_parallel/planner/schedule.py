@@ -20,28 +20,30 @@ class Schedule:
 
 
 def simulate(
-    stage_us: Sequence[float],
+    stage_us: Sequence[float | Sequence[float]],
     hop_us: Sequence[float],
     microbatches: int,
     *,
     rounds: int = 1,
     depends: bool = False,
-    queued_us: Sequence[float] | None = None,
+    queued_us: Sequence[float | Sequence[float]] | None = None,
     record: bool = False,
 ) -> Schedule:
     """Run `rounds` rounds of `microbatches` micro-batches through the stages.
 
-    Stage s takes stage_us[s] for each; hop_us[s] passes between the end on stage s and the earliest start on s + 1
+    Stage s takes stage_us[s] for each, or stage_us[s][i] for micro-batch i; hop_us[s] passes between the end on stage s and the earliest start on s + 1
     (a transfer occupies no stage). With `depends`, a micro-batch's next round starts on stage 0 after its last one
     left the last stage, as in decoding, where a token must be known before the next; without, as chunks of prompts do.
-    queued_us: what the host of stage s needs to queue a micro-batch's kernels, where they are not in a CUDA graph: it
-    starts at once, waits for nothing, and no micro-batch ends before all of it is queued.
+    queued_us: what the host of stage s needs to queue a micro-batch's kernels, given likewise, where they are not in a
+    CUDA graph: it starts at once, waits for nothing, and no micro-batch ends before all of it is queued.
     """
     if len(hop_us) != len(stage_us) - 1:
         raise ValueError(f"{len(stage_us)} stages need {len(stage_us) - 1} hops, got {len(hop_us)}")
     if microbatches < 1 or rounds < 1:
         raise ValueError(f"microbatches and rounds must be at least 1, got {microbatches} and {rounds}")
     stages = len(stage_us)
+    takes = [_of_each(us, microbatches) for us in stage_us]
+    queueing = [_of_each(us, microbatches) for us in queued_us or [0.0] * stages]
     free, queued = [0.0] * stages, [0.0] * stages
     ready = [0.0] * microbatches
     done: list[list[float]] = []
@@ -51,13 +53,17 @@ def simulate(
             at = ready[micro] if depends else 0.0
             for s in range(stages):
                 start = max(at, free[s])
-                queued[s] += queued_us[s] if queued_us else 0.0
-                free[s] = end = max(start + stage_us[s], queued[s])
+                queued[s] += queueing[s][micro]
+                free[s] = end = max(start + takes[s][micro], queued[s])
                 if record:
                     events.append((s, micro, turn, start, end))
                 at = end + hop_us[s] if s < stages - 1 else end
             ready[micro] = at
         done.append(list(ready))
     period = done[-1][0] - done[-2][0] if rounds > 1 else done[-1][-1]
-    idle = 1 - microbatches * sum(stage_us) / (stages * period) if period > 0 else 0.0
+    idle = 1 - sum(map(sum, takes)) / (stages * period) if period > 0 else 0.0
     return Schedule(done[0][0], done[-1][-1], period, max(0.0, idle), tuple(events))
+
+
+def _of_each(us: float | Sequence[float], microbatches: int) -> Sequence[float]:
+    return us if isinstance(us, Sequence) else [us] * microbatches

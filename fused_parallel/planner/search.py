@@ -292,11 +292,14 @@ class Search:
         """What _prefill gives, for a prompt in so many chunks."""
         length = self.workload.input
         size = math.ceil(length / chunks)
-        step = Step(1, size, (length - size) // 2, 1)
-        times = [c.us for c in self._stages(dtype, tp, stages, step, streamed)]
-        queued = [layers * eager_layer_us(self.cluster, tp, chunks) for layers in stages]
-        last = simulate(times, self._hops(tp, stages, size), chunks, queued_us=queued).last
-        return last, chunks * max(*times, *queued), size if chunks > 1 else None
+        # Later chunks attend to the earlier ones, and it is the last that the last stage takes alone.
+        steps = [Step(1, min(size, length - start), start, 1) for start in range(0, length, size)]
+        costs = [self._stages(dtype, tp, stages, step, streamed) for step in steps]
+        times = [[c.us for c in of_stage] for of_stage in zip(*costs, strict=True)]
+        queueing = [eager_layer_us(self.cluster, tp, first=step is steps[0]) for step in steps]
+        queued = [[layers * us for us in queueing] for layers in stages]
+        last = simulate(times, self._hops(tp, stages, size), len(steps), queued_us=queued).last
+        return last, max(map(sum, [*times, *queued])), size if chunks > 1 else None
 
     def _prefill(self, dtype, tp, stages, streamed) -> tuple[float, float, int | None]:
         """(time to the first token of a prompt alone, time a prompt keeps the slowest stage, tokens of a chunk or None

@@ -26,6 +26,7 @@ from .measured import (
     PAIR_DECODE_MS,
     PAIR_MATMUL_US,
     PUBLISHED_405B_TOKENS_PER_S,
+    SLOWEST_EAGER_LAYER_US,
     SURVEY_CALLS,
     SURVEY_GPUS,
     SURVEY_MS,
@@ -41,6 +42,7 @@ SHARES = ("matmul_start_us", "memory_share", "compute_share")
 STEP_CLUSTERS = {"H100": "2xh100", "H200": "2xh200"}  # by what the GPU's name holds
 TRTLLM_ATTENTION_SHARE = 0.75  # published forward rate of FlashAttention 3; hardware.GPU has the default
 IMPLS = {"fused": OURS, "torch_nccl": NCCL}
+HOST_COUNTS = 1.05  # a prefill that the slowest host seen makes so many times as long depends on the host
 Row = tuple[str, float, float]  # what, measured, predicted
 
 
@@ -101,7 +103,8 @@ def h100_decode(impl: str) -> list[Row]:
 
 def steps(path: str | Path, cluster: Cluster | None = None) -> dict[str, list[Row]]:
     """What bench_planner.py measured and what is predicted for it, in ms, memory in GB; by what it is of and the
-    backend. cluster: default the preset of the GPU in each row. Raises ValueError for a GPU without one."""
+    backend, prefills that the host may hold up apart. cluster: default the preset of the GPU in each row. Raises
+    ValueError for a GPU without one."""
     groups: dict[str, list[Row]] = {}
     for row in latest(read(path)):
         shape = parse_shape(row["shape"])
@@ -112,6 +115,12 @@ def steps(path: str | Path, cluster: Cluster | None = None) -> dict[str, list[Ro
         predicted = _predict(shape, where.of(backend))
         measured = float(row["bytes"]) / 1e9 if shape["what"] == "memory" else float(row["us_p50"]) / 1e3
         of = f" ({shape['of']})" if "of" in shape else ""
+        if shape["what"] == "prefill":
+            slow, free = (
+                _predict(shape, dataclasses.replace(where.of(backend), eager_layer_us=us))
+                for us in (SLOWEST_EAGER_LAYER_US, 0.0)
+            )
+            of = " (host)" if slow > HOST_COUNTS * free else ""
         text = " ".join(f"{k}={v}" for k, v in shape.items() if k not in ("what", "split", "of"))
         groups.setdefault(f"{shape['what']}{of}, {backend}", []).append((text, measured, predicted))
     return groups

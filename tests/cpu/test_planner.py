@@ -199,6 +199,10 @@ def test_pipeline_simulation():
     assert slow.period == 15  # the slowest stage sets it
     hops = simulate([3.0, 3.0], [1.0], 2, rounds=3, depends=True)
     assert hops.period == 7 and hops.idle == pytest.approx(1 / 7)
+    growing = simulate([[1.0, 2.0, 4.0], 3.0], [0.5], 3)  # the second stage waits for the last one alone
+    assert growing.first == 4.5 and growing.last == 10.5
+    queued = simulate([[1.0, 2.0, 4.0], 3.0], [0.5], 3, queued_us=[[5.0, 1.0, 1.0], 0.0])
+    assert queued.first == 8.5 and queued.last == 14.5
     chunks = simulate([2.0] * 4, [0.0] * 3, 8, record=True)
     assert chunks.first == 8 and chunks.last == 2 * (8 + 4 - 1)  # the textbook's (m + p - 1) t
     for stage in range(4):

@@ -322,7 +322,7 @@ def test_memory_prefill_and_pipelines_are_compared(tmp_path):
     ((_, measured_gb, predicted),) = groups["memory (torch), ours"]
     activations = M70.activation_bytes(8192, 32, 2)
     assert predicted == pytest.approx(measured_gb + activations / 1e9)
-    (_, _, whole), (_, _, cut) = groups["prefill, ours"]
+    ((_, _, whole),), ((_, _, cut),) = groups["prefill, ours"], groups["prefill (host), ours"]
     assert 2 * 20 * M70.layer_params(2) * 2048 / 989.5e9 < whole < cut  # ms, at the datasheet's rate
     ((_, _, streamed),) = groups["offload, ours"]
     assert streamed == pytest.approx(20 * M70.layer_bytes(2, "bf16") / 47.5e6)
@@ -332,6 +332,14 @@ def test_memory_prefill_and_pipelines_are_compared(tmp_path):
     assert round_ms - 4 * draft_ms == pytest.approx(6.9, abs=0.2)  # a step on five tokens
     with pytest.raises(ValueError, match="measured on 'NVIDIA L4' need a profile"):
         validate.steps(write_steps(tmp_path / "l4", rows, "NVIDIA L4"))
+
+
+def test_prefills_that_the_host_may_hold_up_are_apart(tmp_path):
+    rows = [("fused", f"what=prefill;batch=1;ctx={n};chunk={n}", 1.0, 0) for n in (64, 512, 8192)]
+    groups = validate.steps(write_steps(tmp_path, rows))
+    assert [text.split()[-2] for text, _, _ in groups["prefill (host), ours"]] == ["ctx=64", "ctx=512"]
+    assert [text.split()[-2] for text, _, _ in groups["prefill, ours"]] == ["ctx=8192"]
+    assert groups["prefill (host), ours"][0][2] == pytest.approx(20 * measured.EAGER_LAYER_US / 1e3)
 
 
 @pytest.mark.skipif(not (RESULTS / "planner.csv").exists(), reason="bench_planner.py has not run on GPUs yet")
@@ -356,7 +364,7 @@ def test_bench_planner_on_cpu_ranks(tmp_path):
         "memory (device), ours": 6,
         "decode, ours": 6,
         "decode, nccl": 4,
-        "prefill, ours": 3,
+        "prefill (host), ours": 3,
         "speculate, ours": 2,
         "offload, ours": 3,  # without the one that drafts: plans do so in CUDA graphs
     }

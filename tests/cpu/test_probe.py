@@ -193,6 +193,6 @@ def test_layers_are_queued_in_a_process_for_each_gpu(monkeypatch):
     ours = dataclasses.replace(CLUSTERS["2xh100"], eager_layer_us=EagerLayer(**found))
     for tp, of_tp in ((1, ""), (2, "tp_")):
         first, later = found[of_tp + "first"], found[of_tp + "later"]
-        assert cost.eager_layer_us(ours, tp, 1) == first
-        assert cost.eager_layer_us(ours, tp, 4) == pytest.approx((first + 3 * later) / 4)
-    assert cost.eager_layer_us(dataclasses.replace(ours, eager_layer_us=EagerLayer(3.0, 5.0)), 2, 2) == 4.0
+        assert cost.eager_layer_us(ours, tp, True) == first
+        assert cost.eager_layer_us(ours, tp, False) == later
+    assert cost.eager_layer_us(dataclasses.replace(ours, eager_layer_us=EagerLayer(3.0, 5.0)), 2, False) == 5.0
