@@ -31,9 +31,10 @@ def simulate(
 ) -> Schedule:
     """Run `rounds` rounds of `microbatches` micro-batches through the stages.
 
-    Stage s takes stage_us[s] for each, or stage_us[s][i] for micro-batch i; hop_us[s] passes between the end on stage s and the earliest start on s + 1
-    (a transfer occupies no stage). With `depends`, a micro-batch's next round starts on stage 0 after its last one
-    left the last stage, as in decoding, where a token must be known before the next; without, as chunks of prompts do.
+    Stage s takes stage_us[s] for each, or stage_us[s][i] for micro-batch i; hop_us[s] passes between the end on stage s
+    and the earliest start on s + 1 (a transfer occupies no stage). With `depends`, a micro-batch's next round starts on
+    stage 0 after its last one left the last stage, as in decoding, where a token must be known before the next;
+    without, as chunks of prompts do.
     queued_us: what the host of stage s needs to queue a micro-batch's kernels, given likewise, where they are not in a
     CUDA graph: it starts at once, waits for nothing, and no micro-batch ends before all of it is queued.
     """
