@@ -10,6 +10,7 @@ import torch
 
 from .. import _ext
 from ..reference import add_rms_norm as reference
+from . import _direct
 from ._dispatch import choose_fused
 from ._library import as_rows, check_floating, register, why_no_kernel_for
 
@@ -34,7 +35,7 @@ def _launch(x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor
         eps=eps,
         dtype=_ext.DTYPE_CODES[x.dtype],
         device=x.device.index,
-        stream=torch.cuda.current_stream(x.device).cuda_stream,
+        stream=_direct.raw_stream(x.device.index),
     )
     return normed, new_residual
 

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 
 from .. import _ext
 from ..reference import quantized_matmul as reference
+from . import _direct
 from ._dispatch import choose_fused
 from ._library import as_rows, check_floating, register, why_no_kernel_for
 
@@ -37,7 +38,7 @@ def _launch(x: torch.Tensor, values: torch.Tensor, scales: torch.Tensor) -> torc
         bits=8 if values.dtype == torch.int8 else 4,
         dtype=_ext.DTYPE_CODES[x.dtype],
         device=x.device.index,
-        stream=torch.cuda.current_stream(x.device).cuda_stream,
+        stream=_direct.raw_stream(x.device.index),
     )
     return out
 
@@ -55,7 +56,7 @@ def _dequantize(values: torch.Tensor, scales: torch.Tensor, k: int) -> torch.Ten
         bits=8 if values.dtype == torch.int8 else 4,
         dtype=_ext.DTYPE_CODES[scales.dtype],
         device=scales.device.index,
-        stream=torch.cuda.current_stream(scales.device).cuda_stream,
+        stream=_direct.raw_stream(scales.device.index),
     )
     return out
 

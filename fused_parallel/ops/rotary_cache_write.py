@@ -6,6 +6,7 @@ import torch
 
 from .. import _ext
 from ..reference import rotary_cache_write as reference
+from . import _direct
 from ._dispatch import choose_fused
 from ._library import check_floating, register, why_no_kernel_for
 
@@ -44,7 +45,7 @@ def _launch(q, k, v, cos, sin, k_cache, v_cache, positions) -> torch.Tensor:
         capacity=k_cache.shape[1],
         dtype=_ext.DTYPE_CODES[q.dtype],
         device=q.device.index,
-        stream=torch.cuda.current_stream(q.device).cuda_stream,
+        stream=_direct.raw_stream(q.device.index),
     )
     return out
 

@@ -6,6 +6,7 @@ import torch
 
 from .. import _ext
 from ..reference import silu_mul as reference
+from . import _direct
 from ._dispatch import choose_fused
 from ._library import as_rows, check_floating, register, why_no_kernel_for
 
@@ -22,7 +23,7 @@ def _launch(x: torch.Tensor) -> torch.Tensor:
         x_row_stride=rows.stride(0),
         dtype=_ext.DTYPE_CODES[x.dtype],
         device=x.device.index,
-        stream=torch.cuda.current_stream(x.device).cuda_stream,
+        stream=_direct.raw_stream(x.device.index),
     )
     return out
 

@@ -6,6 +6,7 @@ import torch
 
 from .. import _ext
 from ..reference import verify_attention as reference
+from . import _direct
 from ._dispatch import choose_fused
 from ._library import check_floating, register, why_no_kernel_for
 
@@ -79,7 +80,7 @@ def _launch(q, k_cache, v_cache, cache_lens, block_table, tree_mask, scale: floa
         page=k_cache.shape[1],
         scale=scale,
         dtype=_ext.DTYPE_CODES[q.dtype],
-        stream=torch.cuda.current_stream(q.device).cuda_stream,
+        stream=_direct.raw_stream(q.device.index),
         **shape,
     )
     return out
