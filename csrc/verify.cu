@@ -28,7 +28,7 @@ namespace {
 using namespace verify_detail;
 
 constexpr int kDrawsPerMultiprocessor = 3;    // CTAs that fit, by their registers
-constexpr int kFiltersPerMultiprocessor = 6;  // CTAs, up to which clusters share rows: three waves of two
+constexpr int kFiltersPerMultiprocessor = 5;  // CTAs that fit, by their shared memory
 constexpr int kMostFilterCluster = 8;         // the largest that every Hopper GPU runs
 constexpr int kDrawRegisters = 65536 / (kDrawsPerMultiprocessor * kThreads);
 
@@ -53,7 +53,8 @@ __global__ void __launch_bounds__(kThreads, kDrawsPerMultiprocessor) draw_kernel
 }
 
 template <typename TT, typename TD, bool kSharded>
-__global__ void __launch_bounds__(kFilterThreads, 2) filter_kernel(const __grid_constant__ ExchangeParams p) {
+__global__ void __launch_bounds__(kFilterThreads, kSharded ? 4 : kFiltersPerMultiprocessor)
+    filter_kernel(const __grid_constant__ ExchangeParams p) {
   __shared__ FilterShared shared;
   clear_sums(shared);
   if constexpr (kSharded) {
