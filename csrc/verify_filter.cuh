@@ -56,12 +56,6 @@ __device__ __forceinline__ bool filter_row(const ExchangeParams& p, int b, int r
       if (threadIdx.x == 0) sh.row = sh.prepared->row;
     } else {
       combine_chunks(request_statistics(p, b) + row * p.target_chunks, p.target_chunks, request.scale, sh.row);
-      if (threadIdx.x == 0) {
-        sh.logit = -INFINITY;
-        if (row < request.limit && p.parents == nullptr) {
-          sh.logit = rounds.row(sh).at(static_cast<int>(p.draft_tokens[static_cast<std::int64_t>(b) * p.k + row]));
-        }
-      }
     }
     __syncwarp();
     unsigned of_min = 0;
@@ -70,6 +64,12 @@ __device__ __forceinline__ bool filter_row(const ExchangeParams& p, int b, int r
       sh.weight.maximum = sh.row.maximum;
       sh.key_of_min_p = of_min;
       sh.cut = likely_cut(static_cast<float>(p.vocab), sh.row.log2_sum, top_p());
+    }
+  } else if (!kSharded && threadIdx.x == 32) {  // meanwhile
+    sh.logit = -INFINITY;
+    if (row < request.limit && p.parents == nullptr) {
+      const std::int64_t token = p.draft_tokens[static_cast<std::int64_t>(b) * p.k + row];
+      sh.logit = target_row<TT>(p, b, row).at(static_cast<int>(token));
     }
   }
   __syncthreads();

@@ -2,20 +2,21 @@
 //
 // A CTA a row, or a cluster of CTAs, of which each goes through a part. It adds up how many tokens, or what weight, lie
 // in each of 256 intervals of the weight, chooses the interval in which what is wanted is reached, and goes on in the
-// 256 parts of that, now by the order of the logits' bits, until one value is left. A row is read again in each round,
-// from the L2: two rounds find a 16-bit logit that is not near 0, four any fp32 one.
+// 256 parts of that, now by the order of the logits' bits, until one value is left: two rounds find a 16-bit logit that
+// is not near 0, four any fp32 one. They go through lists of the few logits that weigh enough (verify_gather.cuh).
 //
-// Most tokens weigh next to nothing. At first those below 2^-16 of the greatest, the tail, are left out: the mass of
-// all is known from the statistics, and so is that of the tail. A round more tells its intervals apart, if what is
-// wanted is only reached there. Where an earlier filter has taken tokens the mass of the rest is not known, and the
-// tail is one sum, which threads keep in registers.
+// Most tokens weigh next to nothing. So at first only what is listed is looked at, which needs the mass of all, known
+// from the statistics; if what is wanted is not reached there, all but those below 2^-16 of the greatest, the tail; and
+// then a round more tells the tail's intervals apart. Where an earlier filter has taken tokens the mass of the rest is
+// not known: the tail is one sum, which threads keep in registers.
 //
 // Sums are of integers: weights of an interval that spans a factor of 2 at most as multiples of 2^-23 of its upper
-// bound. So they depend on no order, and the threshold not on the number of CTAs or ranks; equal logits are kept or
-// left together. Only the whole, of which the mass wanted is a share, is the statistics' without shards and such a sum
-// over them (the tail's off by up to 2^-40 of the greatest weight a token): ranks never differ from each other, but one
-// GPU may from several. So the threshold can differ from the reference's only where the mass down to some logit is
-// within the rounding of fp32 exponentials (some 1e-6 of it) of the mass wanted.
+// bound. So they depend on no order, and the threshold not on the number of CTAs; equal logits are kept or left
+// together. Only the whole, of which the mass wanted is a share, is the statistics', with the same bits on all ranks:
+// they never differ from each other, but one GPU may from several. So the threshold can differ from the reference's
+// only where the mass down to some logit is within the rounding of fp32 exponentials (some 1e-6 of it) of the mass
+// wanted. All decisions are made from sums over all CTAs and ranks, so that these are in the same round; which CTAs'
+// lists suffice they need not know of each other.
 #pragma once
 
 #include "verify_gather.cuh"

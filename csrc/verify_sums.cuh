@@ -1,5 +1,5 @@
-// What the search for the least logit kept adds up: keys and weights of logits, the loop over a row, and how the sums
-// of a cluster's CTAs or of the ranks come together.
+// What the search for the least logit kept adds up: keys and weights of logits, and how the sums of a cluster's CTAs or
+// of the ranks come together.
 #pragma once
 
 #include "common/cluster.cuh"

@@ -124,8 +124,8 @@ void row_of(const fp::VerifyArguments* a, int row, float* threshold, double* log
 
 // The logits of a row's part that are `ask` or more, in any order, `count` of them, after those from `from` on were
 // gathered: from where on the lists have them, infinite if a thread's was full. `dtype`: VerifyArguments::target_dtype.
-int gathered(const void* row, int dtype, int width, int aligned, int begin, int end, float from, float ask, float* found,
-             float* listed_from) {
+int gathered(const void* row, int dtype, int width, int aligned, int begin, int end, float from, float ask,
+             float* found, float* listed_from) {
   int count = 0;
   fp::Gathering g = {{}, row, begin, end, from, ask, found, listed_from, &count};
   g.p.width = width;
