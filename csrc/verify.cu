@@ -28,8 +28,9 @@ namespace {
 using namespace verify_detail;
 
 constexpr int kDrawsPerMultiprocessor = 3;    // CTAs that fit, by their registers
-constexpr int kFiltersPerMultiprocessor = 6;  // CTAs, up to which clusters share rows: three waves of two
+constexpr int kFiltersPerMultiprocessor = 5;  // CTAs that fit, by their shared memory
 constexpr int kMostFilterCluster = 8;         // the largest that every Hopper GPU runs
+constexpr int kFilterPartBytes = 128 * 1024;  // of a row, up to which a CTA's lists have room for a fifth of it
 constexpr int kDrawRegisters = 65536 / (kDrawsPerMultiprocessor * kThreads);
 
 template <typename TT, typename TD>
@@ -53,7 +54,8 @@ __global__ void __launch_bounds__(kThreads, kDrawsPerMultiprocessor) draw_kernel
 }
 
 template <typename TT, typename TD, bool kSharded>
-__global__ void __launch_bounds__(kFilterThreads, 2) filter_kernel(const __grid_constant__ ExchangeParams p) {
+__global__ void __launch_bounds__(kFilterThreads, kSharded ? 4 : kFiltersPerMultiprocessor)
+    filter_kernel(const __grid_constant__ ExchangeParams p) {
   __shared__ FilterShared shared;
   clear_sums(shared);
   if constexpr (kSharded) {
@@ -267,8 +269,10 @@ struct Run {
   void filter() {
     const std::int64_t rows = static_cast<std::int64_t>(p.batch) * (p.k + 1);
     const std::int64_t most = kFiltersPerMultiprocessor * multiprocessor_count(device);
+    const std::int64_t bytes = static_cast<std::int64_t>(p.width) * sizeof(TT);
     int cluster = 1;  // while a thread still has a vector
-    while (hopper && cluster < kMostFilterCluster && 2 * cluster * rows <= most &&
+    while (hopper && cluster < kMostFilterCluster &&
+           (2 * cluster * rows <= most || bytes > static_cast<std::int64_t>(cluster) * kFilterPartBytes) &&
            2 * cluster * kFilterThreads * Vec<TT>::kSize <= p.width) {
       cluster *= 2;
     }

@@ -6,14 +6,29 @@
 namespace fp {
 namespace verify_detail {
 
-// In the reference's own terms. Every warp finds the same. Not inlined: its doubles would take registers from the
-// loops.
+// In the reference's own terms. A warp. Not inlined: its doubles would take registers from the loops.
 template <typename T>
 __device__ __noinline__ unsigned key_of_min_p(float maximum, float temperature, float min_p) {
   const double divisor = fminf(temperature, FLT_MAX);
   const double floor = maximum / divisor + log(fmin(static_cast<double>(min_p), 1.0));
   return least_key(order_key<T>(-FLT_MAX), order_key<T>(maximum),
                    [&](unsigned key) { return of_order_key<T>(key) / divisor >= floor; });
+}
+
+// A warp; its first lane has the result. Not inlined either.
+__device__ __noinline__ void combine_chunks(const Statistic* chunks, int count, double scale, Normaliser& out) {
+  const Normaliser n = normaliser(combine(chunks, count, scale));
+  if (threadIdx.x % 32 == 0) out = n;
+}
+
+// A weight, as a negated exponent and a bound of intervals, down to which what is wanted is most likely found, and what
+// there is fits the lists. All that weighs less than a n-th of the mass that top-p leaves out (the row has n tokens) is
+// left out for sure; most rows have the least logit kept far above that. And weights of c times the mean one or more
+// has a c-th of the tokens at most. Only time depends on it.
+__device__ __forceinline__ float likely_cut(float vocab, double log2_sum, float top_p) {
+  const float left_out = top_p > 0.0f && top_p < 1.0f ? 1.0f - top_p : 0.1f;
+  const float w = log2f(vocab) - static_cast<float>(log2_sum) - log2f(8.0f * left_out);
+  return fminf(fmaxf(ceilf(w * 4.0f) / 4.0f, 0.25f), kTail);
 }
 
 // One row. False after a failed wait.
@@ -25,67 +40,66 @@ __device__ __forceinline__ bool filter_row(const ExchangeParams& p, int b, int r
   if (threadIdx.x == 0) {
     sh.logits = target_row<TT>(p, b, row).data;
     sh.weight.scale = request.scale_f;
+    sh.request = b;
+    sh.begin = rounds.begin();
+    sh.end = rounds.end();
+    sh.prepared = p.prepared + static_cast<std::int64_t>(b) * rows_per_request(p) + row;
   }
-  if constexpr (kSharded) {
-    if (threadIdx.x == 0) {
-      sh.row = p.prepared[static_cast<std::int64_t>(b) * rows_per_request(p) + row].row;
-      sh.weight.maximum = sh.row.maximum;
+  __syncwarp();
+  // Asked for again and again: they would take registers from the loops.
+  auto top_k = [&] { return p.top_k == nullptr ? 0 : p.top_k[sh.request]; };
+  auto top_p = [&] { return p.top_p == nullptr ? 0.0f : p.top_p[sh.request]; };
+  auto min_p = [&] { return p.min_p == nullptr ? 0.0f : p.min_p[sh.request]; };
+  auto cuts_mass = [&] { return top_p() > 0.0f && top_p() < 1.0f; };
+  if (threadIdx.x < 32) {
+    if constexpr (kSharded) {
+      if (threadIdx.x == 0) sh.row = sh.prepared->row;
+    } else {
+      combine_chunks(request_statistics(p, b) + row * p.target_chunks, p.target_chunks, request.scale, sh.row);
     }
-  } else if (threadIdx.x < 32) {
-    const Normaliser n =
-        normaliser(combine(request_statistics(p, b) + row * p.target_chunks, p.target_chunks, request.scale));
+    __syncwarp();
+    unsigned of_min = 0;
+    if (!request.greedy && min_p() > 0.0f) of_min = key_of_min_p<TT>(sh.row.maximum, p.temperature[b], min_p());
     if (threadIdx.x == 0) {
-      sh.row = n;
-      sh.weight.maximum = n.maximum;
-      sh.logit = -INFINITY;
-      if (row < request.limit && p.parents == nullptr) {
-        sh.logit = rounds.row(sh).at(static_cast<int>(p.draft_tokens[static_cast<std::int64_t>(b) * p.k + row]));
-      }
+      sh.weight.maximum = sh.row.maximum;
+      sh.key_of_min_p = of_min;
+      sh.cut = likely_cut(static_cast<float>(p.vocab), sh.row.log2_sum, top_p());
+    }
+  } else if (!kSharded && threadIdx.x == 32) {  // meanwhile
+    sh.logit = -INFINITY;
+    if (row < request.limit && p.parents == nullptr) {
+      const std::int64_t token = p.draft_tokens[static_cast<std::int64_t>(b) * p.k + row];
+      sh.logit = target_row<TT>(p, b, row).at(static_cast<int>(token));
     }
   }
   __syncthreads();
-  // Asked for again and again: they would take registers from the loops.
-  auto top_k = [&] { return p.top_k == nullptr ? 0 : p.top_k[b]; };
-  auto top_p = [&] { return p.top_p == nullptr ? 0.0f : p.top_p[b]; };
-  auto min_p = [&] { return p.min_p == nullptr ? 0.0f : p.min_p[b]; };
-  auto cuts_mass = [&] { return top_p() > 0.0f && top_p() < 1.0f; };
   if (!request.greedy && !sh.row.empty && (top_k() > 0 || cuts_mass() || min_p() > 0.0f)) {
+    const bool searches = top_k() > 0 || cuts_mass();
+    gather(searches ? sh.weight.least_above(sh.cut) : of_order_key<TT>(sh.key_of_min_p), rounds, sh);
     unsigned least = 0;
-    bool summed = false;
-    if (top_k() > 0) {
-      least = select<false>(least, top_k, rounds, sh);
-      if (least == kNoKey) return false;
-    }
-    if (cuts_mass()) {
-      least = select<true>(least, top_p, rounds, sh);
-      if (least == kNoKey) return false;
-      summed = true;
-    }
-    if (min_p() > 0.0f) {
-      const unsigned of_min = key_of_min_p<TT>(sh.row.maximum, p.temperature[b], min_p());
-      if (of_min > least) {
-        least = of_min;
-        summed = false;
+#pragma unroll 1  // one copy of the search for all
+    for (int i = 0; i < 3; ++i) {
+      const Sum what = static_cast<Sum>(i);
+      if (what == Sum::kCount ? top_k() <= 0 : what == Sum::kMass && !cuts_mass()) continue;
+      if (what == Sum::kWhole) {
+        if (sh.key_of_min_p <= least && cuts_mass()) break;  // their mass is known
+        least = max(least, sh.key_of_min_p);
       }
+      auto goal = [&] {
+        return what == Sum::kCount ? static_cast<double>(top_k()) : what == Sum::kMass ? top_p() : 1.0;
+      };
+      least = select(what, least, goal, rounds, sh);
+      if (least == kNoKey) return false;
     }
     const float threshold = least == 0 ? -INFINITY : of_order_key<TT>(least);
-    if (!summed) {
-      if (!sum_by_weight<true, true>(fmaxf(threshold, -FLT_MAX), rounds, sh)) return false;
-      if (threadIdx.x < 32) {
-        choose_bin<true>(sh, 1.0);
-        __syncwarp();
-      }
-      if (threadIdx.x == 0) sh.kept = sh.whole * 0x1p-23;
-    }
     if (threadIdx.x == 0) {
       sh.row.log2_sum = log2(sh.kept);
       sh.row.threshold = threshold;
     }
   }
-  if (threadIdx.x == 0 && rounds.rank == 0) {
-    Prepared& out = p.prepared[static_cast<std::int64_t>(b) * rows_per_request(p) + row];
-    out.row = sh.row;
-    if (!kSharded) out.logit = sh.logit;
+  if (threadIdx.x == 0 && sh.begin == 0) {  // of a cluster's CTAs the first
+    sh.prepared->row = sh.row;
+    if (!kSharded) sh.prepared->logit = sh.logit;
   }
   __syncthreads();  // before the next row's sh.row
   return true;
@@ -109,11 +123,11 @@ __device__ __forceinline__ void filter_whole(const ExchangeParams& p, FilterShar
   const Request request = read_request(p, b);
   if (request.greedy || row >= request.limit) return;
   const Statistic* chunks = request_statistics(p, b) + (p.k + 1) * p.target_chunks + row * p.draft_chunks;
-  const Normaliser n = normaliser(combine(chunks, p.draft_chunks, kLog2E));
+  Prepared& out = p.prepared[static_cast<std::int64_t>(b) * rows_per_request(p) + p.k + 1 + row];
+  combine_chunks(chunks, p.draft_chunks, kLog2E, out.row);
   if (threadIdx.x % 32 == 0) {
     const std::int64_t token = p.draft_tokens[static_cast<std::int64_t>(b) * p.k + row];
-    const float logit = p.parents == nullptr ? draft_row<TD>(p, b, row).at(static_cast<int>(token)) : -INFINITY;
-    p.prepared[static_cast<std::int64_t>(b) * rows_per_request(p) + p.k + 1 + row] = {n, logit};
+    out.logit = p.parents == nullptr ? draft_row<TD>(p, b, row).at(static_cast<int>(token)) : -INFINITY;
   }
 }
 

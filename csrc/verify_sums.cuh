@@ -1,5 +1,5 @@
-// What the search for the least logit kept adds up: keys and weights of logits, the loop over a row, and how the sums
-// of a cluster's CTAs or of the ranks come together.
+// What the search for the least logit kept adds up: keys and weights of logits, and how the sums of a cluster's CTAs or
+// of the ranks come together.
 #pragma once
 
 #include "common/cluster.cuh"
@@ -8,31 +8,31 @@
 namespace fp {
 namespace verify_detail {
 
-constexpr int kFilterThreads = 512;
+constexpr int kFilterThreads = 256;
 constexpr int kFilterWarps = kFilterThreads / 32;
 constexpr int kBins = 256;
 constexpr int kBinVectors = kBins / 2;  // in which ranks send them: two to a vector
 constexpr int kHeadBins = 64;           // the intervals above the tail
 constexpr float kTail = kHeadBins / 4;  // its weight's, as a negated exponent
 // Of the intervals above the tail every lane has sums of its own, each in the bank of the lane, so that lanes never
-// collide; and so has every group of warps, so that the sums' 32 bits last for longer.
-constexpr int kGroups = 4;
-// Vectors a thread may add before they might not: fewer than 2^9 weights of 2^23 (and 2^-23 of that more, by rounding).
+// collide.
+// Vectors a thread may add before their 32 bits might not suffice: fewer than 2^9 weights of 2^23 (and 2^-23 of that
+// more, by rounding) in all warps.
 template <typename T>
-constexpr int kVectorsPerFlush = 511 / (kFilterWarps / kGroups * Vec<T>::kSize);
-// Vectors a thread has requested at once; with shards what the polls hold leaves fewer registers.
-template <bool kSharded>
-constexpr int kInFlight = kSharded ? 1 : 2;
+constexpr int kVectorsPerFlush = 511 / (kFilterWarps * Vec<T>::kSize);
+// Of a thread's list of logits: an odd number of vectors, so that vectors of the same place in the lists of lanes
+// beside each other lie in different banks.
+constexpr int kListVectors = 7;
 
 // Low bits of the order of fp32 that logits of the type leave empty.
 template <typename T>
 constexpr int kEmptyBits = std::is_same_v<T, float>    ? 0
                            : std::is_same_v<T, __half> ? 13
                                                        : 16;
-// By weight, of the tail by weight, and one for each 8 bits of the order; for top-k and for top-p; and the sum of what
-// is kept.
+// By weight twice, of the tail by weight, and one for each 8 bits of the order; for top-k and for top-p; and the sum of
+// what is kept.
 template <typename T>
-constexpr int kRounds = 2 * (2 + (32 - kEmptyBits<T> + 7) / 8) + 1;
+constexpr int kRounds = 2 * (3 + (32 - kEmptyBits<T> + 7) / 8) + 1;
 template <typename T>
 constexpr int kRowBytes = kRounds<T> * kBinVectors * 16;  // of each slot that a row fills, at most
 
@@ -51,18 +51,29 @@ struct Weight {  // of a logit, in base 2 and negated: 0 for the greatest
 
 struct FilterShared {
   // All zero but while they are added to: who reads them clears them.
-  alignas(16) unsigned columns[kGroups][kHeadBins][32];
+  alignas(16) unsigned columns[kHeadBins][32];
   unsigned low[kBins], high[kBins];  // 64-bit sums in two words, because shared memory adds 32 bits at once
 
-  unsigned long long own[2][kBins];  // of this CTA, in turns
-  unsigned long long bins[kBins];    // the same over the cluster, or over all ranks
-  Call call;                         // of the exchange; here it takes no registers
+  unsigned long long own[2][kBins];           // of this CTA, in turns
+  unsigned long long bins[kBins];             // the same over the cluster, or over all ranks
+  uint4 lists[kFilterThreads][kListVectors];  // each thread's own, see gather()
+  unsigned char listed[kFilterThreads];       // vectors of them
+  float listed_from;                          // the lists have all logits of the CTA's part from this on
+  Call call;                                  // of the exchange; here it takes no registers
   // Of the row; here they take no registers either.
   Normaliser row;
   float logit;
   const void* logits;
+  Prepared* prepared;
+  int request, begin, end;  // the CTA's part
   Weight weight;
+  float cut;  // weights that are listed
+  unsigned key_of_min_p;
   // What warp 0 tells the others of a choice.
+  struct {
+    float logit;
+    unsigned key;
+  } from;                     // the least of what is searched
   unsigned first, last;       // keys of the interval that is left
   unsigned long long wanted;  // of it: from its greatest key on
   unsigned long long above;   // in it, so far left behind on the side that is kept
@@ -70,7 +81,7 @@ struct FilterShared {
   double whole;               // of mass: of all intervals
   int bin;
   int exponent;  // of the interval's unit
-  bool none;     // fewer than wanted
+  bool none;     // less than wanted
   double kept;   // of mass, in units of the greatest weight
 };
 
@@ -130,40 +141,6 @@ template <int kLast>
 __device__ __forceinline__ unsigned mass(float w) {
   const float whole = fminf(__fadd_rd(w, 0x1p23f) - 0x1p23f, static_cast<float>(kLast));
   return __float_as_uint(fmaf(exp2_fast(whole - w), 0x1p23f, 0x1p23f)) - 0x4b000000u;
-}
-
-// f(x) for the logits of a part of the row that are `from` or more: never NaN, and -inf if `from` is. By the whole CTA;
-// `flush` when a thread may have had kVectorsPerFlush vectors, and at the end.
-template <int kVectors, typename T, typename Function, typename Flush>
-__device__ __forceinline__ void for_each_logit(const Row<T>& row, int begin, int end, float from, Function&& f,
-                                               Flush&& flush) {
-  constexpr int kSize = Vec<T>::kSize, kStride = kFilterThreads * kSize;
-  constexpr int kTrips = kVectorsPerFlush<T> / kVectors;
-  int trips = 0;
-#pragma unroll 1
-  for (int base = begin; base < end; base += kVectors * kStride) {  // the same in all threads
-    const int first = base + static_cast<int>(threadIdx.x) * kSize;
-    if (trips++ == kTrips) {
-      flush();
-      trips = 1;
-    }
-    Vec<T> v[kVectors];
-#pragma unroll
-    for (int i = 0; i < kVectors; ++i) {
-      if (first + i * kStride < end) v[i] = row.load(first + i * kStride);
-    }
-#pragma unroll
-    for (int i = 0; i < kVectors; ++i) {
-      if (first + i * kStride >= end) break;
-      float x[kSize];
-      to_floats(v[i], x);
-#pragma unroll
-      for (int e = 0; e < kSize; ++e) {
-        if (x[e] >= from) f(fminf(x[e], FLT_MAX));
-      }
-    }
-  }
-  flush();
 }
 
 // The exchange between ranks within a row. Every round has its own place in the slots, which the row and the round

@@ -21,6 +21,7 @@ HOST = Path(__file__).resolve().parent / "host_cuda"
 REPLACED = [
     ("verify_common.cuh", r'asm\("ex2\.approx.*?\);\n', "y = std::exp2(x);\nif (y < 0x1p-126f) y = 0.0f;\n"),
     ("verify_common.cuh", r'asm volatile\("prefetch.*?\);\n', ";\n"),
+    ("verify_gather.cuh", r'asm volatile\("st\.shared.*?\);\n', "*reinterpret_cast<T*>(data + at) = x;\n"),
     ("common/vec.cuh", r'asm volatile\("ld\.global.*?\);\n', "v.raw = *reinterpret_cast<const uint4*>(p);\n"),
     ("common/vec.cuh", r'asm volatile\("prefetch.*?\);\n', "(void)p;\n"),
     ("common/vec.cuh", r"__cvta_generic_to_shared\(p\)", "0"),
@@ -123,6 +124,16 @@ class HostExtension:
         threshold, log2_sum = ctypes.c_float(), ctypes.c_double()
         self.library.row_of(ctypes.byref(arguments), row, ctypes.byref(threshold), ctypes.byref(log2_sum))
         return threshold.value, log2_sum.value
+
+    def gathered(self, row, dtype, aligned, begin, end, gather_from, ask) -> tuple[torch.Tensor, float]:
+        """Of a row's logits begin to end - 1 those that are `ask` or more, in any order, after a CTA has gathered those
+        from `gather_from` on; and from where on its lists have them. `dtype`: the extension's code."""
+        found, listed_from = torch.empty(row.numel()), ctypes.c_float()
+        count = self.library.gathered(
+            ctypes.c_void_p(row.data_ptr()), dtype, row.numel(), int(aligned), begin, end, ctypes.c_float(gather_from),
+            ctypes.c_float(ask), ctypes.c_void_p(found.data_ptr()), ctypes.byref(listed_from),
+        )  # fmt: skip
+        return found[:count], listed_from.value
 
     def beyond(self, arguments) -> tuple[torch.Tensor, int]:
         """Block verification's sums Z of chunks, float64 [B, k, chunks] (of row 0 and of rows that do not matter: any

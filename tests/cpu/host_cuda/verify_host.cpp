@@ -41,6 +41,39 @@ Lamport lamport_of(const AllReduceWorkspace& w, unsigned operation, bool early) 
 
 }  // namespace fp
 
+namespace fp {
+namespace {
+
+// One CTA's part of a row, gathered, and then asked for.
+struct Gathering {
+  ExchangeParams p;
+  const void* row;
+  int begin, end;
+  float from, ask;
+  float *found, *listed_from;
+  int* count;
+};
+
+template <typename T>
+void gathering_kernel(const Gathering g) {
+  __shared__ FilterShared sh;
+  if (threadIdx.x == 0) {
+    sh.logits = g.row;
+    sh.begin = g.begin;
+    sh.end = g.end;
+  }
+  Rounds<T, false> rounds = {g.p, 0, 0, 0};
+  gather(g.from, rounds, sh);
+  auto take = [&](float x, bool valid) {
+    if (valid) g.found[(*g.count)++] = x;
+  };
+  for_each_logit(rounds, sh, g.ask, take, [] {});
+  if (threadIdx.x == 0) *g.listed_from = sh.listed_from;
+}
+
+}  // namespace
+}  // namespace fp
+
 namespace {
 
 std::string error;
@@ -87,6 +120,21 @@ void row_of(const fp::VerifyArguments* a, int row, float* threshold, double* log
   const fp::verify_detail::Normaliser n = run.p.prepared[row].row;
   *threshold = n.threshold;
   *log2_sum = n.log2_sum;
+}
+
+// The logits of a row's part that are `ask` or more, in any order, `count` of them, after those from `from` on were
+// gathered: from where on the lists have them, infinite if a thread's was full. `dtype`: VerifyArguments::target_dtype.
+int gathered(const void* row, int dtype, int width, int aligned, int begin, int end, float from, float ask,
+             float* found, float* listed_from) {
+  int count = 0;
+  fp::Gathering g = {{}, row, begin, end, from, ask, found, listed_from, &count};
+  g.p.width = width;
+  g.p.target_aligned = aligned;
+  fp::dispatch_dtype(static_cast<fp::DType>(dtype), [&](auto* null) {
+    host_cuda::launch<fp::Gathering>(fp::gathering_kernel<std::remove_pointer_t<decltype(null)>>, g, 1,
+                                     fp::kFilterThreads);
+  });
+  return count;
 }
 
 // Block verification's sums of chunks after a call of one rank with float32 logits, [batch, k, chunks], of which there
