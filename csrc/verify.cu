@@ -29,6 +29,7 @@ using namespace verify_detail;
 
 constexpr int kDrawsPerMultiprocessor = 3;    // CTAs that fit, by their registers
 constexpr int kFiltersPerMultiprocessor = 5;  // CTAs that fit, by their shared memory
+constexpr int kFilterClusters = 4;            // CTAs a multiprocessor up to which clusters of them grow
 constexpr int kMostFilterCluster = 8;         // the largest that every Hopper GPU runs
 constexpr int kFilterPartBytes = 128 * 1024;  // of a row, up to which a CTA's lists have room for a fifth of it
 constexpr int kDrawRegisters = 65536 / (kDrawsPerMultiprocessor * kThreads);
@@ -268,7 +269,7 @@ struct Run {
 
   void filter() {
     const std::int64_t rows = static_cast<std::int64_t>(p.batch) * (p.k + 1);
-    const std::int64_t most = kFiltersPerMultiprocessor * multiprocessor_count(device);
+    const std::int64_t most = kFilterClusters * multiprocessor_count(device);
     const std::int64_t bytes = static_cast<std::int64_t>(p.width) * sizeof(TT);
     int cluster = 1;  // while a thread still has a vector
     while (hopper && cluster < kMostFilterCluster &&
