@@ -90,7 +90,9 @@ def _measure_gpus(profile: dict, gpus: int, quick: bool, measure: Callable) -> N
         profile["gpus"].append(
             {"name": name, "index": index, "graph_kernel_us": kernel, "memory": memory, "matmul": matmul or []}
         )
-    profile["host"]["eager_layer_us"] = measure("queueing of layers", probe_layer.eager_layer_us, gpus)
+    queueing = measure("queueing of layers", probe_layer.eager_layer_us, gpus)
+    profile["host"]["eager_layer_us"] = queueing and queueing["first"]
+    profile["host"]["eager_layer_us_of"] = queueing
     for devices in [[0]] + ([list(range(gpus))] if gpus > 1 else []):
         what = f"host-device copies of GPU(s) {', '.join(map(str, devices))}"
         if (rates := measure(what, probe_device.host_device, devices, quick)) is not None:

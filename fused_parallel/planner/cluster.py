@@ -313,8 +313,8 @@ def from_profile(profile: dict, name: str) -> Cluster:
     memory = profile["host"]["memory_bytes"] / 1e9
     links = _profile_links(profile, found)
     queueing = profile["host"].get("eager_layer_us")
-    if isinstance(queueing, dict):  # before, a number
-        queueing = EagerLayer(**queueing)
+    if by_chunk := profile["host"].get("eager_layer_us_of"):  # profiles from before have the one number
+        queueing = EagerLayer(*(by_chunk.get(field.name) for field in dataclasses.fields(EagerLayer)))
     host = {"host_memory_gb": memory, "eager_layer_us": queueing}
     return Cluster(name, dataclasses.replace(gpu, **changes), len(found), **host, **links)
 

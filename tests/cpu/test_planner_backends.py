@@ -334,6 +334,13 @@ def test_memory_prefill_and_pipelines_are_compared(tmp_path):
         validate.steps(write_steps(tmp_path / "l4", rows, "NVIDIA L4"))
 
 
+def test_a_profile_tells_chunks_and_groups_apart():
+    """Of two H100; the one of two H200 is from before and has one number."""
+    new, old = (load_cluster(RESULTS / f"probe_{name}_quick.json").eager_layer_us for name in ("h100", "h200"))
+    assert 400 < new.first < new.later < new.tp_first < new.tp_later < 1200
+    assert 400 < old < 1200
+
+
 def test_prefills_that_the_host_may_hold_up_are_apart(tmp_path):
     rows = [("fused", f"what=prefill;batch=1;ctx={n};chunk={n}", 1.0, 0) for n in (64, 512, 8192)]
     groups = validate.steps(write_steps(tmp_path, rows))
