@@ -1,8 +1,9 @@
-"""Functions that ranks run in test_verify_sharded.py (they must be importable by name)."""
+"""Functions that ranks run in test_verify_sharded.py and _statistics.py (they must be importable by name)."""
 
 from __future__ import annotations
 
 import _verify_cases as cases
+import _verify_rounds as rounds
 import torch
 import torch.distributed as dist
 
@@ -111,3 +112,9 @@ def bad_vocab_size(mesh):
         )  # fmt: skip
     except ValueError as error:
         return str(error)
+
+
+def positions(mesh, name, requests):
+    """The p-value of every position over shards, and a checksum of the tokens."""
+    p, tokens = rounds.run_positions(rounds.CHAINS[name], requests, group=mesh["tp"].get_group())
+    return p, hash(tuple(tokens.flatten().tolist()))

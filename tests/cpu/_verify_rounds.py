@@ -17,6 +17,7 @@ from fused_parallel.reference import noise
 MASTER_SEED = int(os.environ.get("TEST_SEED", 20240317))  # of the requests' noise
 MODEL_SEED = 20240317  # of target and draft: fixed, since how visible a mistake is depends on them
 ALPHA = 1e-6  # a right implementation fails once in 10**6 tests
+FAMILY_ALPHA = 1e-4  # and one of the tests of each position fails once in 10**4 runs of all of them
 LENGTH, VOCAB, K = 4, 3, 3
 
 # root's children 0, 1, 2; node 0's 3, 4; node 1's 5; node 3's 6, 7
@@ -26,21 +27,40 @@ PARENTS = (-1, -1, -1, 0, 0, 1, 3, 3)
 class Markov:
     """Target and draft whose next token depends on the last two: logits [V, V, V], the draft's leaning the wrong way.
 
-    `options` (temperature, top_k, top_p, min_p) apply to the target.
+    `options` (temperature, top_k, top_p, min_p) apply to the target. With `backwards` the draft's law is the target's
+    over the vocabulary in reverse. With a `group` target and draft are this rank's shard, and p and q still whole.
     """
 
-    def __init__(self, vocab, generator, device="cpu", **options):
+    def __init__(self, vocab, generator, device="cpu", backwards=False, group=None, **options):
         self.vocab, self.options = vocab, {"temperature": 0.8} | options
         shape = (vocab, vocab, vocab)
         self.target = torch.randn(shape, generator=generator)
-        self.draft = 0.5 * torch.randn(shape, generator=generator) - 0.3 * self.target
+        if backwards:
+            self.draft = self.target.flip(-1) / self.options["temperature"]
+        else:
+            self.draft = 0.5 * torch.randn(shape, generator=generator) - 0.3 * self.target
         self.p = torch.zeros(shape, dtype=torch.float64)
         for a, b in itertools.product(range(vocab), repeat=2):
             law = oracle.Target(self.target[a, b].tolist(), **self.options)
             for token, p in law.p.items():
                 self.p[a, b, token] = p
         self.q = torch.softmax(self.draft.double(), -1)
+        self.sharding = {}
+        if group:
+            self.sharding = {"vocab_size": vocab, "vocab_group": group}
+            self.target, self.draft = (x.chunk(group.size(), -1)[group.rank()] for x in (self.target, self.draft))
         self.target, self.draft = self.target.to(device), self.draft.to(device)
+
+    def windows(self, length, width):
+        """Law of each `width` (1 or 2) consecutive ones of the first `length` tokens, float64 [V ** width] each."""
+        context = torch.zeros(self.vocab, self.vocab, dtype=torch.float64)
+        context[0, 0] = 1
+        out = []
+        for _ in range(length - width + 1):
+            after = context[..., None] * self.p
+            out.append(after.sum((0, 1)) if width == 1 else torch.einsum("abt,bts->ts", after, self.p).flatten())
+            context = after.sum(0)
+        return out
 
     def joint(self, length):
         """Law of the first `length` tokens after the context (0, 0), float64 [V ** length]."""
@@ -67,7 +87,7 @@ def chain_round(model, context, seed, step, k, method, full_q):
     targets, drafts, tokens = [model.target[context[:, 0], context[:, 1]]], [], []
     for i in range(k):
         weights = model.draft[context[:, 0], context[:, 1]]
-        token = sample(weights, seed=seed, step=step, temperature=1.0, position=i)
+        token = sample(weights, seed=seed, step=step, temperature=1.0, position=i, **model.sharding)
         if not full_q:
             token = torch.where(requests % 3 == 0, token, weights.argmax(-1))
         context = shift(context, token)
@@ -77,7 +97,7 @@ def chain_round(model, context, seed, step, k, method, full_q):
     ragged = torch.where(requests % 5 == 0, k - 1, k).int()
     return verify(
         torch.stack(targets, 1), torch.stack(tokens, 1), torch.stack(drafts, 1) if full_q else None, seed=seed,
-        step=step, num_draft_tokens=ragged, method=method, **model.options,
+        step=step, num_draft_tokens=ragged, method=method, **model.options, **model.sharding,
     )  # fmt: skip
 
 
@@ -175,6 +195,24 @@ def run(play, requests, vocab=VOCAB, key=lambda done, step: step, length=LENGTH,
     p = p_value(tokens, model.joint(length))
     print(f"p-value {p:.3g}, accepted in the first round {first.double().mean():.3f}")
     return p, model, first.double()
+
+
+def run_positions(play, requests, group=None, key=lambda done, step: step, vocab=16, chunk=15_000):
+    """Like `run` for a draft that is the target backwards: (p-value, tokens).
+
+    The p-value is the least of those of every token's law and every two consecutive tokens', times their number. The
+    requests go in chunks, which caches like and which tell `chain_round`'s kinds of requests apart as one batch does.
+    """
+    print(f"TEST_SEED={MASTER_SEED}")
+    model = Markov(vocab, torch.Generator().manual_seed(MODEL_SEED), backwards=True, group=group)
+    generator = torch.Generator().manual_seed(MASTER_SEED)
+    sizes = [min(chunk, requests - begin) for begin in range(0, requests, chunk)]
+    tokens = torch.cat([generate(model, play, n, LENGTH, generator, key)[0] for n in sizes])
+    found = [
+        p_value(tokens[:, i : i + width], law) for width in (1, 2) for i, law in enumerate(model.windows(LENGTH, width))
+    ]
+    print("p-values", *(f"{p:.3g}" for p in found))
+    return min(found) * len(found), tokens
 
 
 def acceptance(model, k, full_q, block):

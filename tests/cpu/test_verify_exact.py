@@ -11,6 +11,7 @@ import math
 import random
 
 import _verify_exact as exact
+import _verify_wrong as wrong
 import pytest
 import torch
 
@@ -275,59 +276,24 @@ def test_trees_follow_the_rules(deterministic, greedy, monkeypatch):
     assert drive_trees(deterministic, monkeypatch, greedy) > 400
 
 
-def residual_p(log_scale, logp, logq):
-    return logp + log_scale[..., None]
-
-
-def residual_unscaled(residual):
-    return lambda log_scale, logp, logq: residual(torch.zeros_like(log_scale), logp, logq)
-
-
-@pytest.mark.parametrize("method", ["rejection", "block"])
-def test_library_with_residual_p_fails(method, monkeypatch):
-    monkeypatch.setattr(reference, "residual", residual_p)
+@pytest.mark.parametrize(
+    ("mistake", "method", "point_mass"),
+    [
+        (wrong.residual_p, "rejection", False),
+        (wrong.residual_p, "block", False),
+        (wrong.residual_unscaled, "block", False),
+        (wrong.thresholds_of_rejection, "block", False),
+        (wrong.thresholds_of_rejection, "block", True),
+    ],
+)
+def test_a_library_with_mistakes_in_chains_fails(mistake, method, point_mass, monkeypatch):
+    mistake(monkeypatch)
     with pytest.raises(AssertionError):
-        drive_chains(method, False, monkeypatch)
+        drive_chains(method, point_mass, monkeypatch)
 
 
-def test_library_with_an_unscaled_residual_fails(monkeypatch):
-    monkeypatch.setattr(reference, "residual", residual_unscaled(reference.residual))
-    with pytest.raises(AssertionError):
-        drive_chains("block", False, monkeypatch)
-
-
-@pytest.mark.parametrize("point_mass", [False, True], ids=["full_q", "point_mass"])
-def test_library_with_rejections_thresholds_in_block_fails(point_mass, monkeypatch):
-    scales, seen = reference._block_log_scales, []
-
-    def remember(ratio):
-        seen.append(ratio)
-        return scales(ratio)
-
-    def longest(u, log_scales, beyond, drafts, greedy):
-        length = torch.arange(1, u.shape[1] + 1)
-        kept = torch.where((u.log() < seen[-1]) & (length <= drafts[:, None]), length, 0)
-        return torch.cat((torch.zeros_like(drafts)[:, None], kept), 1).amax(1)
-
-    monkeypatch.setattr(reference, "_block_log_scales", remember)
-    monkeypatch.setattr(reference, "_accepted_by_block", longest)
-    with pytest.raises(AssertionError):
-        drive_chains("block", point_mass, monkeypatch)
-
-
-WRONG_TREE_LIBRARY = {
-    "residual p": ("residual", lambda _: residual_p),
-    "not normalised": ("_normalise", lambda _: lambda weights, otherwise: weights),
-    "siblings left in q": (
-        "_refuse_drawn",
-        lambda refuse: lambda p, q, removed, *rest: refuse(p, q, torch.zeros_like(removed), *rest),
-    ),
-}
-
-
-@pytest.mark.parametrize("name", WRONG_TREE_LIBRARY)
-def test_library_with_wrong_trees_fails(name, monkeypatch):
-    attribute, wrong = WRONG_TREE_LIBRARY[name]
-    monkeypatch.setattr(tree_reference, attribute, wrong(getattr(tree_reference, attribute)))
+@pytest.mark.parametrize("mistake", [wrong.residual_p, wrong.siblings_not_normalised, wrong.siblings_left_in_q])
+def test_a_library_with_mistakes_in_trees_fails(mistake, monkeypatch):
+    mistake(monkeypatch)
     with pytest.raises(AssertionError):
         drive_trees(False, monkeypatch)

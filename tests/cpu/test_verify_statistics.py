@@ -1,22 +1,26 @@
 """The law of what verification returns: joint chi-square of four tokens over several rounds, and the acceptance rates.
 
-Target and draft depend on the two tokens before. Variants that are wrong on purpose must fail the same test.
+Target and draft depend on the two tokens before. Variants that are wrong on purpose must fail the same test. Of 16
+tokens, with a draft that is the target backwards, each position has a test and each two consecutive ones.
 """
 
 import functools
 
+import _verify_ranks as ranks
 import _verify_rounds as rounds
+import _verify_wrong as wrong
 import pytest
 import torch
-from _verify_rounds import ALPHA, CHAINS, ROUNDS, TREES, VOCAB, K
+from _verify_rounds import ALPHA, CHAINS, FAMILY_ALPHA, ROUNDS, TREES, VOCAB, K
 
 from fused_parallel.reference import noise
-from fused_parallel.reference import verify as reference
-from fused_parallel.reference import verify_tree as tree_reference
 from fused_parallel.reference.vocab_shard import VocabShard
+from fused_parallel.testing.spawn import run_ranks
 
 REQUESTS = 100_000
 FEWER = 20_000  # enough to see what is wrong on purpose
+SAMPLES = 200_000
+POSITIONS_ALPHA = FAMILY_ALPHA / (len(CHAINS) + 1)  # the chains and the sharded one, each of several p-values
 run = functools.partial(rounds.run, requests=REQUESTS)
 
 
@@ -43,6 +47,19 @@ def test_block_accepts_more_than_rejection():
     assert sum(rounds.acceptance(model, K, True, True)) > 1.02 * sum(rounds.acceptance(model, K, True, False))
 
 
+@pytest.mark.parametrize("name", CHAINS)
+def test_every_position(name):
+    assert rounds.run_positions(CHAINS[name], SAMPLES)[0] > POSITIONS_ALPHA
+
+
+def test_every_position_of_a_sharded_vocabulary():
+    """Block over two ranks, which exchanges all that rejection does and its sums."""
+    print(f"TEST_SEED={rounds.MASTER_SEED}")
+    first, second = run_ranks(ranks.positions, 2, "block-full_q", SAMPLES)
+    assert first == second
+    assert first[0] > POSITIONS_ALPHA
+
+
 # Wrong on purpose: each must fail the chi-square test that the right ones pass.
 
 
@@ -55,15 +72,41 @@ def test_residual_from_the_whole_target_fails(name, monkeypatch):
 
 @pytest.mark.parametrize("name", ["rejection-full_q", "block-full_q", "tree-drawn"])
 def test_residual_p_instead_of_p_minus_q_fails(name, monkeypatch):
-    wrong = lambda log_scale, logp, logq: logp + log_scale[..., None]  # noqa: E731
-    monkeypatch.setattr(reference, "residual", wrong)
-    monkeypatch.setattr(tree_reference, "residual", wrong)
+    wrong.residual_p(monkeypatch)
     assert run(ROUNDS[name], requests=FEWER)[0] < ALPHA
+
+
+@pytest.mark.parametrize(
+    ("mistake", "name"),
+    [
+        (wrong.residual_p, "rejection-full_q"),
+        (wrong.residual_p, "block-full_q"),
+        (wrong.residual_unscaled, "block-full_q"),
+        (wrong.thresholds_of_rejection, "block-full_q"),
+        (wrong.thresholds_of_rejection, "block-point_mass"),
+    ],
+)
+def test_mistakes_fail_in_some_position(mistake, name, monkeypatch):
+    mistake(monkeypatch)
+    assert rounds.run_positions(CHAINS[name], FEWER)[0] < POSITIONS_ALPHA
+
+
+@pytest.mark.parametrize("name", CHAINS)
+def test_residual_from_the_whole_target_fails_in_some_position(name, monkeypatch):
+    draw = VocabShard.draw
+    monkeypatch.setattr(VocabShard, "draw", lambda self, candidates, *rest: draw(self, candidates[-1:], *rest))
+    assert rounds.run_positions(CHAINS[name], FEWER)[0] < POSITIONS_ALPHA
 
 
 @pytest.mark.parametrize("name", ROUNDS)
 def test_reused_step_fails(name):
     assert run(ROUNDS[name], requests=FEWER, key=lambda done, step: torch.zeros_like(step))[0] < ALPHA
+
+
+@pytest.mark.parametrize("name", CHAINS)
+def test_reused_step_fails_in_some_position(name):
+    zero = lambda done, step: torch.zeros_like(step)  # noqa: E731
+    assert rounds.run_positions(CHAINS[name], FEWER, key=zero)[0] < POSITIONS_ALPHA
 
 
 @pytest.mark.parametrize("name", ["rejection-full_q", "block-full_q"])
@@ -93,13 +136,10 @@ def test_noise_by_absolute_position_biases_block(name, biased, monkeypatch):
 
 
 def test_drawn_rule_on_top_siblings_fails():
-    wrong = functools.partial(rounds.tree_round, siblings="without_replacement", proposal="top")
-    assert run(wrong, requests=FEWER)[0] < ALPHA
+    top = functools.partial(rounds.tree_round, siblings="without_replacement", proposal="top")
+    assert run(top, requests=FEWER)[0] < ALPHA
 
 
 def test_siblings_drawn_but_not_removed_from_q_fails(monkeypatch):
-    refuse = tree_reference._refuse_drawn
-    monkeypatch.setattr(
-        tree_reference, "_refuse_drawn", lambda p, q, removed, *rest: refuse(p, q, torch.zeros_like(removed), *rest)
-    )
+    wrong.siblings_left_in_q(monkeypatch)
     assert run(TREES["tree-drawn"], requests=FEWER)[0] < ALPHA
