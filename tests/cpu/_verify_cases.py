@@ -1,12 +1,15 @@
-"""Random rounds of verification for the tests, and the plain Python result of each request."""
+"""Random rounds of verification for the tests, the plain Python result of each request, and their comparison."""
 
 from __future__ import annotations
 
 import _verify_oracle as oracle
+import pytest
 import torch
 
 from fused_parallel.ops._dispatch import use
 from fused_parallel.ops.sample import sample
+from fused_parallel.ops.verify import verify
+from fused_parallel.ops.verify_tree import verify_tree
 
 
 def case(batch, k, vocab, *, dtype=torch.float32, filters=True, ragged=True, mixed=True, invalid=True, full_q=True):
@@ -75,3 +78,49 @@ def expected(c, b, method, vocab_size):
     return oracle.verify(
         targets(c, b, k + 1, vocab_size), drafts[:k], rows, c["seed"][b].item(), c["step"][b].item(), method, vocab_size
     )
+
+
+def check(case, method, vocab_size=None):
+    """All of the result equals the oracle's; returns the mean number accepted."""
+    result = verify(**case, method=method, vocab_size=vocab_size, return_logprobs=True)
+    batch, rows, width = case["target_logits"].shape
+    assert result.tokens.shape == result.logprobs.shape == (batch, rows)
+    assert (result.tokens.dtype, result.num_accepted.dtype) == (torch.int64, torch.int32)
+    assert result.logprobs.dtype == torch.float32
+    for b in range(batch):
+        tokens, accepted, logprobs = expected(case, b, method, vocab_size or width)
+        empty = rows - len(tokens)
+        assert result.tokens[b].tolist() == tokens + [-1] * empty, b
+        assert result.num_accepted[b] == accepted, b
+        assert result.logprobs[b].tolist() == pytest.approx(logprobs + [0.0] * empty, rel=1e-6, abs=1e-6), b
+    return result.num_accepted.double().mean().item()
+
+
+def check_tree(case, vocab_size=None, max_depth=None):
+    """All of the result equals the oracle's; returns how many accepted paths leave the first children."""
+    result = verify_tree(**case, vocab_size=vocab_size, max_depth=max_depth, return_logprobs=True)
+    batch, nodes = case["draft_tokens"].shape
+    width = case["target_logits"].shape[2]
+    depth = nodes if max_depth is None else max_depth
+    assert result.tokens.shape == result.logprobs.shape == (batch, depth + 1)
+    assert result.path.shape == (batch, depth)
+    assert (result.num_accepted.dtype, result.path.dtype) == (torch.int32, torch.int64)
+    others = 0
+    for b in range(batch):
+        drafts = case["draft_tokens"][b].tolist()
+        if "num_draft_tokens" in case:
+            n = min(max(case["num_draft_tokens"][b].item(), 0), nodes)
+            drafts[n:] = [-1] * (nodes - n)
+        parents = case["parents"].expand(batch, nodes)[b].tolist()
+        rows = None if case["draft_logits"] is None else case["draft_logits"][b].float().tolist()
+        tokens, path, logprobs = oracle.verify_tree(
+            targets(case, b, nodes + 1, vocab_size or width), drafts, parents, rows, case["seed"][b].item(),
+            case["step"][b].item(), vocab_size or width, depth,
+        )  # fmt: skip
+        empty = depth - len(path)
+        assert result.path[b].tolist() == path + [-1] * empty, b
+        assert result.tokens[b].tolist() == tokens + [-1] * empty, b
+        assert result.num_accepted[b] == len(path), b
+        assert result.logprobs[b].tolist() == pytest.approx(logprobs + [0.0] * empty, rel=1e-6, abs=1e-6), b
+        others += any(parents.index(parents[node]) != node for node in path)
+    return others

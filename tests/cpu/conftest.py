@@ -5,6 +5,8 @@ import pytest
 from fused_parallel import _ext
 from fused_parallel.ops import _direct
 
+pytest.register_assert_rewrite("_verify_cases")  # it compares, and says what differed
+
 
 @pytest.fixture(scope="session")
 def extension(tmp_path_factory):

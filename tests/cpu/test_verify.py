@@ -3,6 +3,7 @@
 import _verify_cases as cases
 import pytest
 import torch
+from _verify_cases import check
 
 from fused_parallel.errors import NoFusedKernelError
 from fused_parallel.nn.speculative_verifier import SpeculativeVerifier
@@ -10,22 +11,6 @@ from fused_parallel.ops._dispatch import use
 from fused_parallel.ops.verify import METHODS, VerifyResult, verify
 
 NAN, INF = float("nan"), float("inf")
-
-
-def check(case, method, vocab_size=None):
-    """All of the result equals the oracle's; returns the mean number accepted."""
-    result = verify(**case, method=method, vocab_size=vocab_size, return_logprobs=True)
-    batch, rows, width = case["target_logits"].shape
-    assert result.tokens.shape == result.logprobs.shape == (batch, rows)
-    assert (result.tokens.dtype, result.num_accepted.dtype) == (torch.int64, torch.int32)
-    assert result.logprobs.dtype == torch.float32
-    for b in range(batch):
-        tokens, accepted, logprobs = cases.expected(case, b, method, vocab_size or width)
-        empty = rows - len(tokens)
-        assert result.tokens[b].tolist() == tokens + [-1] * empty, b
-        assert result.num_accepted[b] == accepted, b
-        assert result.logprobs[b].tolist() == pytest.approx(logprobs + [0.0] * empty, rel=1e-6, abs=1e-6), b
-    return result.num_accepted.double().mean().item()
 
 
 @pytest.mark.parametrize("full_q", [True, False], ids=["full_q", "point_mass"])

@@ -1,45 +1,15 @@
 """fp.verify_tree against plain Python, against fp.verify on chains, and its errors."""
 
 import _verify_cases as cases
-import _verify_oracle as oracle
 import pytest
 import torch
+from _verify_cases import check_tree as check
 from _verify_cases import tree_case
 
 from fused_parallel.ops.verify import verify
 from fused_parallel.ops.verify_tree import SIBLINGS, verify_tree
 
 NAN, INF = float("nan"), float("inf")
-
-
-def check(case, vocab_size=None, max_depth=None):
-    """All of the result equals the oracle's; returns how many accepted paths leave the first children."""
-    result = verify_tree(**case, vocab_size=vocab_size, max_depth=max_depth, return_logprobs=True)
-    batch, nodes = case["draft_tokens"].shape
-    width = case["target_logits"].shape[2]
-    depth = nodes if max_depth is None else max_depth
-    assert result.tokens.shape == result.logprobs.shape == (batch, depth + 1)
-    assert result.path.shape == (batch, depth)
-    assert (result.num_accepted.dtype, result.path.dtype) == (torch.int32, torch.int64)
-    others = 0
-    for b in range(batch):
-        drafts = case["draft_tokens"][b].tolist()
-        if "num_draft_tokens" in case:
-            n = min(max(case["num_draft_tokens"][b].item(), 0), nodes)
-            drafts[n:] = [-1] * (nodes - n)
-        parents = case["parents"].expand(batch, nodes)[b].tolist()
-        rows = None if case["draft_logits"] is None else case["draft_logits"][b].float().tolist()
-        tokens, path, logprobs = oracle.verify_tree(
-            cases.targets(case, b, nodes + 1, vocab_size or width), drafts, parents, rows, case["seed"][b].item(),
-            case["step"][b].item(), vocab_size or width, depth,
-        )  # fmt: skip
-        empty = depth - len(path)
-        assert result.path[b].tolist() == path + [-1] * empty, b
-        assert result.tokens[b].tolist() == tokens + [-1] * empty, b
-        assert result.num_accepted[b] == len(path), b
-        assert result.logprobs[b].tolist() == pytest.approx(logprobs + [0.0] * empty, rel=1e-6, abs=1e-6), b
-        others += any(parents.index(parents[node]) != node for node in path)
-    return others
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
