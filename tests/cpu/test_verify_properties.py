@@ -1,7 +1,8 @@
 """Verification of whatever Hypothesis makes up: token for token what plain Python gives, and in range whatever comes.
 
-Hypothesis chooses sizes, lengths, placeholders, temperatures, filters and which rows are of which awkward kind; the
-logits come from torch's generator at a seed that it chooses, too, so that thresholds are not met by a hair.
+Hypothesis chooses the sizes and, of up to four requests of each round, lengths, placeholders and which rows are of
+which awkward kind; the other requests are cases.case's. The logits come from torch's generator at a seed that it
+chooses, too, so that thresholds are not met by a hair.
 """
 
 import _verify_cases as cases
@@ -43,28 +44,34 @@ def change(row, kind, token, draft=None):
         row[token] = INF
 
 
+def kinds_of(kinds, count):
+    """A kind for each row of a request: most are usual, so that the others are reached and what follows them, too."""
+    awkward = st.lists(st.one_of(st.just("usual"), st.sampled_from(kinds)), min_size=count, max_size=count)
+    return st.one_of(st.just(["usual"] * count), awkward)
+
+
 @st.composite
 def rounds(draw, siblings=None, draft_kinds=DRAFT_KINDS):
     """(a case of verify, or of verify_tree with `siblings`, its vocab_size)."""
-    batch, k = draw(st.integers(1, 4)), draw(st.integers(0, 5 if siblings else 4))
-    vocab, padding = draw(st.sampled_from((1, 2, 3, 5, 8, 17, 31, 64, 127, 129))), draw(st.sampled_from((0, 1, 7)))
-    options = {name: draw(st.booleans()) for name in ("filters", "mixed", "invalid")}
+    awkward, usual = draw(st.integers(0, 4)), draw(st.sampled_from((1, 10)))
+    batch, k = awkward + usual, draw(st.sampled_from((0, 1, 3, 4, 6 if siblings else 5)))
+    vocab, padding = draw(st.sampled_from((1, 2, 3, 5, 6, 8, 11, 17, 33, 127))), draw(st.sampled_from((0, 1, 7)))
+    options = {name: draw(st.booleans()) for name in ("filters", "mixed", "invalid", "ragged")}
     dtype = draw(st.sampled_from((torch.float32, torch.bfloat16, torch.float16)))
-    torch.manual_seed(draw(st.integers(0, 2**32 - 1)))
+    torch.manual_seed(int.from_bytes(draw(st.binary(min_size=4, max_size=4)), "little"))
     if siblings:
-        case = cases.tree_case(batch, k, vocab + padding, siblings, dtype, ragged=False, **options)
+        case = cases.tree_case(batch, k, vocab + padding, siblings, dtype, **options)
     else:
         full_q = draw(st.booleans())
-        case = cases.case(batch, k, vocab + padding, dtype=dtype, ragged=False, full_q=full_q, **options)
-    if draw(st.booleans()):
-        lengths = draw(st.lists(st.integers(-1, k + 1), min_size=batch, max_size=batch))
-        case["num_draft_tokens"] = torch.tensor(lengths, dtype=torch.int32)
+        case = cases.case(batch, k, vocab + padding, dtype=dtype, full_q=full_q, **options)
     target, draft, tokens = case["target_logits"], case["draft_logits"], case["draft_tokens"]
-    for b in range(batch):
-        kinds = draw(st.lists(st.sampled_from(TARGET_KINDS), min_size=k + 1, max_size=k + 1))
-        drafted = draw(st.lists(st.sampled_from(draft_kinds), min_size=k, max_size=k))
-        for i in draw(st.lists(st.integers(0, k - 1), max_size=1)) if k else ():
-            tokens[b, i] = -1
+    for b in range(awkward):
+        if "num_draft_tokens" in case:
+            case["num_draft_tokens"][b] = draw(st.integers(-1, k + 1))
+        kinds = draw(kinds_of(TARGET_KINDS, k + 1))
+        drafted = draw(kinds_of(draft_kinds, k))
+        if k and draw(st.booleans()):
+            tokens[b, draw(st.integers(0, k - 1))] = -1
         if "equal" in kinds and draw(st.booleans()):
             case["temperature"][b] = 1.0
         for i in range(k):
