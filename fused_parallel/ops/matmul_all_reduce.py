@@ -227,8 +227,8 @@ def matmul_all_reduce_add_rms_norm(
         (normed [..., N], new_residual [..., N]), the same on every rank.
 
     Else as `matmul_all_reduce`. What no kernel of the matmul takes ends in `all_reduce_add_rms_norm`, or with a bias in
-    `all_reduce` and `add_rms_norm`; the first has a kernel on Hopper GPUs for rows of a multiple of 16 bytes up to 64 KB
-    (N a multiple of 8 in 16 bits, 4 in fp32), and fp.use("fused") refuses other rows there.
+    `all_reduce` and `add_rms_norm`; the first has a kernel on Hopper GPUs for rows of a multiple of 16 bytes (N of 8 in
+    16 bits, of 4 in fp32) up to 64 KB, and fp.use("fused") refuses other rows there.
     """
     op = "matmul_all_reduce_add_rms_norm"
     check_floating(op, ("bias",), x=x, weight=weight, residual=residual, norm_weight=norm_weight, bias=bias)
