@@ -32,7 +32,8 @@ def main(argv: list[str] | None = None) -> int:
         args.op += rest
     try:
         command = args.run.__module__.rpartition(".")[2]
-        if command in STARTS_RANKS and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        starts = command in STARTS_RANKS or getattr(args, "cluster", None) == "this"  # which is probed
+        if starts and int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise ValueError(f"{command} starts its own ranks: run it without torchrun")
         return args.run(args)
     except KeyboardInterrupt:

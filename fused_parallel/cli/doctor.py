@@ -29,6 +29,7 @@ _OPTIONAL = {
     "tokenizers": "prompts as text work for byte-level models only",
     "pynvml": "the topology lacks NVLink, PCIe and NUMA, and timings the SM clock (package nvidia-ml-py)",
     "matplotlib": "plots of benchmarks and plans are not drawn",
+    "yaml": "clusters cannot be described in YAML, only in JSON (package pyyaml)",
 }
 
 

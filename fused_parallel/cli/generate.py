@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from ..models.llama import LlamaForCausalLM
 from ..models.tokenizer import load_tokenizer
 from ..offload import Offload
 from ..planner.apply import Planned, init, planned, read_plan
+from ..planner.result import Plan
 from ..reference.quantized_matmul import KINDS
 from ..speculative import generate
 
@@ -105,9 +107,13 @@ def run(args: argparse.Namespace) -> int:
     if args.prompt_file is not None and not args.prompt_file.is_file():
         raise FileNotFoundError(f"--prompt-file {args.prompt_file}: there is no such file")
     prompts = args.prompt if args.prompt is not None else [args.prompt_file.read_text()]
-    if args.offload is not None and args.offload < 0:
-        raise ValueError(f"--offload must be GB of layers to keep on the device, at least 0, got {args.offload:g}")
-    if (args.host_memory is not None or args.cache_dir is not None or args.offload_cpu) and args.offload is None:
+    for flag, gb in (("--offload", args.offload), ("--host-memory", args.host_memory)):
+        if gb is not None and not 0 <= gb < math.inf:  # nan, too
+            raise ValueError(f"{flag} must be GB, at least 0, got {gb:g}")
+    of_offload = args.host_memory is not None or args.cache_dir is not None or args.offload_cpu
+    if of_offload and args.plan is not None:
+        raise ValueError("--plan says what is offloaded: leave --host-memory, --cache-dir and --offload-cpu out")
+    if of_offload and args.offload is None:
         raise ValueError("--host-memory, --cache-dir and --offload-cpu say what --offload does: give --offload GB, too")
     if args.plan is None and args.num_draft_tokens is not None and args.draft is None:
         raise ValueError("--num-draft-tokens says how much --draft drafts: give --draft DIR or --draft ngram, too")
@@ -154,21 +160,34 @@ def run(args: argparse.Namespace) -> int:
         replicas: list = [None] * plan.best.dp
         dist.all_gather_object(replicas, tokens, group=mesh.get_group("dp"))
         tokens = [row for rows in replicas for row in rows]
+    peaks = [None] * dist.get_world_size()
+    if model.device.type == "cuda":
+        dist.all_gather_object(peaks, torch.cuda.max_memory_allocated() / 2**30)
     if dist.get_rank() == 0:
         for prompt, row in zip(prompts, tokens, strict=True):
             print(prompt + tokenizer.decode(row))
         if plan is not None:
             print(f"plan: {plan.best.label}, rank 0 of {plan.best.gpus}", file=sys.stderr)
         print(describe(result.stats), file=sys.stderr)
-        if model.device.type == "cuda":
-            peak = torch.cuda.max_memory_allocated() / 2**30
-            planned_gib = ""
-            if plan is not None:  # what CUDA and NCCL take is not torch's
-                gib = (plan.best.stage_gb[0] - plan.best.memory_gb["reserved"]) * 1e9 / 2**30
-                planned_gib = f", planned for {plan.best.batch} request(s): {gib:.2f} GiB"
-            print(f"GPU memory at its highest on rank 0: {peak:.2f} GiB{planned_gib}", file=sys.stderr)
+        for line in _peaks(peaks, plan):
+            print(line, file=sys.stderr)
     finalize()
     return 0
+
+
+def _peaks(peaks: list[float | None], plan: Plan | None) -> list[str]:
+    """A line a rank on a GPU: what tensors took of it at most, GiB, beside what the plan said."""
+    lines = []
+    for rank, gib in enumerate(peaks):
+        if gib is None:
+            continue
+        planned_gib = ""
+        if plan is not None:  # what CUDA and NCCL take is not torch's
+            stage = rank // plan.best.tp % plan.best.pp
+            of_plan = (plan.best.stage_gb[stage] - plan.best.memory_gb["reserved"]) * 1e9 / 2**30
+            planned_gib = f", planned for {plan.best.batch} request(s): {of_plan:.2f} GiB"
+        lines.append(f"GPU memory at its highest on rank {rank}: {gib:.2f} GiB{planned_gib}")
+    return lines
 
 
 def _of_plan(args: argparse.Namespace, run: Planned, dtype: torch.dtype | None, prompts: int) -> tuple[dict, dict]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
+from pathlib import Path
 
 from ..planner import CLUSTERS, plan
 from ..planner.model import KV_BYTES, PRESETS, WEIGHT_BYTES
@@ -44,10 +45,17 @@ def add_parser(subparsers) -> None:
         help="costs of this library's kernels, of plain torch and NCCL, or of each plan the faster (default: ours "
         "where they were measured, else nccl)",
     )
-    parser.add_argument("--rows", type=int, default=10, help="plans to print (default 10)")
+    parser.add_argument("--rows", type=positive, default=10, help="plans to print (default 10)")
     parser.add_argument("--json", action="store_true", help="print the plan as JSON instead")
     parser.add_argument("--plot", metavar="FILE", help="write the frontier and the wall as a picture")
     parser.set_defaults(run=run)
+
+
+def positive(text: str) -> int:
+    """A whole number of at least 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least 1")
+    return int(text)
 
 
 def batches(text: str) -> tuple[int, ...]:
@@ -79,6 +87,8 @@ def run(args: argparse.Namespace) -> int:
         offload=not args.no_offload,
         backend=args.backend,
     )
+    if args.plot and not Path(args.plot).absolute().parent.is_dir():  # told before the search
+        raise FileNotFoundError(f"--plot {args.plot}: there is no such folder")
     answer = plan(args.model, args.cluster, workload)
     if args.json:
         print(answer.to_json())

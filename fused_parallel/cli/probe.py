@@ -24,8 +24,9 @@ def add_parser(subparsers) -> None:
     parser.add_argument(
         "--tune",
         action="store_true",
-        help="instead, measure which algorithm of all_reduce and all_reduce_add_rms_norm is fastest at which size on "
-        "all GPUs of this host, and keep the table for later runs (FUSED_PARALLEL_TUNING names another file)",
+        help="instead, measure which algorithm of all_reduce and all_reduce_add_rms_norm, and which kernel of the "
+        "matmuls with a collective, is fastest at which size on all GPUs of this host, and keep the table for later "
+        "runs (FUSED_PARALLEL_TUNING names another file)",
     )
     parser.set_defaults(run=run)
 

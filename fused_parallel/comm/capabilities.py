@@ -37,15 +37,25 @@ def local_capabilities() -> Capabilities:
 _agreed: dict[str, Capabilities] = {}
 
 
+def refuse_capture(what: str) -> None:
+    """Raise RuntimeError where the current stream is captured: `what` happens once, with the host waiting for it."""
+    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            f"{what}, which cannot be captured in a CUDA graph: run the operation once before the capture"
+        )
+
+
 def agree(pg: dist.ProcessGroup) -> Capabilities:
     """What all ranks of `pg` have in common. Collective on its first call for a group; cached after that.
 
     Modules and `fp.parallelize` call it when they are made, so that no operation does in its hot path.
-    Raises RuntimeError when the ranks run different versions of the library, ValueError when rank 0's tuning table
-    cannot be read.
+    Raises RuntimeError when the ranks run different versions of the library, or when the first call is captured in a
+    CUDA graph, ValueError when rank 0's tuning table cannot be read.
     """
     name = pg.group_name
     if name not in _agreed:
+        if pg.size() > 1:
+            refuse_capture("the first operation of a group agrees with its ranks on how it is done")
         everyone = all_gather_object(local_capabilities(), pg)
         kernels = pg.size() > 1 and all(c.cuda_kernels for c in everyone)
         table: tuning.Table | ValueError | None = None

@@ -31,8 +31,8 @@ def probe(quick: bool = False, progress: Callable[[str], None] | None = None) ->
         A dictionary of JSON types; units stand in the key names (GB/s are 10^9 bytes per second), docs/probe.md lists
         the keys. What could not be measured is in `not_measured` with the reason; missing hardware raises nothing.
 
-    Uses all visible GPUs, starts two local ranks over Gloo, and twice one for each GPU over NCCL. Nothing else
-    should run on the machine meanwhile.
+    Uses all visible GPUs, starts two local ranks over Gloo, one for each GPU that queues layers, and 2, 4, 8, ... over
+    NCCL. Nothing else should run on the machine meanwhile.
     """
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     missing: list[dict[str, str]] = []

@@ -1,7 +1,8 @@
 """Which algorithm an operation takes for a payload: a table per group, rank 0's, agreed once (`capabilities.agree`).
 
 The table comes from `fused-parallel probe --tune` on the same kind of GPU and number of ranks, else from the defaults
-here, measured on two H100 (docs/all_reduce.md).
+here, measured on two H100, for matmuls also on two H200 (docs/all_reduce.md, docs/matmul_all_reduce.md); for more ranks
+they are extrapolated, and `--tune` is what to run.
 """
 
 from __future__ import annotations

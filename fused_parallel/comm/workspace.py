@@ -11,7 +11,7 @@ import torch.distributed as dist
 from .. import _ext
 from ..errors import PeerTimeoutError
 from . import tuning
-from .capabilities import agree
+from .capabilities import agree, refuse_capture
 from .collectives import all_gather_object
 from .topology import host_identity
 
@@ -77,7 +77,7 @@ class AllReduceWorkspace:
     def matmul(self):
         """The extension's MatmulWorkspace; made at the first call, which is collective and may not be captured."""
         if self._matmul is None:
-            self._refuse_capture("matmul_all_reduce or matmul_reduce_scatter")
+            refuse_capture("the first matmul_all_reduce or matmul_reduce_scatter of many rows makes its workspace")
             extension = _ext.extension()
             buffer, bases = self._symmetric(extension.matmul_workspace_bytes(MATMUL_TILES))
             buffer.zero_()
@@ -90,7 +90,7 @@ class AllReduceWorkspace:
     def gather(self):
         """The extension's GatherWorkspace; as `matmul`."""
         if self._gather is None:
-            self._refuse_capture("all_gather_matmul")
+            refuse_capture("the first all_gather_matmul of many rows makes its workspace")
             extension = _ext.extension()
             buffer, bases = self._symmetric(extension.gather_workspace_bytes(GATHER_BYTES))
             buffer.zero_()
@@ -99,13 +99,6 @@ class AllReduceWorkspace:
             self._owned += (buffer, control)
             self._gather = extension.GatherWorkspace(self.native, bases, GATHER_BYTES, control.data_ptr())
         return self._gather
-
-    def _refuse_capture(self, ops: str) -> None:
-        if torch.cuda.is_current_stream_capturing():
-            raise RuntimeError(
-                f"the first {ops} of many rows makes its workspace, which cannot be captured in a CUDA graph: run the "
-                "operation once before the capture"
-            )
 
     def _symmetric(self, size: int) -> tuple[torch.Tensor, list[int]]:
         """A buffer of `size` bytes on every rank, and its addresses here by rank."""
@@ -147,6 +140,7 @@ _workspaces: dict[str, AllReduceWorkspace] = {}
 # meshes of the same ranks are equal, though their groups are different ones.
 by_group: dict[int, tuple[object, AllReduceWorkspace]] = {}
 _why_not: dict[str, str | None] = {}
+_FIRST = "the first fused operation of a group makes its workspace"
 # Channels, whose failures fp.check() raises, too.
 _watched: weakref.WeakSet = weakref.WeakSet()
 
@@ -175,6 +169,7 @@ def _find_reason(pg: dist.ProcessGroup) -> str | None:
         return f"the group has {pg.size()} ranks and the kernels take 2 to 8"
     if not agree(pg).cuda_kernels:
         return f"some rank has no CUDA kernels (here: {_ext.why_no_kernels() or 'they are there'})"
+    refuse_capture(_FIRST)  # the gathering would fail in a way that names no cause
     everyone = all_gather_object((host_identity(), torch.cuda.current_device()), pg)
     if len({host for host, _ in everyone}) > 1:
         return "its ranks are on several hosts"
@@ -196,11 +191,7 @@ def workspace_of(pg: dist.ProcessGroup) -> AllReduceWorkspace:
     """The workspace of `pg`, made at the first call, which is collective and may not be captured in a graph."""
     name = pg.group_name
     if name not in _workspaces:
-        if torch.cuda.is_current_stream_capturing():
-            raise RuntimeError(
-                "the first fused operation of a group makes its workspace, which cannot be captured in a CUDA graph: "
-                "run the operation once before the capture"
-            )
+        refuse_capture(_FIRST)
         options = getattr(pg._get_backend(torch.device("cuda")), "options", None)
         timeout = getattr(options, "_timeout", None)  # what fp.init set
         _workspaces[name] = AllReduceWorkspace(pg, timeout.total_seconds() if timeout else 300.0)

@@ -38,6 +38,8 @@ class LlamaConfig:
     @classmethod
     def from_dict(cls, config: dict) -> LlamaConfig:
         """From the contents of a config.json. Raises ValueError for another architecture or a missing entry."""
+        if not isinstance(config, dict):
+            raise ValueError(f"a model's configuration must be a mapping, got {type(config).__name__}")
         kind = config.get("model_type", "llama")
         if kind != "llama":
             raise ValueError(f"model_type {kind!r} is not supported; fp.LlamaForCausalLM reads model_type 'llama'")

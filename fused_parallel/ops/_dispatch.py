@@ -43,8 +43,13 @@ def use(mode: str):
     Args:
         mode: "auto" (fused where there is a kernel for the call and the group's tuning table does not prefer
             torch.distributed, else reference, with one warning that says why),
-            "fused" (raise `fp.NoFusedKernelError` instead of falling back) or "reference" (plain torch and
-            torch.distributed). The environment variable FUSED_PARALLEL sets the default.
+            "fused" (raise `fp.NoFusedKernelError` instead of falling back to torch.distributed or to plain torch for
+            what a kernel does) or "reference" (plain torch and torch.distributed). The environment variable
+            FUSED_PARALLEL sets the default.
+
+    A matmul with communication is done in one of several ways by shape and dtype (`fp.matmul_all_reduce`): by one
+    kernel, or by torch's matmul (cuBLAS) and the fused collective in turn. The second is no fallback: it is taken
+    without a warning and under "fused", too, which refuses only what the collective that follows has no kernel for.
 
     The mode is read when an operation runs, also in code compiled by torch.compile; a captured CUDA graph keeps what
     was in force at capture. It belongs to this thread: threads started inside the block have the environment's.

@@ -1,8 +1,9 @@
 """matmul_all_reduce and matmul_all_reduce_add_rms_norm: a row-parallel linear layer with what follows it.
 
 Many rows go to one persistent kernel, whose tiles travel while the next are computed (csrc/matmul_all_reduce.cu), few
-to one that is bound by reading the weight (csrc/matmul_all_reduce_decode.cu). What is between, and all where these
-cannot run, are torch's matmul and the operation that follows, which chooses its implementation itself. Either way a
+to one that is bound by reading the weight (csrc/matmul_all_reduce_decode.cu). What is between, and all that these do
+not take (fp32, N or K no multiple of 8, GPUs other than Hopper), is torch's matmul and the operation that follows,
+which chooses its implementation itself: "whole". That is a way of its own and no fallback, in every mode. Either way a
 rank's partial product is rounded to the dtype before it travels.
 """
 
@@ -28,7 +29,8 @@ from .all_reduce_add_rms_norm import reduce_add_norm
 
 def algorithm(op: str, x: torch.Tensor, weight: torch.Tensor, pg: dist.ProcessGroup) -> str:
     """How `op` of x [..., K] and weight [N, K] is done: "persistent", "decode" (the kernels), or "whole", matmul and
-    collective one after the other. From what all ranks share."""
+    collective one after the other. From what all ranks share. Raises NoFusedKernelError under fp.use("fused") where the
+    group has no kernels at all; what "whole" ends in asks for itself."""
     if pg.size() == 1 or not choose_fused(op, lambda: why_not_fused(x, pg), on_gpu=x.is_cuda):
         return "whole"
     workspace = workspace_of(pg)
@@ -187,10 +189,16 @@ def matmul_all_reduce(
 
     Raises:
         TypeError, ValueError: bad dtype, shape or group.
+        NoFusedKernelError: under fp.use("fused"), where the group's ranks have no kernels for each other.
         PeerTimeoutError: a rank died or did not answer within the group's timeout.
+        RuntimeError: the first call of the group, or its first with many rows, which make the memory that is exchanged
+            through, is captured in a CUDA graph.
 
-    Runs on the current stream; capturable in CUDA graphs (after a first call with many rows, which makes the memory
-    that tiles travel through); traced by torch.compile as one node.
+    fp16 and bf16 with N and K / tp multiples of 8 go to one kernel on Hopper GPUs where the group's tuning table
+    prefers it; all else to torch's matmul and the fused all-reduce in turn, without a warning, under fp.use("fused"),
+    too.
+
+    Runs on the current stream; capturable in CUDA graphs after those first calls; traced by torch.compile as one node.
     """
     check_floating("matmul_all_reduce", ("bias",), x=x, weight=weight, bias=bias)
     check_matmul("matmul_all_reduce", x, weight, bias)
@@ -216,7 +224,11 @@ def matmul_all_reduce_add_rms_norm(
         group: ProcessGroup or 1-D DeviceMesh.
 
     Returns:
-        (normed [..., N], new_residual [..., N]), the same on every rank. Else as `matmul_all_reduce`.
+        (normed [..., N], new_residual [..., N]), the same on every rank.
+
+    Else as `matmul_all_reduce`. What no kernel of the matmul takes ends in `all_reduce_add_rms_norm`, or with a bias in
+    `all_reduce` and `add_rms_norm`; the first has a kernel on Hopper GPUs for rows of a multiple of 16 bytes (N of 8 in
+    16 bits, of 4 in fp32) up to 64 KB, and fp.use("fused") refuses other rows there.
     """
     op = "matmul_all_reduce_add_rms_norm"
     check_floating(op, ("bias",), x=x, weight=weight, residual=residual, norm_weight=norm_weight, bias=bias)

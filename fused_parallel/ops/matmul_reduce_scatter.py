@@ -97,8 +97,11 @@ def matmul_reduce_scatter(x: torch.Tensor, weight: torch.Tensor, *, group) -> to
         group: ProcessGroup or 1-D DeviceMesh.
 
     Returns:
-        [M / tp, N]: rows [rank * M / tp, (rank + 1) * M / tp) of the sum. Errors, streams, graphs and torch.compile: as
-        `matmul_all_reduce`.
+        [M / tp, N]: rows [rank * M / tp, (rank + 1) * M / tp) of the sum.
+
+    What no kernel of the matmul takes is torch's matmul and `reduce_scatter` in turn, whose kernel takes parts of a
+    multiple of 16 bytes that fit a slot (64 MB / tp); fp.use("fused") refuses other parts. Else errors, streams, graphs
+    and torch.compile: as `matmul_all_reduce`.
     """
     _check("matmul_reduce_scatter", x, weight)
     pg = resolve_group(group)
@@ -115,8 +118,11 @@ def all_gather_matmul(x: torch.Tensor, weight: torch.Tensor, *, group) -> torch.
         group: ProcessGroup or 1-D DeviceMesh.
 
     Returns:
-        [M, N / tp]: this rank's columns of the product. Errors, streams, graphs and torch.compile: as
-        `matmul_all_reduce`.
+        [M, N / tp]: this rank's columns of the product.
+
+    What no kernel of the matmul takes is `all_gather` of x and torch's matmul in turn; the gather's kernel takes parts
+    as that of `reduce_scatter`, and fp.use("fused") refuses others. Else errors, streams, graphs and torch.compile: as
+    `matmul_all_reduce`.
     """
     _check("all_gather_matmul", x, weight)
     return _all_gather_op(x, weight, resolve_group(group).group_name)

@@ -9,6 +9,7 @@ from ..models.config import LlamaConfig
 from .apply import Planned, init, planned
 from .cluster import CLUSTERS, NCCL, OURS, Cluster, from_profile, load_cluster
 from .explain import explain, wall
+from .hardware import LINKS
 from .model import ModelShape, load_model
 from .result import Candidate, Plan, WallRow
 from .search import Search
@@ -37,8 +38,9 @@ def plan(
     Returns:
         Plan: predictions, not measurements; docs/planning.md tells how far off they were where they could be compared.
 
-    Runs on the CPU alone and starts no process. Raises ValueError for unknown names, for contradictory input, where
-    nothing fits (with what is missing) and where no plan meets the SLOs (with the best there is).
+    Runs on the CPU alone and starts no process, but for the cluster "this". Raises ValueError for unknown names, for
+    contradictory input, where nothing fits (with what is missing, and what would help) and where no plan meets the SLOs
+    (with the best there is).
     """
     model, where = load_model(model_config), load_cluster(cluster)
     asked = workload if isinstance(workload, Workload) else Workload(**(workload or {}))
@@ -115,12 +117,35 @@ def _request(workload: Workload) -> dict[str, object]:
 
 
 def _nothing_fits(model: ModelShape, cluster: Cluster, workload: Workload, search: Search) -> str:
+    """What is missing, and of what would help, each tried, the cheapest first."""
     text = f"{model.name} fits {cluster.name} ({cluster.gpus} x {cluster.gpu.name}) under no plan"
     text += f"; the closest, {search.least_missing[1]}."
-    fixes = []
-    if "int4" not in workload.dtypes:
-        fixes.append("int4 or fp8 weights")
-    if not workload.offload:
+
+    def fits(where: Cluster = cluster, **changes) -> bool:
+        tried = dataclasses.replace(workload, **changes)
+        return any(True for backend in _backends(where, tried) for _ in Search(model, where.of(backend), tried).run())
+
+    fixes = [f"{t} weights" for t in ("fp8", "int4") if t not in workload.dtypes and fits(dtypes=(t,))]
+    if not workload.offload and fits(offload=True):
         fixes.append("offload")
-    fixes += ["a smaller batch or fewer tokens", "more GPUs"]
-    return f"{text} What would help, cheapest first: {', '.join(fixes)}"
+    batch = min(workload.batches) // 2
+    while batch and not fits(batch=(batch,)):
+        batch //= 2
+    if batch:
+        fixes.append(f"a batch of {batch}")
+    # Of the same kind: in this host up to eight, then more hosts (by InfiniBand NDR where nothing joins them yet).
+    per_host, hosts = cluster.gpus_per_host, cluster.hosts
+    while per_host * hosts < 1024:
+        per_host, hosts = (2 * per_host, hosts) if hosts == 1 and per_host < 8 else (per_host, 2 * hosts)
+        more = dataclasses.replace(
+            cluster,
+            gpus_per_host=per_host,
+            hosts=hosts,
+            islands=(),
+            between=None,
+            inter=cluster.inter or LINKS["ib-ndr"],
+        )
+        if fits(more):
+            fixes.append(f"{per_host * hosts} such GPUs")
+            break
+    return f"{text} What would help, cheapest first: {', '.join(fixes) or 'nothing that was tried: a smaller model'}"

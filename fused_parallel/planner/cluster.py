@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import json
+import math
 import re
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from .._version import __version__
 from ..comm.probe import load_profile, probe
 from .hardware import GPU, GPUS, LINKS, OURS_NVLINK4, Link
 
@@ -146,6 +150,7 @@ CLUSTERS = {
     )
 }
 
+_STALE_DAYS = 365  # after which a profile's figures are told to be old
 _RATES = ("host_memory_gb", "layer_us", "eager_layer_us")
 _KEYS = ("name", "hosts", "gpus_per_host", "gpu", "intra", "inter", "nics", *_RATES)
 _KEYS += ("islands", "between")
@@ -182,8 +187,24 @@ def load_cluster(source: str | Path | dict | Cluster) -> Cluster:
         except ValueError as error:
             raise ValueError(f"{path} is not JSON ({error}); name YAML files *.yaml") from error
     if isinstance(content, dict) and "schema_version" in content:
-        return from_profile(load_profile(path), path.stem)
+        return _of_profile(path)
     return _describe(content, str(path), lines)
+
+
+def _of_profile(path: Path) -> Cluster:
+    """from_profile of a file, with a warning where it is of another version of this library or a year old."""
+    again = f"write it again: fused-parallel probe --out {path}"
+    profile = load_profile(path)
+    try:
+        cluster = from_profile(profile, path.stem)
+        version = profile["versions"]["fused_parallel"]
+        days = (datetime.date.today() - datetime.date.fromisoformat(profile["date"][:10])).days
+    except (LookupError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is no whole probe profile ({type(error).__name__}: {error}); {again}") from error
+    if version != __version__ or days > _STALE_DAYS:
+        about = f"by fused_parallel {version} (this is {__version__}) {days} days ago"
+        warnings.warn(f"{path} was measured {about}: if the machine or its software has changed, {again}", stacklevel=2)
+    return cluster
 
 
 def _yaml(path: Path) -> tuple[object, dict[tuple[str, ...], int]]:
@@ -233,10 +254,12 @@ def _describe(content: object, file: str, lines: dict[tuple[str, ...], int]) -> 
         if given.get("hosts", 1) == 1:
             raise ValueError(f"{at('inter')}: inter is given, the link between hosts, but hosts is 1")
         given["inter"] = _part(given["inter"], LINKS, "inter", at)
+    elif given.get("nics") is not None and given.get("hosts", 1) == 1:
+        raise ValueError(f"{at('nics')}: nics is given, the adapters between hosts, but hosts is 1")
     _describe_islands(given, at)
     for key in _RATES:
         value = given.get(key)
-        if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float)) or value < 0):
+        if value is not None and not _is_rate(value):
             raise ValueError(f"{at(key)}: {key} must be a number of at least 0, got {value!r}")
     for key in ("hosts", "gpus_per_host", "nics"):
         _check_count(given.get(key, 1), key, at(key))
@@ -275,12 +298,20 @@ def _part(value: object, presets: dict, part: str, at: Callable[..., str]):
     preset = presets[value]
     fields = {f.name: getattr(preset, f.name) for f in dataclasses.fields(preset)}
     for key, v in changes.items():
-        if key not in fields or key in ("table", "behind"):
-            known = ", ".join(f for f in fields if f not in ("table", "behind"))
+        if key not in fields or key in ("name", "table", "behind"):  # by the name its kernels' costs are found
+            known = ", ".join(f for f in fields if f not in ("name", "table", "behind"))
             raise ValueError(f"{at(part, key)}: {part}: unknown key {key}; known: {known}")
-        if key != "name" and (isinstance(v, bool) or not isinstance(v, (int, float)) or v < 0):
-            raise ValueError(f"{at(part, key)}: {part}: {key} must be a number of at least 0, got {v!r}")
+        divides = key.endswith(("_gb_s", "_tflops", "_gb", "_share"))
+        if v is None and key == "fp8_tflops":
+            continue
+        if not _is_rate(v) or (divides and v == 0):
+            least = "above 0" if divides else "of at least 0"
+            raise ValueError(f"{at(part, key)}: {part}: {key} must be a number {least}, got {v!r}")
     return dataclasses.replace(preset, **changes)
+
+
+def _is_rate(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value >= 0
 
 
 def from_profile(profile: dict, name: str) -> Cluster:

@@ -122,6 +122,8 @@ class Plan:
             for name in ("entries", "frontier", "by_tp"):
                 data[name] = tuple(Candidate(**{**c, **{k: tuple(c[k]) for k in lists}}) for c in data[name])
             data["wall"] = tuple(WallRow(**row) for row in data["wall"])
+            if not data["entries"]:
+                raise TypeError("entries is empty")
             data["wall_text"] = tuple(data["wall_text"])
             return cls(**data)
         except (KeyError, TypeError) as error:

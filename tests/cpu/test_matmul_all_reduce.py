@@ -1,10 +1,15 @@
 """The matmuls with a collective on Gloo ranks: against float64, as operators, and their errors."""
 
+import importlib
+import warnings
+from types import SimpleNamespace
+
 import pytest
 import torch
 from _errors import assert_starts, errors_of
 
 import fused_parallel as fp
+from fused_parallel.comm.tuning import DECODE, LIBRARY, ONE, PERSISTENT, Choice
 from fused_parallel.testing.spawn import run_ranks
 from fused_parallel.testing.tolerances import assert_close
 
@@ -147,3 +152,109 @@ def test_launches_of_the_kernel_hold_rows_for_every_rank_or_it_is_not_taken(worl
         for m in [*range(1, 5000, 37), 100_000]:
             parts = _launches(m, most)
             assert sum(parts) == -(-m // 128) and max(parts) * 128 <= most and max(parts) - min(parts) <= 1
+
+
+def rank_fused(mesh):
+    """What fp.use("fused") says of each operation on a group without kernels."""
+    group, x, w = mesh["tp"], torch.randn(4, 8), torch.randn(8, 8)
+    calls = [
+        lambda: fp.matmul_all_reduce(x, w, group=group),
+        lambda: fp.matmul_all_reduce_add_rms_norm(x, w, x, torch.ones(8), 1e-5, group=group),
+        lambda: fp.matmul_reduce_scatter(x, w, group=group),
+        lambda: fp.all_gather_matmul(x, w, group=group),
+    ]
+    told = []
+    for call in calls:
+        with fp.use("fused"), pytest.raises(fp.NoFusedKernelError) as error:
+            call()
+        told.append(str(error.value))
+    return told
+
+
+def test_fused_is_refused_where_the_group_has_no_kernels():
+    ops = ("matmul_all_reduce", "matmul_all_reduce_add_rms_norm", "matmul_reduce_scatter", "all_gather_matmul")
+    for told in run_ranks(rank_fused, 2):
+        for op, message in zip(ops, told, strict=True):
+            assert message.startswith(f"{op}: fused kernels are asked for") and "CUDA tensors only" in message
+
+
+# Not the functions of these names that the package has.
+all_reduce, all_reduce_norm, matmul, scatter = (
+    importlib.import_module(f"fused_parallel.ops.{name}")
+    for name in ("all_reduce", "all_reduce_add_rms_norm", "matmul_all_reduce", "matmul_reduce_scatter")
+)
+
+
+@pytest.fixture
+def kernels(monkeypatch):
+    """As if the tensors were on GPUs with kernels: (workspace, whose table has `chosen` for all, group)."""
+    workspace = SimpleNamespace(hopper=True, slot_bytes=1024, takes_decode=lambda m, n: True)
+    workspace.takes_rows = lambda bytes: False
+    workspace.choice = lambda op, bytes: workspace.chosen
+    for module in (all_reduce, all_reduce_norm, matmul, scatter):
+        monkeypatch.setattr(module, "why_not_fused", lambda x, pg: None)
+        monkeypatch.setattr(module, "workspace_of", lambda pg: workspace)
+    return workspace, SimpleNamespace(size=lambda: 2)
+
+
+@pytest.mark.parametrize("mode", ["auto", "fused"])
+@pytest.mark.parametrize(
+    "m,k,n,dtype,taken",
+    [
+        (4, 64, 64, torch.bfloat16, True),
+        (4, 64, 64, torch.float16, True),
+        (4, 64, 64, torch.float32, False),
+        (4, 60, 64, torch.bfloat16, False),
+        (4, 64, 60, torch.bfloat16, False),
+        (0, 64, 64, torch.bfloat16, False),
+        (4, 0, 64, torch.bfloat16, False),
+    ],
+)
+def test_what_no_kernel_takes_is_matmul_and_collective_without_a_word(mode, m, k, n, dtype, taken, kernels):
+    workspace, pg = kernels
+    x, weight = torch.empty(m, k, dtype=dtype), torch.empty(n, k, dtype=dtype)
+    with fp.use(mode), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        workspace.chosen = DECODE._replace(depth=0)
+        for op in ("matmul_all_reduce", "matmul_all_reduce_add_rms_norm"):
+            assert matmul.algorithm(op, x, weight, pg) == ("decode" if taken else "whole")
+        workspace.chosen = PERSISTENT
+        assert scatter._gathers_beside(x, weight, pg) == taken
+        workspace.hopper = False
+        assert matmul.algorithm("matmul_all_reduce", x, weight, pg) == "whole"
+        assert not scatter._gathers_beside(x, weight, pg)
+    with fp.use("reference"):
+        workspace.hopper, workspace.chosen = True, Choice("decode")
+        assert matmul.algorithm("matmul_all_reduce", x, weight, pg) == "whole"
+
+
+def test_what_the_collective_behind_the_matmul_refuses(kernels):
+    """Under fp.use("fused"): parts that are no multiple of 16 bytes or do not fit a slot, and rows that the kernel with
+    the norm does not take; an all-reduce of anything goes, also where the table prefers torch.distributed."""
+    workspace, pg = kernels
+    workspace.chosen = LIBRARY
+
+    def chosen(op, size, dtype, why_not):
+        return all_reduce.kernel_choice(op, torch.empty(1, size, dtype=dtype), pg, why_not)
+
+    with fp.use("fused"):
+        for size in (1, 10, 5000):
+            assert chosen("all_reduce", size, torch.float32, all_reduce.why_not_fused) == ONE
+        for op in ("reduce_scatter", "all_gather"):
+            assert chosen(op, 8, torch.bfloat16, all_reduce._why_no_part) == ONE
+            for size in (9, 520):
+                with pytest.raises(fp.NoFusedKernelError, match=f"{op}: .* a multiple of 16 up to 1024 bytes"):
+                    chosen(op, size, torch.bfloat16, all_reduce._why_no_part)
+
+
+def test_the_norm_behind_the_matmul_is_refused_for_rows_that_its_kernel_does_not_take(kernels, monkeypatch):
+    workspace, pg = kernels
+    workspace.chosen = ONE
+    native = SimpleNamespace(all_reduce_max_norm_row_bytes=65536)
+    monkeypatch.setattr(all_reduce_norm._ext, "extension", lambda: native)
+    x, weight = torch.randn(3, 6), torch.randn(5, 6)
+    residual, norm = torch.randn(3, 5), torch.ones(5)
+    monkeypatch.setattr(matmul, "group_from_name", lambda name: pg)
+    monkeypatch.setattr(matmul, "check_agreement", lambda *_: None)
+    with fp.use("fused"), pytest.raises(fp.NoFusedKernelError, match="multiple of 16 up to 65536 bytes, not of 20"):
+        matmul._impl_norm(x, weight, residual, norm, 1e-5, None, "")

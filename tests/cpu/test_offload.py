@@ -1,6 +1,7 @@
 """Offloaded models: the same tokens as on the device, in every arrangement, with drafts; what stays where; errors."""
 
 import itertools
+import json
 import os
 import subprocess
 import sys
@@ -43,6 +44,24 @@ def test_same_tokens(pair, tp, pp):
                 passes = stats["rounds"] + 1  # the prompts' and the rounds'
                 assert stats["streamed_bytes"] == passes * host
                 assert (host == 0) == (offload.resident_bytes == every)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"num_draft_tokens": (2, 1)}, {"method": "block"}], ids=["chain", "tree", "block"]
+)
+def test_same_tokens_when_sampled(pair, options):
+    """Of the same seeds, drafted for or not: what is sampled has the law of the model on the device."""
+    path, draft = pair
+    sampled = {"temperature": 0.8, "top_p": 0.95, "seed": [3, 1, 2]}
+    for drafter, of_draft in ((None, {}), (draft, options)):
+        expected, other = (
+            run_ranks(ranks.offloaded, 1, path, drafter, None, **{**sampled, **of_draft, "seed": seeds})[0][0]
+            for seeds in ([3, 1, 2], [4, 5, 6])
+        )
+        assert expected != other
+        for offload in (fp.Offload(), fp.Offload(resident_bytes=40_000, slots=3)):
+            tokens, *_, streams = run_ranks(ranks.offloaded, 1, path, drafter, offload, **sampled, **of_draft)[0]
+            assert tokens == expected and streams
 
 
 def test_statistics_of_streaming(pair):
@@ -159,6 +178,16 @@ def test_truncated_file(pair, tmp_path):
         data = file.read_bytes()
         (tmp_path / file.name).write_bytes(data[:-1000] if file.suffix == ".safetensors" else data)
     with pytest.raises(RuntimeError, match=r"raised ValueError: .*safetensors"):
+        run_ranks(ranks.offloaded, 1, tmp_path, None, fp.Offload())
+
+
+def test_a_checkpoint_of_another_shape(pair, tmp_path):
+    path, _ = pair
+    for file in path.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "intermediate_size": 252}))
+    with pytest.raises(RuntimeError, match=r"raised ValueError: .*\[250, 96\].*\[252, 96\]|.*\[252, 96\].*\[250, 96\]"):
         run_ranks(ranks.offloaded, 1, tmp_path, None, fp.Offload())
 
 

@@ -151,6 +151,18 @@ def test_tp8_loses_to_tp4_under_load_on_a_slow_link():
     assert "fastest at TP8" in text[0] and "fastest at TP4" in text[1] and "slower" in text[1]
 
 
+def test_classic_answers():
+    """One NVLink host: TP. PCIe without peer access: PP for throughput and for prompts, and for a model that one card
+    holds, one quantised card each."""
+    for batch in (1, 64):
+        assert (best := plan("llama-3-70b", "8xh100", {"batch": batch}).best).tp == 8 and best.pp == 1
+    assert plan("llama-3-70b", "8xl40s", {"batch": 64, "rank": "throughput"}).best.pp > 1
+    prompt = plan("llama-3-70b", "8xl40s", {"input": 4096, "output": 1}).best
+    assert prompt.pp > 1 and prompt.tp < 4
+    cards = plan("llama-3-8b", "4xrtx4090", {"batch": 32, "rank": "throughput", "dtypes": ("bf16", "int4")}).best
+    assert (cards.tp, cards.pp, cards.dp, cards.dtype) == (1, 1, 4, "int4")
+
+
 def test_published_rankings():
     """PRIOR_ART 7: two TP4 replicas beat one TP8 under load on 8 H100; on H200 a GPU of TP2 serves more than one of
     TP8; for 405B on 8 H200, PP has TP's better throughput under load and TP the far better latency alone."""

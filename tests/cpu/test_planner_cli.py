@@ -16,7 +16,8 @@ from fused_parallel.planner import Plan, Workload, load_cluster, load_model, pla
 from fused_parallel.planner.model import PRESETS
 
 ROOT = Path(__file__).parents[2]
-PROFILE = ROOT / "benchmarks" / "results" / "probe_h200.json"
+RESULTS = ROOT / "benchmarks" / "results"
+PROFILE = RESULTS / "probe_h200.json"
 YAML = """\
 hosts: 2
 gpus_per_host: 4
@@ -181,14 +182,83 @@ def test_contradictory_workloads(change, message):
 
 
 def test_a_model_that_fits_nowhere_says_what_is_missing():
-    with pytest.raises(ValueError, match=r"under no plan.*lacks ([\d.]+) GB.*int4 or fp8") as error:
+    lacking = r"under no plan.*lacks ([\d.]+) GB.*first: int4 weights, offload, 32 such GPUs"
+    with pytest.raises(ValueError, match=lacking) as error:
         plan("llama-3-405b", "8xl40s", {"offload": False})
     lacks = float(str(error.value).split("lacks ")[1].split()[0])
     assert 405.85e9 * 2 / 8 / 1e9 - 48 < lacks < 405.85e9 * 2 / 8 / 1e9 - 48 + 10
     with pytest.raises(ValueError, match=r"offload"):
         plan("llama-3-70b", "1xl4", {"offload": False, "dtypes": ("int4",)})
-    with pytest.raises(ValueError, match=r"every layer streamed.*a smaller batch"):
+    with pytest.raises(ValueError, match=r"every layer streamed.*first: a batch of 16, 128 such"):
         plan("llama-3-70b", "1xl4", {"batch": 4096})
+    # What is named has been tried, and what is smaller does not do.
+    with pytest.raises(ValueError, match=r"first: fp8 weights, int4 weights, offload, 2 such GPUs$"):
+        plan("llama-3-70b", "1xh100", {"offload": False})
+    assert plan("llama-3-70b", "1xh100", {"offload": False, "dtypes": ("fp8",)}).best.gpus == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"gpu": {"preset": "h100", "hbm_gb_s": 0}}, "hbm_gb_s must be a number above 0, got 0"),
+        ({"gpu": {"preset": "h100", "memory_gb": float("nan")}}, "memory_gb must be a number above 0, got nan"),
+        ({"gpu": {"preset": "h100", "memory_gb": float("inf")}}, "memory_gb must be a number above 0, got inf"),
+        ({"gpu": {"preset": "h100", "name": "h100-94gb"}}, "unknown key name"),
+        ({"intra": {"preset": "nvlink4", "bus_gb_s": 0}}, "bus_gb_s must be a number above 0"),
+        ({"nics": 8}, "nics is given"),
+        ({"layer_us": float("nan")}, "layer_us must be a number of at least 0, got nan"),
+    ],
+)
+def test_rates_that_cannot_be(change, message):
+    with pytest.raises(ValueError, match=message):
+        load_cluster({"gpu": "h100", "gpus_per_host": 2, "intra": "nvlink4", **change})
+
+
+def test_profiles_that_are_not_whole_or_old(tmp_path):
+    whole = json.loads((RESULTS / "probe_h100_quick.json").read_text())
+    file = tmp_path / "profile.json"
+    for broken in (
+        {"schema_version": 1},
+        {**whole, "host": {}},
+        {**whole, "collectives": "x"},
+        {**whole, "gpus": [{}]},
+        {key: value for key, value in whole.items() if key != "versions"},
+    ):
+        file.write_text(json.dumps(broken))
+        with pytest.raises(ValueError, match=rf"{file} is no whole probe profile .*fused-parallel probe --out"):
+            load_cluster(file)
+    for old in (
+        {"date": "2020-01-01T00:00:00Z"},
+        {"versions": {**whole["versions"], "fused_parallel": "0.0.1"}},
+    ):
+        file.write_text(json.dumps({**whole, **old}))
+        with pytest.warns(UserWarning, match=rf"{file} was measured by fused_parallel .* days ago"):
+            assert load_cluster(file).gpus == 2
+
+
+def test_small_mistakes_on_the_command_line(tmp_path, capsys):
+    model, there = ["plan", "--model", "llama-3-8b"], ["--cluster", "1xh100"]
+    for rows in ("0", "-3", "x"):
+        with pytest.raises(SystemExit):
+            main([*model, *there, "--rows", rows])
+        assert "no whole number of at least 1" in capsys.readouterr().err
+    assert main([*model, *there, "--plot", str(tmp_path / "none" / "x.png")]) == 1
+    assert "there is no such folder" in capsys.readouterr().err
+    (tmp_path / "config.json").write_text("[1]")
+    assert main(["plan", "--model", str(tmp_path / "config.json"), *there]) == 1
+    assert "must be a mapping, got list" in capsys.readouterr().err
+
+
+def test_a_cluster_that_is_probed_is_refused_under_torchrun(monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(["plan", "--model", "llama-3-8b", "--cluster", "this"]) == 1
+    assert "run it without torchrun" in capsys.readouterr().err
+
+
+def test_a_plan_without_entries_is_refused():
+    answer = plan("llama-3-8b", "1xh100")
+    with pytest.raises(ValueError, match="entries is empty"):
+        Plan.from_json(json.dumps({**json.loads(answer.to_json()), "entries": []}))
 
 
 def test_json_round_trip():

@@ -340,7 +340,7 @@ def test_clusters_keep_the_same(seed, extension, dtype, spread, which):
     c = wide_case(vocab, spread, dtype, which)
     seen = []
     try:
-        for wanted, multiprocessors in ((1, 1), (2, 5), (4, 10), (8, 20)):
+        for wanted, multiprocessors in ((1, 1), (2, 6), (4, 12), (8, 24)):
             extension.set_multiprocessors(multiprocessors)
             got = run_whole(c, "rejection", vocab)
             assert extension.set_multiprocessors(3) == wanted

@@ -1,28 +1,14 @@
-"""Matmuls with their communication inside, on two GPUs: float64, equal bits, graphs, skew, two layers."""
+"""Matmuls with their communication inside, on two GPUs: float64, equal bits, graphs, skew, the most rows."""
 
 import pytest
 import torch
 import torch.distributed as dist
+from _matmul_ranks import EPS, Layer, matmul, poisoned, use_kernels
 
 import fused_parallel as fp
-from fused_parallel.comm.capabilities import agree
-from fused_parallel.comm.tuning import Choice
 from fused_parallel.comm.workspace import workspace_of
 from fused_parallel.testing.spawn import run_ranks
 from fused_parallel.testing.tolerances import assert_close
-
-OPS = ("matmul_all_reduce", "matmul_all_reduce_add_rms_norm", "matmul_reduce_scatter")
-EPS = 1e-5
-
-
-def use_kernel(group) -> None:
-    """Let all sizes that they take go to the kernels: up to 400 KB to that for few rows."""
-    pg = group.get_group()
-    fp.all_reduce(torch.ones(8, device="cuda"), group=group)  # makes the workspace
-    for op in OPS:
-        agree(pg).tuning["all_gather_matmul"] = [(None, Choice("persistent"))]
-        agree(pg).tuning[op] = [(400 << 10, Choice("decode")), (None, Choice("persistent"))]
-    workspace_of(pg).forget_choices()
 
 
 class Problem:
@@ -66,7 +52,7 @@ class Problem:
 
 def shapes(mesh, dtype):
     group = mesh["tp"]
-    use_kernel(group)
+    use_kernels(group)
     for m, k, n in (
         (1, 64, 128),
         (3, 100, 72),
@@ -77,10 +63,12 @@ def shapes(mesh, dtype):
         (4097, 128, 7168),
     ):
         problem = Problem(group, m, k, n, dtype, seed=m)
-        got = problem.run()
+        with poisoned():
+            got = problem.run()
         for out, expected in zip(got, problem.expected(), strict=True):
             assert_close(out, expected, factor=4)
-        again = problem.run()
+        with poisoned():
+            again = problem.run()
         assert all(torch.equal(a, b) for a, b in zip(got, again, strict=True)), (m, k, n)
         for out in got[:6]:  # what all ranks hold
             theirs = out.clone()
@@ -94,10 +82,31 @@ def test_shapes(dtype):
     run_ranks(shapes, 2, dtype, device="cuda")
 
 
+def most_rows(mesh):
+    """32768 rows, more than fit the slots at once: two launches of the kernel, one where rows are scattered."""
+    layer = Layer(mesh["tp"], 32768, 1288)
+    use_kernels(mesh["tp"])
+    assert layer.algorithms() == {"persistent"}
+    fit = workspace_of(layer.pg).matmul().most_rows(layer.n, False)
+    assert len(matmul._launches(layer.m, fit)) == 2, fit
+    for step in range(2):
+        layer.fill(step)
+        with poisoned():
+            got = layer.run()
+        assert not layer.wrong(got), step
+    more = Layer(mesh["tp"], fit + 1, 1288)  # one row more than a launch holds, and than whole tiles
+    assert more.algorithms() == {"persistent"} and not more.wrong(more.run())
+    fp.check()
+
+
+def test_most_rows():
+    run_ranks(most_rows, 2, device="cuda")
+
+
 def replays(mesh, count: int):
     """Three layers in one graph, inputs changed in place, ranks delayed at random, other collectives between."""
     group = mesh["tp"]
-    use_kernel(group)
+    use_kernels(group)
     first, second = Problem(group, 512, 128, 512, torch.bfloat16, 1), Problem(group, 384, 512, 512, torch.bfloat16, 2)
     few = Problem(group, 16, 136, 2048, torch.bfloat16, 3)
 
@@ -133,7 +142,7 @@ def test_replays_under_skew():
 
 def compiled_mlp(mesh):
     group = mesh["tp"]
-    use_kernel(group)
+    use_kernels(group)
     torch.manual_seed(0)
     mlp = fp.nn.ParallelMLP(256, 512, group=group, device="cuda", dtype=torch.bfloat16)
     sizes = {"gate": (512, 256), "up": (512, 256), "down": (256, 512)}
