@@ -129,11 +129,13 @@ class AdaptiveLength:
         (a, at_a), (b, at_b) = seen[max(right - 1, 0)], seen[max(right, 1)]
         return max(at_a + (at_b - at_a) * (shape - a) / (b - a), min(at_a, at_b) / 2)
 
-    def tokens(self, shape: int | Tree) -> float:
-        """Expected tokens of one sequence in a round."""
+    def tokens(self, shape: int | Tree, covered: float | None = None) -> float:
+        """Expected tokens of one sequence in a round; covered: the share of drafts that there are, default that of the
+        last rounds."""
         acceptances = self.acceptances()
         if not isinstance(shape, Tree):
-            covered = (self.offered + 1.0) / (self.wanted + 1.0)
+            if covered is None:
+                covered = (self.offered + 1.0) / (self.wanted + 1.0)
             return 1.0 + covered * sum(acceptances[0] ** i for i in range(1, shape + 1))
         share = list(itertools.accumulate((1 - a for a in acceptances), lambda left, x: left * x, initial=1.0))
         reached = [1.0]  # of the root, then of each node: how often it is accepted
@@ -150,7 +152,8 @@ class AdaptiveLength:
         self.rounds += 1
         if self.rounds <= len(self.first):
             first = self.first[self.rounds - 1]
-            return first if self.tokens(first) >= _WORTH_FIRST or 0 not in self.lengths else 0
+            # By what drafts are worth where there are any: n-grams find more as the text grows.
+            return first if self.tokens(first, 1.0) >= _WORTH_FIRST or 0 not in self.lengths else 0
         if not any(isinstance(shape, int) for shape in self.times):
             return self.lengths[0]
         if 0 in self.lengths and 0 not in self.times:

@@ -56,7 +56,8 @@ def test_generate_alone_and_on_two_ranks():
         (("--prompt", "x", "--host-memory", "1"), "give --offload GB, too"),
         (("--prompt", "x", "--offload", "0", "--cache-dir", "/"), "is for layers beyond host_bytes: give that, too"),
         (("--prompt", "x", "--num-draft-tokens", "auto"), "give --draft DIR or --draft ngram, too"),
-        (("--prompt", "x", "--offload", "0", "--host-memory", "-1"), "host_bytes must be an integer of at least 0"),
+        (("--prompt", "x", "--offload", "0", "--host-memory", "-1"), "--host-memory must be GB, at least 0, got -1"),
+        (("--prompt", "x", "--offload", "nan"), "--offload must be GB, at least 0, got nan"),
     ],
 )
 def test_generate_errors(options, message, capsys):
