@@ -106,8 +106,7 @@ def sixteen(tmp_path_factory):
     return paths
 
 
-@pytest.mark.parametrize("tree", [(3, 2), (-1, -1, 0, 0, 0, 2)])
-@pytest.mark.parametrize("filters", [{}, {"top_k": 6}])
+@pytest.mark.parametrize(("tree", "filters"), [((3, 2), {}), ((-1, -1, 0, 0, 0, 2), {"top_k": 6})])
 def test_trees_keep_the_distribution(sixteen, tree, filters):
     """The two tokens after the first, which a tree's round gives, or two rounds: jointly, against the target's exact
     law. Most likely siblings that pass for drawn ones must fail it."""

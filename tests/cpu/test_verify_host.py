@@ -148,9 +148,18 @@ def prepared(extension, call):
     return extension.arguments(*call.arguments(kernel.ALL))
 
 
-# Each filter for itself concerns the target alone, whatever the draft is.
-@pytest.mark.parametrize(("full", "filters"), [(True, f) for f in SETS] + [(False, "none"), (False, "all")], ids=str)
-@pytest.mark.parametrize("method", ["rejection", "block", "greedy"])
+# Each filter for itself concerns the target's rows alone, whatever the draft and the method are.
+@pytest.mark.parametrize(
+    ("method", "full", "filters"),
+    [("rejection", True, filters) for filters in SETS if filters not in ("none", "all")]
+    + [
+        (method, full, filters)
+        for method in ("rejection", "block", "greedy")
+        for full in (True, False)
+        for filters in ("none", "all")
+    ],
+    ids=str,
+)
 def test_shards_through_the_peers_memory(seed, extension, method, full, filters):
     for vocab, world, dtype in ((9, 4, torch.float32), (1003, 2, torch.bfloat16)):
         # Calls of other inputs in a row: what is left of one in the slots would be taken for the next one's.
