@@ -5,7 +5,7 @@ import pytest
 from fused_parallel import _ext
 from fused_parallel.ops import _direct
 
-pytest.register_assert_rewrite("_verify_cases")  # it compares, and says what differed
+pytest.register_assert_rewrite("_verify_cases", "_verify_host")  # they compare, and say what differed
 
 
 @pytest.fixture(scope="session")
