@@ -168,7 +168,7 @@ struct Run {
 
     // About one wave of CTAs for the draw: more would only decide the same again.
     const int tiles = ceil_div(width + a.first % static_cast<int>(kNoiseGroup), kTile);
-    const int wanted = std::max(1, kDrawsPerMultiprocessor * multiprocessor_count(device) / a.batch);
+    const int wanted = std::clamp(kDrawsPerMultiprocessor * multiprocessor_count(device) / a.batch, 1, kMostSplits);
     p.tiles_per_split = ceil_div(tiles, std::min(tiles, wanted));
     p.splits = ceil_div(tiles, p.tiles_per_split);
 

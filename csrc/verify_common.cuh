@@ -30,18 +30,21 @@ constexpr int kChunk = 32 * kVecs * Vec<T>::kSize;  // of one warp
 
 constexpr int kRun = 8;                 // tokens a thread takes at once where it draws
 constexpr int kTile = kThreads * kRun;  // tokens a CTA takes at once there
+constexpr int kMostSplits = 128;        // CTAs that share a row, at most
 constexpr int kBeyondTiles = 6;         // tiles a CTA sums for block verification: fixed, so that sums do not depend
                                         // on the batch
 
-struct Statistic {  // of one chunk of one row
-  double sum;       // of 2^weight, weights relative to `maximum`: fp32 would need more care where chunks are added
-  float maximum;    // raw logit, cleaned; -inf if none is finite
-  int argmax;       // lowest id, of greedy requests only
+struct alignas(16) Statistic {  // of one chunk of one row, read by one load
+  double sum;     // of 2^weight, weights relative to `maximum`: fp32 would need more care where chunks are added
+  float maximum;  // raw logit, cleaned; -inf if none is finite
+  int argmax;     // lowest id, of greedy requests only
 };
 
-struct Drawn {
-  unsigned long long key;  // of the score, see ordered(); 0: nothing was drawn
-  int token;
+// What one CTA of a draw found: its token has at most r / e = upper, and at least lower, as has no other token of it
+// more than upper. Read by one load.
+struct alignas(16) Drawn {
+  float upper, lower;  // lower 0: the token may be one that cannot be drawn
+  int token;           // INT_MAX: none
   int pad;
 };
 
@@ -208,15 +211,19 @@ __device__ __forceinline__ double log2_probability(const Normaliser& n, double s
   return (static_cast<double>(x) - n.maximum) * scale - n.log2_sum;
 }
 
+// Of kLanes lanes beside each other.
+template <int kLanes = 32>
 __device__ __forceinline__ double warp_sum(double value) {
 #pragma unroll
-  for (int offset = 16; offset > 0; offset /= 2) value += __shfl_xor_sync(kAllLanes, value, offset);
+  for (int offset = kLanes / 2; offset > 0; offset /= 2) value += __shfl_xor_sync(kAllLanes, value, offset);
   return value;
 }
 
+template <int kLanes = 32>
 __device__ __forceinline__ float warp_max(float value) {
 #pragma unroll
-  for (int offset = 16; offset > 0; offset /= 2) value = fmaxf(value, __shfl_xor_sync(kAllLanes, value, offset));
+  for (int offset = kLanes / 2; offset > 0; offset /= 2)
+    value = fmaxf(value, __shfl_xor_sync(kAllLanes, value, offset));
   return value;
 }
 

@@ -26,28 +26,43 @@ struct Combined {  // of a row's chunks
   int argmax;      // of greedy requests only
 };
 
-// A warp: in chunk order but for the lanes' split.
+// kLanes lanes of a warp, all of whose lanes come: in chunk order but for the lanes' split.
+template <int kLanes = 32>
 __device__ __forceinline__ Combined combine(const Statistic* chunks, int count, double scale) {
-  const int lane = threadIdx.x % 32;
+  constexpr int kHeld = 64 / kLanes;  // chunks that a lane loads at once, and keeps
+  const int lane = threadIdx.x % kLanes;
+  Statistic held[kHeld];
+#pragma unroll
+  for (int i = 0; i < kHeld; ++i) {
+    const int c = lane + i * kLanes;
+    held[i] = c < count ? chunks[c] : Statistic{0.0, -INFINITY, INT_MAX};
+  }
   float maximum = -INFINITY;
   int argmax = INT_MAX;
-  for (int c = lane; c < count; c += 32) {
-    const Statistic s = chunks[c];
-    if (c == lane || s.maximum > maximum) {
+  const auto compare = [&](const Statistic& s) {
+    if (s.maximum > maximum) {
       maximum = s.maximum;
       argmax = s.argmax;
     }
-  }
-  const float best = warp_max(maximum);
-  argmax = __reduce_min_sync(kAllLanes, maximum == best ? argmax : INT_MAX);
-  if (best == -INFINITY) return {0.0, best, INT_MAX};
+  };
+#pragma unroll
+  for (int i = 0; i < kHeld; ++i) compare(held[i]);
+  for (int c = lane + kHeld * kLanes; c < count; c += kLanes) compare(chunks[c]);
+  const float best = warp_max<kLanes>(maximum);
+  if (maximum != best) argmax = INT_MAX;
+#pragma unroll
+  for (int offset = kLanes / 2; offset > 0; offset /= 2)
+    argmax = min(argmax, __shfl_xor_sync(kAllLanes, argmax, offset));
   double sum = 0.0;
-  for (int c = lane; c < count; c += 32) {
-    const Statistic s = chunks[c];
+  const auto add = [&](const Statistic& s) {
     const float weight = static_cast<float>((static_cast<double>(s.maximum) - best) * scale);
     if (s.maximum > -INFINITY) sum += s.sum * exp2f(weight);
-  }
-  return {warp_sum(sum), best, argmax};
+  };
+#pragma unroll
+  for (int i = 0; i < kHeld; ++i) add(held[i]);
+  for (int c = lane + kHeld * kLanes; c < count; c += kLanes) add(chunks[c]);
+  sum = warp_sum<kLanes>(sum);
+  return {sum, best, best == -INFINITY ? INT_MAX : argmax};
 }
 
 __device__ __forceinline__ Normaliser normaliser(const Combined& c) {
@@ -63,13 +78,13 @@ __host__ __device__ __forceinline__ int rows_per_request(const Params& p) {
 struct Draft {
   int token;
   float target_logit, draft_logit;
-  double uniform;
+  double uniform, log2_uniform;
 };
 
 template <typename TT, typename TD, bool kPrepared>
 __device__ __forceinline__ Draft read_draft(const Params& p, int b, const Request& request) {
   const int lane = threadIdx.x;
-  Draft d = {-1, -INFINITY, -INFINITY, 0.5};
+  Draft d = {-1, -INFINITY, -INFINITY, 0.5, -1.0};
   if (lane < request.limit) {
     d.token = static_cast<int>(p.draft_tokens[static_cast<std::int64_t>(b) * p.k + lane]);
     // With prepared rows the logits come with them: the token may be another rank's.
@@ -79,13 +94,15 @@ __device__ __forceinline__ Draft read_draft(const Params& p, int b, const Reques
       const std::int64_t base = p.position == nullptr ? 0 : p.position[b];
       const uint4 w = noise_words(noise_key(p.seed[b], p.step[b], base + lane, kAcceptStream), 0);
       d.uniform = noise_uniform(w.x, w.y);
+      d.log2_uniform = log2(d.uniform);
     }
   }
   return d;
 }
 
 // Fills what block verification needs before its second pass: normalisers, the drafts' ratios and scales. Called by
-// the whole CTA; ends with a barrier. Lane i of warp 0 keeps draft i's ratio (log2 p / q) in the return value.
+// the whole CTA; warp 0 knows all of it in the end, the others after a barrier. Lane i of warp 0 keeps draft i's ratio
+// (log2 p / q) in the return value.
 template <bool kPrepared>
 __device__ __forceinline__ double weigh_drafts(const Params& p, int b, const Request& request, Draft draft,
                                                Decision& d) {
@@ -108,13 +125,16 @@ __device__ __forceinline__ double weigh_drafts(const Params& p, int b, const Req
   } else {
     const int of_target = (p.k + 1) * p.target_chunks;
     const Statistic* mine = request_statistics(p, b);
-    for (int r = warp; r < rows; r += kWarps) {
+    // Half a warp a row: the 9 rows of four drafts at once.
+    constexpr int kLanes = 16;
+    for (int of_warp = warp * 2; of_warp < rows; of_warp += kWarps * 2) {
+      const int r = of_warp + lane / kLanes;
       const bool is_target = r < target_rows;
       const int row = is_target ? r : r - target_rows;
       const Statistic* chunks = is_target ? mine + row * p.target_chunks : mine + of_target + row * p.draft_chunks;
-      const Normaliser n =
-          normaliser(combine(chunks, is_target ? p.target_chunks : p.draft_chunks, is_target ? request.scale : kLog2E));
-      if (lane == 0) (is_target ? d.target : d.draft)[row] = n;
+      const int count = r >= rows ? 0 : is_target ? p.target_chunks : p.draft_chunks;
+      const Normaliser n = normaliser(combine<kLanes>(chunks, count, is_target ? request.scale : kLog2E));
+      if (lane % kLanes == 0 && r < rows) (is_target ? d.target : d.draft)[row] = n;
     }
   }
   __syncthreads();
@@ -134,18 +154,17 @@ __device__ __forceinline__ double weigh_drafts(const Params& p, int b, const Req
     }
     const unsigned drawn = __ballot_sync(kAllLanes, valid);
     const int drafts = drawn == kAllLanes ? 32 : __ffs(~drawn) - 1;
+    const bool block = p.method == static_cast<int>(VerifyMethod::kBlock);
+    if (lane == 0) d.drafts = drafts;
+    for (int i = lane; i <= request.limit && (i == 0 || !block); i += 32) d.log2_scales[i] = 0.0;
     double scale = 0.0;
-    if (lane == 0) {
-      d.drafts = drafts;
-      d.log2_scales[0] = 0.0;
-    }
-    for (int i = 0; i < request.limit; ++i) {  // sequential, and the same in all lanes
+    for (int i = 0; i < request.limit && block; ++i) {  // sequential, and the same in all lanes
       const double next = scale + __shfl_sync(kAllLanes, ratio, i);
-      scale = p.method != static_cast<int>(VerifyMethod::kBlock) ? 0.0 : isnan(next) ? -INFINITY : fmin(next, 0.0);
+      scale = isnan(next) ? -INFINITY : fmin(next, 0.0);
       if (lane == 0) d.log2_scales[i + 1] = scale;
     }
+    __syncwarp();  // what the lanes have left in shared memory
   }
-  __syncthreads();
   return ratio;
 }
 
@@ -157,7 +176,7 @@ __device__ __forceinline__ double beyond_sum(const Params& p, int b, int row) {
   return warp_sum(sum);
 }
 
-// Fills `d` altogether. Called by the whole CTA; ends with a barrier.
+// Fills `d` altogether. Called by the whole CTA; warp 0 knows all of it in the end, the others after a barrier.
 template <bool kPrepared>
 __device__ __forceinline__ void decide(const Params& p, int b, const Request& request, const Draft& draft,
                                        Decision& d) {
@@ -165,6 +184,7 @@ __device__ __forceinline__ void decide(const Params& p, int b, const Request& re
   const double ratio = weigh_drafts<kPrepared>(p, b, request, draft, d);
   const bool block = p.method == static_cast<int>(VerifyMethod::kBlock) && !request.greedy;
   if (block) {
+    __syncthreads();
     for (int row = 1 + warp; row < d.drafts; row += kWarps) {
       double sum = 0.0;
       if (p.draft == nullptr) {
@@ -179,7 +199,6 @@ __device__ __forceinline__ void decide(const Params& p, int b, const Request& re
     __syncthreads();
   }
   if (warp == 0) {
-    const double u = draft.uniform;
     int accepted;
     if (block) {
       bool kept = false;
@@ -188,11 +207,11 @@ __device__ __forceinline__ void decide(const Params& p, int b, const Request& re
         const double after = lane + 1 < d.drafts ? d.beyond[lane + 1] : 0.0;
         double h = lane + 1 == d.drafts ? scale : 1.0;
         if (lane + 1 < d.drafts && scale < 1.0) h = after / (after + 1.0 - scale);
-        kept = u < h;
+        kept = draft.uniform < h;
       }
       accepted = 32 - __clz(__ballot_sync(kAllLanes, kept));
     } else {
-      const unsigned kept = __ballot_sync(kAllLanes, lane < d.drafts && log2(u) < ratio);
+      const unsigned kept = __ballot_sync(kAllLanes, lane < d.drafts && draft.log2_uniform < ratio);
       accepted = kept == kAllLanes ? 32 : __ffs(~kept) - 1;
     }
     if (lane == 0) {
@@ -212,8 +231,8 @@ __device__ __forceinline__ void decide(const Params& p, int b, const Request& re
         }
       }
     }
+    __syncwarp();
   }
-  __syncthreads();
 }
 
 // One CTA of block verification's second pass: chunks of Z = sum max(p_i p - q, 0) of one row. Several where the grid
@@ -243,6 +262,7 @@ __device__ void beyond_cta(const Params& p, int cta, Decision& d) {
   dependency_wait();  // only now: what came before are the caller's inputs
   if (kPrepared && p.world > 1) dependency_trigger();
   weigh_drafts<kPrepared>(p, b, request, drafted, d);
+  __syncthreads();
   asm volatile("" : "+r"(b), "+r"(row));  // else the rows' addresses stay in registers from above, which spill
   const Row<TT> p_row = target_row<TT>(p, b, row);
   const Row<TD> q_row = draft_row<TD>(p, b, row);

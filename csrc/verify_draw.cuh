@@ -3,8 +3,8 @@
 // The token with the greatest log r - log e wins, with r its weight and e its exponential noise: that with the greatest
 // r / e. As e = -log(1 - v) >= v for its uniform v, a token with r < bound * v cannot beat one with r / e = bound. Of
 // v its first 16 bits are known, and in fp32, with margins for its rounding, this leaves a handful of tokens a row;
-// those are compared in double, by the scores of the reference. So noise costs those bits, and the result does not
-// depend on how a row is split.
+// where it is more than one, they are compared in double, by the scores of the reference. So noise costs those bits,
+// and the result does not depend on how a row is split.
 #pragma once
 
 #include "verify_decide.cuh"
@@ -19,6 +19,7 @@ constexpr float kMargin = 3e-5f;
 constexpr float kNoiseMargin = 2e-5f;
 constexpr float kSeries = 0x1p-5f;  // v below it: -log(1 - v) by its series
 constexpr float kFewBits = 128.0f;  // first bits below it tell too little of v without the next
+constexpr int kAhead = 3;           // tiles that are on their way into the L2 before they are loaded
 
 template <typename TT, typename TD>
 struct Source {  // in shared memory
@@ -27,15 +28,25 @@ struct Source {  // in shared memory
   Normaliser np, nq;
   NoiseKey noise;
   double scale, log2_scale;  // of the temperature; of p in the residual
+  float upper_p, lower_q;    // by which exponentials of logits become upper bounds of p, lower ones of q
   int first;                 // id of the row's column 0, for the noise; all else counts columns
   int excluded;              // a token of weight 0, or -1
   bool rest;                 // draw from max(2^log2_scale p - q, 0), else from p
+
+  __device__ __forceinline__ void set_bounds() {
+    upper_p = static_cast<float>(exp2((rest ? log2_scale : 0.0) - np.log2_sum)) * (1.0f + kMargin);
+    lower_q = rest ? static_cast<float>(exp2(-nq.log2_sum)) * (1.0f - kMargin) : 0.0f;
+  }
 };
 
+// What a CTA knows of its tokens, in shared memory. The floats, none negative, by their bits, which are in their order.
 struct Best {
-  unsigned bound;          // greatest r / e that some token is sure to have, as the bits of a float
-  unsigned long long key;  // of the greatest exact score
-  int token;
+  unsigned bound = 0;          // greatest r / e that some token is sure to have
+  unsigned upper = 0;          // and that a token may have
+  int candidates = 0;          // tokens that may be the best
+  int token = INT_MAX;         // the best; INT_MAX: none can be drawn
+  unsigned long long key = 0;  // of the greatest exact score, where there are several candidates
+  int exact = INT_MAX;         // the lowest id that has it
 };
 
 // Order-preserving, above 0 for every number but NaN.
@@ -89,23 +100,29 @@ struct Candidates {
   }
 };
 
-// Sets best.key and best.token (key 0: no token can be drawn) from the tiles from `tile` to `end`. By the whole CTA;
-// ends with a barrier.
+// Finds the best of the tiles from `tile` to `end`; `best` is as new. By the whole CTA; thread 0 knows all of `best` in
+// the end.
 // kPrepared: p may be filtered, and the row a shard.
 template <bool kRest, bool kPrepared, typename TT, typename TD>
 __device__ void scan(const Source<TT, TD>& s, int tile, const int end, Best& best) {
-  if (threadIdx.x == 0) best = {0, 0, INT_MAX};
-  __syncthreads();
   const int begin = tile, width = s.p.width, excluded = s.excluded;
   // The noise comes for kNoiseGroup ids at once: a shard that begins between is read from columns before its first,
   // which do not exist.
   const int shift = kPrepared ? s.first % static_cast<int>(kNoiseGroup) : 0;
   const unsigned first_group = kPrepared ? s.first / kNoiseGroup : 0;
   const float scale_f = rounded_scale(s.scale), maximum_p = s.np.maximum, maximum_q = kRest ? s.nq.maximum : 0.0f;
-  // Upper bounds of p, lower bounds of q.
-  const float upper_p = static_cast<float>(exp2((kRest ? s.log2_scale : 0.0) - s.np.log2_sum)) * (1.0f + kMargin);
-  const float lower_q = kRest ? static_cast<float>(exp2(-s.nq.log2_sum)) * (1.0f - kMargin) : 0.0f;
+  const float upper_p = s.upper_p, lower_q = s.lower_q;
   const bool infinities = maximum_p == FLT_MAX || maximum_q == FLT_MAX;
+
+  // A load waits for memory as long as a tile takes; in the L2, where nothing else has to be kept, that is a third.
+  const auto prefetch = [&](int t) {
+    if (t >= end) return;
+    const int index = t * kTile + static_cast<int>(threadIdx.x) * kRun - shift;
+    s.p.prefetch(index);
+    if constexpr (kRest) s.q.prefetch(index);
+  };
+#pragma unroll
+  for (int t = 1; t <= kAhead; ++t) prefetch(tile + t);
 
   Candidates mine;
   float bound = 0.0f;
@@ -116,6 +133,7 @@ __device__ void scan(const Source<TT, TD>& s, int tile, const int end, Best& bes
     Run<TD> run_q;
     run_p.load(s.p, index);
     if constexpr (kRest) run_q.load(s.q, index);
+    if (tile > begin) prefetch(tile + kAhead);
     float first[kRun];
     NoiseKey noise = s.noise;
     asm volatile("" : "+r"(noise.key1));  // else the keys of all rounds stay in registers, which spill
@@ -188,6 +206,15 @@ __device__ void scan(const Source<TT, TD>& s, int tile, const int end, Best& bes
   }
   __syncthreads();
   bound = __uint_as_float(best.bound);
+  const bool full = mine.third >= bound && mine.third > 0.0f;
+  const int candidates = (mine.first >= 0 && mine.most >= bound) + (mine.second >= 0 && mine.next >= bound) + full;
+  if (candidates > 0) {
+    atomicAdd(&best.candidates, candidates);
+    atomicMax(&best.upper, __float_as_uint(mine.most));
+    atomicMin(&best.token, mine.first);
+  }
+  __syncthreads();
+  if (best.candidates <= 1) return;
   double score = -INFINITY;
   int token = INT_MAX;
   auto compare = [&](int t) {
@@ -197,7 +224,7 @@ __device__ void scan(const Source<TT, TD>& s, int tile, const int end, Best& bes
       token = t;
     }
   };
-  if (mine.third >= bound && mine.third > 0.0f) {
+  if (full) {
     // More candidates in this thread than it remembers: about one call in a million.
 #pragma unroll 1
     for (int t = begin; t < end; ++t) {
@@ -220,8 +247,9 @@ __device__ void scan(const Source<TT, TD>& s, int tile, const int end, Best& bes
   const unsigned long long key = score > -INFINITY ? ordered(score) : 0;
   if (key != 0) atomicMax(&best.key, key);
   __syncthreads();
-  if (key != 0 && key == best.key) atomicMin(&best.token, token);
+  if (key != 0 && key == best.key) atomicMin(&best.exact, token);
   __syncthreads();
+  if (threadIdx.x == 0) best.token = best.exact;
 }
 
 template <bool kPrepared, typename TT, typename TD>
@@ -253,46 +281,81 @@ __device__ __forceinline__ void write_results(const Params& p, int b, const Requ
   p.logprobs[row + i] = static_cast<float>(logprob * 0.6931471805599453);
 }
 
-// Hands in what this CTA found of its split of a request's row. In the CTA that is the last to do so `best` becomes the
-// best of all, and the result is true. By the whole CTA; ends with a barrier.
-__device__ __forceinline__ bool best_of_splits(const Params& p, int b, int split, Best& best) {
+// Hands in what thread 0 knows of this CTA's split of a request's row. In the CTA that is the last to do so best.token
+// becomes the best of all, and the result is true. score(token): its exact one, which is asked for only where the
+// bounds of several splits' tokens leave open which is the best. By the whole CTA; ends with a barrier.
+template <typename Score>
+__device__ __forceinline__ bool best_of_splits(const Params& p, int b, int split, Best& best, const Score& score) {
+  constexpr int kHeld = kMostSplits / 32;
   __shared__ bool is_last;
   Drawn* drawn = p.drawn + static_cast<std::int64_t>(b) * p.splits;
-  if (threadIdx.x == 0) {
-    drawn[split] = {best.key, best.token, 0};
-    __threadfence();  // the result before the count, for the CTA that reads all results
-    is_last = atomicAdd(p.arrived + b, 1u) == static_cast<unsigned>(p.splits) - 1;
-  }
-  __syncthreads();
-  if (!is_last) return false;
   if (threadIdx.x < 32) {
-    __threadfence();  // the count before the others' results
-    unsigned long long key = 0;
-    int token = INT_MAX;
-    for (int i = threadIdx.x; i < p.splits; i += 32) {
-      const unsigned long long other = __ldcg(&drawn[i].key);
-      const int of_other = __ldcg(&drawn[i].token);
-      if (other > key) {  // splits are in the order of ids
-        key = other;
-        token = of_other;
-      }
+    const int lane = threadIdx.x;
+    unsigned before = 0;
+    if (lane == 0) {
+      drawn[split] = {__uint_as_float(best.upper), __uint_as_float(best.bound), best.token, 0};
+      __threadfence();  // the result before the count, for the CTA that reads all results
+      before = atomicAdd(p.arrived + b, 1u);
     }
+    const bool last = __shfl_sync(kAllLanes, before, 0) == static_cast<unsigned>(p.splits) - 1;
+    if (last) {
+      __threadfence();  // the count before the others' results
+      Drawn held[kHeld];
+      float lower = 0.0f;
 #pragma unroll
-    for (int offset = 16; offset > 0; offset /= 2) {
-      const unsigned long long other = __shfl_xor_sync(kAllLanes, key, offset);
-      const int of_other = __shfl_xor_sync(kAllLanes, token, offset);
-      if (other > key || (other == key && of_other < token)) {
-        key = other;
-        token = of_other;
+      for (int i = 0; i < kHeld; ++i) {
+        const int at = lane + i * 32;
+        held[i] = {0.0f, 0.0f, INT_MAX, 0};
+        if (at < p.splits) {
+          const uint4 of_split = __ldcg(reinterpret_cast<const uint4*>(drawn + at));
+          held[i] = {__uint_as_float(of_split.x), __uint_as_float(of_split.y), static_cast<int>(of_split.z), 0};
+        }
+        lower = fmaxf(lower, held[i].lower);
       }
+      lower = __uint_as_float(__reduce_max_sync(kAllLanes, __float_as_uint(lower)));
+      int candidates = 0, token = INT_MAX;
+#pragma unroll
+      for (int i = 0; i < kHeld; ++i) {
+        if (!(held[i].upper >= lower)) held[i].token = INT_MAX;
+        candidates += __popc(__ballot_sync(kAllLanes, held[i].token != INT_MAX));
+        token = min(token, held[i].token);
+      }
+      token = __reduce_min_sync(kAllLanes, token);
+      // One, which can be drawn for sure, is the best; of several, the one of the greatest score.
+      if (candidates > 1 || lower == 0.0f) {
+        unsigned long long key = 0;
+        token = INT_MAX;
+#pragma unroll 1
+        for (int i = 0; i < kHeld; ++i) {
+          // By a number that is not known when this is compiled: the records stay in registers above.
+          int of_split = held[0].token;
+#pragma unroll
+          for (int j = 1; j < kHeld; ++j) of_split = i == j ? held[j].token : of_split;
+          if (of_split == INT_MAX) continue;
+          const double exact = score(of_split);
+          const unsigned long long other = exact > -INFINITY ? ordered(exact) : 0;
+          if (other > key) {  // splits are in the order of ids
+            key = other;
+            token = of_split;
+          }
+        }
+        __syncwarp();
+#pragma unroll
+        for (int offset = 16; offset > 0; offset /= 2) {
+          const unsigned long long other = __shfl_xor_sync(kAllLanes, key, offset);
+          const int of_other = __shfl_xor_sync(kAllLanes, token, offset);
+          if (other > key || (other == key && of_other < token)) {
+            key = other;
+            token = of_other;
+          }
+        }
+      }
+      if (lane == 0) best.token = token;
     }
-    if (threadIdx.x == 0) {
-      best.key = key;
-      best.token = token;
-    }
+    if (lane == 0) is_last = last;
   }
   __syncthreads();
-  return true;
+  return is_last;
 }
 
 template <typename TT, typename TD, bool kPrepared>
@@ -304,12 +367,18 @@ __device__ void draw_cta(const Params& p, int cta, Decision& d) {
   const Request request = read_request(p, b);
   Draft draft = {};
   if (threadIdx.x < 32) draft = read_draft<TT, TD, kPrepared>(p, b, request);
+  if (threadIdx.x == 0) {
+    // The caller's inputs; the row is not known yet.
+    source.noise = noise_key(p.seed[b], p.step[b], p.position == nullptr ? 0 : p.position[b], p.stream);
+    best = {};
+  }
   dependency_wait();
   const bool sharded = kPrepared && p.world > 1;
   if (sharded) dependency_trigger();  // not while it waits behind an exchange: see launch_local
   if (request.greedy && split != 0) return;
   decide<kPrepared>(p, b, request, draft, d);
   if (request.greedy) {
+    __syncthreads();
     write_results<TT, kPrepared>(p, b, request, d, sharded ? 0 : d.target[d.accepted].argmax);
     return;
   }
@@ -323,7 +392,7 @@ __device__ void draw_cta(const Params& p, int cta, Decision& d) {
       source.q = draft_row<TD>(p, b, row);
       source.nq = d.draft[row];
     }
-    source.noise = noise_key(p.seed[b], p.step[b], (p.position == nullptr ? 0 : p.position[b]) + row, p.stream);
+    source.noise.position += row;
     source.scale = request.scale;
     source.log2_scale = d.log2_scales[row];
     source.excluded =
@@ -335,14 +404,16 @@ __device__ void draw_cta(const Params& p, int cta, Decision& d) {
       // Vectors from a column within a group are not aligned.
       if (p.first % kNoiseGroup != 0) source.p.aligned = source.q.aligned = false;
     }
+    source.set_bounds();
   }
   __syncthreads();
   const int tiles = (p.width + (kPrepared ? p.first % static_cast<int>(kNoiseGroup) : 0) + kTile - 1) / kTile;
   const int tile = split * p.tiles_per_split;
   scan_any<kPrepared>(source, tile, min(tile + p.tiles_per_split, tiles), best);
 
-  if (!best_of_splits(p, b, split, best)) return;
-  const bool otherwise = best.key == 0 && d.accepted < d.drafts && !(sharded && d.certain);
+  const auto score = [&](int token) { return exact_score(source, token); };
+  if (!best_of_splits(p, b, split, best, score)) return;
+  const bool otherwise = best.token == INT_MAX && d.accepted < d.drafts && !(sharded && d.certain);
   if (otherwise) {
     // A residual without any weight, which rounding alone can leave: the target itself, by this CTA. With shards, also
     // where only this rank's part has none; then what is drawn counts if no rank has any.
@@ -350,16 +421,18 @@ __device__ void draw_cta(const Params& p, int cta, Decision& d) {
     if (threadIdx.x == 0) {
       source.rest = false;
       source.excluded = -1;
+      source.set_bounds();
+      best = {};
     }
     __syncthreads();
     scan_any<kPrepared>(source, 0, tiles, best);
+    __syncthreads();
   }
-  write_results<TT, kPrepared>(p, b, request, d, sharded || best.key == 0 ? 0 : best.token);
+  write_results<TT, kPrepared>(p, b, request, d, sharded || best.token == INT_MAX ? 0 : best.token);
   if (sharded && threadIdx.x == 0) {
-    Winner w = {best.key, 0, -INFINITY, otherwise};
-    if (best.key != 0) {
-      w.token = best.token + p.first;
-      w.logit = source.p.at(best.token);
+    Winner w = {0, 0, -INFINITY, otherwise};
+    if (best.token != INT_MAX) {
+      w = {ordered(score(best.token)), best.token + p.first, source.p.at(best.token), otherwise};
     }
     p.winners[b] = w;
   }

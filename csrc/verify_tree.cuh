@@ -276,7 +276,7 @@ __device__ __noinline__ double tree_score(const Tree<TT, TD>& tree, const NoiseK
 template <typename TT, typename TD>
 __device__ void tree_scan(const Tree<TT, TD>& tree, const NoiseKey& noise, int count, int tile, int end, Best& best) {
   const TreeState& s = tree.s;
-  if (threadIdx.x == 0) best = {0, 0, INT_MAX};
+  if (threadIdx.x == 0) best = {};
   __syncthreads();
   double product = exp2(-s.p.log2_sum);
   for (int j = 0; j < count; ++j) product *= s.inverse[j] == 0.0 ? 1.0 : s.inverse[j];
@@ -314,6 +314,8 @@ __device__ void tree_scan(const Tree<TT, TD>& tree, const NoiseKey& noise, int c
   if (key != 0) atomicMax(&best.key, key);
   __syncthreads();
   if (key != 0 && key == best.key) atomicMin(&best.token, token);
+  // Of the best itself, by its margins below and above.
+  if (threadIdx.x == 0) best.upper = __float_as_uint(__uint_as_float(best.bound) * (1.0f + 4.0f * kMargin));
   __syncthreads();
 }
 
@@ -333,19 +335,20 @@ __device__ void tree_draw_cta(const Params& p, int cta) {
   const NoiseKey noise = noise_key(p.seed[b], p.step[b], s.accepted, kResidualStream);
   const int tiles = (p.width + kTile - 1) / kTile, tile = split * p.tiles_per_split;
   tree_scan(tree, noise, s.count, tile, min(tile + p.tiles_per_split, tiles), best);
-  if (!best_of_splits(p, b, split, best)) return;
-  if (best.key == 0 && s.count > 0) {
+  const Row<TT> row = target_row<TT>(p, b, s.row);
+  const auto score = [&](int id) { return tree_score(tree, noise, s.count, id, row.at(id)); };
+  if (!best_of_splits(p, b, split, best, score)) return;
+  if (best.token == INT_MAX && s.count > 0) {
     // Weights that vanish in double though their sum in fp32 did not: the target itself, by this CTA.
     __syncthreads();
     tree_scan(tree, noise, 0, 0, tiles, best);
   }
   if (threadIdx.x != 0) return;
-  const int token = best.key == 0 ? 0 : best.token;
+  const int token = best.token == INT_MAX ? 0 : best.token;
   const std::int64_t at = static_cast<std::int64_t>(b) * (p.max_depth + 1) + s.accepted;
   p.tokens[at] = token;
   if (p.logprobs != nullptr) {
-    p.logprobs[at] = static_cast<float>(log2_probability(s.p, request.scale, target_row<TT>(p, b, s.row).at(token)) *
-                                        0.6931471805599453);
+    p.logprobs[at] = static_cast<float>(log2_probability(s.p, request.scale, row.at(token)) * 0.6931471805599453);
   }
 }
 
