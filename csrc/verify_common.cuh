@@ -40,11 +40,12 @@ struct alignas(16) Statistic {  // of one chunk of one row, read by one load
   int argmax;     // lowest id, of greedy requests only
 };
 
-// What one CTA of a draw found: its token has at most r / e = upper, and at least lower, as has no other token of it
-// more than upper. Read by one load.
+// What one CTA of a draw found: the tokens that may be its best, at most kListed; of the others it has decided.
+constexpr int kListed = 3;
 struct alignas(16) Drawn {
-  float upper, lower;  // lower 0: the token may be one that cannot be drawn
-  int token;           // INT_MAX: none
+  float upper[kListed];  // of r / e of each
+  float lower;           // of the greatest r / e; 0: none of the tokens may have any
+  int tokens[kListed];   // INT_MAX: none
   int pad;
 };
 

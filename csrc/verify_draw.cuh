@@ -28,31 +28,50 @@ struct Source {  // in shared memory
   Normaliser np, nq;
   NoiseKey noise;
   double scale, log2_scale;  // of the temperature; of p in the residual
-  float upper_p, lower_q;    // by which exponentials of logits become upper bounds of p, lower ones of q
+  float log2_p, log2_q;      // what makes exponents of logits those of upper bounds of p, lower ones of q
   int first;                 // id of the row's column 0, for the noise; all else counts columns
   int excluded;              // a token of weight 0, or -1
   bool rest;                 // draw from max(2^log2_scale p - q, 0), else from p
 
   __device__ __forceinline__ void set_bounds() {
-    upper_p = static_cast<float>(exp2((rest ? log2_scale : 0.0) - np.log2_sum)) * (1.0f + kMargin);
-    lower_q = rest ? static_cast<float>(exp2(-nq.log2_sum)) * (1.0f - kMargin) : 0.0f;
+    constexpr float kLog2Margin = kMargin * static_cast<float>(kLog2E);
+    log2_p = static_cast<float>((rest ? log2_scale : 0.0) - np.log2_sum) + kLog2Margin;
+    log2_q = static_cast<float>(-nq.log2_sum) - kLog2Margin;
   }
 };
 
-// What a CTA knows of its tokens, in shared memory. The floats, none negative, by their bits, which are in their order.
+// What a CTA knows of its tokens, in shared memory.
 struct Best {
-  unsigned bound = 0;          // greatest r / e that some token is sure to have
-  unsigned upper = 0;          // and that a token may have
-  int candidates = 0;          // tokens that may be the best
-  int token = INT_MAX;         // the best; INT_MAX: none can be drawn
-  unsigned long long key = 0;  // of the greatest exact score, where there are several candidates
-  int exact = INT_MAX;         // the lowest id that has it
+  unsigned bound;          // greatest r / e that some token is sure to have, as the bits of a float
+  int candidates;          // tokens that may be the best; more than kListed: it is decided here which is
+  Drawn found;             // for the CTA that compares those of all
+  unsigned long long key;  // of the greatest exact score; 0: not asked for, or no token can be drawn
+  int token;               // the lowest id that has it; INT_MAX: none
 };
+
+__device__ __forceinline__ Best none_yet() {
+  Best best = {0, 0, {}, 0, INT_MAX};
+  for (int& token : best.found.tokens) token = INT_MAX;
+  return best;
+}
 
 // Order-preserving, above 0 for every number but NaN.
 __device__ __forceinline__ unsigned long long ordered(double x) {
   const unsigned long long bits = static_cast<unsigned long long>(__double_as_longlong(x));
   return bits >> 63 != 0 ? ~bits : bits | 1ull << 63;
+}
+
+// The score that is ordered() so.
+__device__ __forceinline__ double score_of(unsigned long long key) {
+  return __longlong_as_double(static_cast<long long>(key >> 63 != 0 ? key & ~(1ull << 63) : ~key));
+}
+
+// By the thread that hands in what was found: the token of the greatest exact score alone.
+__device__ __forceinline__ void list_exact(Best& best) {
+  const float score = best.key == 0 ? 0.0f : exp2f(static_cast<float>(score_of(best.key)));
+  for (int i = 0; i < kListed; ++i) best.found.tokens[i] = i == 0 ? best.token : INT_MAX;
+  best.found.upper[0] = fminf(score * (1.0f + kMargin), FLT_MAX);
+  best.found.lower = fminf(score * (1.0f - kMargin), FLT_MAX);
 }
 
 // log2 of r / e, in double; -inf for a token that cannot be drawn.
@@ -100,9 +119,8 @@ struct Candidates {
   }
 };
 
-// Finds the best of the tiles from `tile` to `end`; `best` is as new. By the whole CTA; thread 0 knows all of `best` in
-// the end.
-// kPrepared: p may be filtered, and the row a shard.
+// Lists in best.found what may be the best of the tiles from `tile` to `end`; before, `best` is none_yet(). By the
+// whole CTA; thread 0 knows all of it in the end. kPrepared: p may be filtered, and the row a shard.
 template <bool kRest, bool kPrepared, typename TT, typename TD>
 __device__ void scan(const Source<TT, TD>& s, int tile, const int end, Best& best) {
   const int begin = tile, width = s.p.width, excluded = s.excluded;
@@ -111,7 +129,7 @@ __device__ void scan(const Source<TT, TD>& s, int tile, const int end, Best& bes
   const int shift = kPrepared ? s.first % static_cast<int>(kNoiseGroup) : 0;
   const unsigned first_group = kPrepared ? s.first / kNoiseGroup : 0;
   const float scale_f = rounded_scale(s.scale), maximum_p = s.np.maximum, maximum_q = kRest ? s.nq.maximum : 0.0f;
-  const float upper_p = s.upper_p, lower_q = s.lower_q;
+  const float log2_p = s.log2_p, log2_q = s.log2_q;
   const bool infinities = maximum_p == FLT_MAX || maximum_q == FLT_MAX;
 
   // A load waits for memory as long as a tile takes; in the L2, where nothing else has to be kept, that is a third.
@@ -146,7 +164,7 @@ __device__ void scan(const Source<TT, TD>& s, int tile, const int end, Best& bes
     }
     // A NaN becomes NaN here, which every comparison below drops.
 #pragma unroll
-    for (int e = 0; e < kRun; ++e) p[e] = upper[e] = exp2_fast((x[e] - maximum_p) * scale_f) * upper_p;
+    for (int e = 0; e < kRun; ++e) p[e] = upper[e] = exp2_fast(fmaf(x[e] - maximum_p, scale_f, log2_p));
     if constexpr (kPrepared) {
 #pragma unroll
       for (int e = 0; e < kRun; ++e) {
@@ -158,8 +176,9 @@ __device__ void scan(const Source<TT, TD>& s, int tile, const int end, Best& bes
 #pragma unroll
       for (int e = 0; e < kRun; ++e) {
         if (infinities) x[e] = clean(x[e]);
-        const float q = fmaxf(exp2_fast((x[e] - maximum_q) * static_cast<float>(kLog2E)), 0.0f);  // 0 for NaN
-        upper[e] = fmaf(-q, lower_q, p[e]);
+        // 0 for NaN.
+        const float q = fmaxf(exp2_fast(fmaf(x[e] - maximum_q, static_cast<float>(kLog2E), log2_q)), 0.0f);
+        upper[e] = p[e] - q;
       }
     }
     if (static_cast<unsigned>(excluded - index) < kRun) {
@@ -209,12 +228,21 @@ __device__ void scan(const Source<TT, TD>& s, int tile, const int end, Best& bes
   const bool full = mine.third >= bound && mine.third > 0.0f;
   const int candidates = (mine.first >= 0 && mine.most >= bound) + (mine.second >= 0 && mine.next >= bound) + full;
   if (candidates > 0) {
-    atomicAdd(&best.candidates, candidates);
-    atomicMax(&best.upper, __float_as_uint(mine.most));
-    atomicMin(&best.token, mine.first);
+    const int at = atomicAdd(&best.candidates, candidates);
+    if (at + candidates <= kListed) {
+      best.found.upper[at] = mine.most;
+      best.found.tokens[at] = mine.first;
+      if (candidates > 1) {
+        best.found.upper[at + 1] = mine.next;
+        best.found.tokens[at + 1] = mine.second;
+      }
+    }
   }
   __syncthreads();
-  if (best.candidates <= 1) return;
+  if (best.candidates <= kListed) {
+    if (threadIdx.x == 0) best.found.lower = bound;
+    return;
+  }
   double score = -INFINITY;
   int token = INT_MAX;
   auto compare = [&](int t) {
@@ -247,9 +275,9 @@ __device__ void scan(const Source<TT, TD>& s, int tile, const int end, Best& bes
   const unsigned long long key = score > -INFINITY ? ordered(score) : 0;
   if (key != 0) atomicMax(&best.key, key);
   __syncthreads();
-  if (key != 0 && key == best.key) atomicMin(&best.exact, token);
+  if (key != 0 && key == best.key) atomicMin(&best.token, token);
   __syncthreads();
-  if (threadIdx.x == 0) best.token = best.exact;
+  if (threadIdx.x == 0) list_exact(best);
 }
 
 template <bool kPrepared, typename TT, typename TD>
@@ -283,76 +311,74 @@ __device__ __forceinline__ void write_results(const Params& p, int b, const Requ
 
 // Hands in what thread 0 knows of this CTA's split of a request's row. In the CTA that is the last to do so best.token
 // becomes the best of all, and the result is true. score(token): its exact one, which is asked for only where the
-// bounds of several splits' tokens leave open which is the best. By the whole CTA; ends with a barrier.
+// bounds leave open which token is the best. By the whole CTA; ends with a barrier.
 template <typename Score>
 __device__ __forceinline__ bool best_of_splits(const Params& p, int b, int split, Best& best, const Score& score) {
   constexpr int kHeld = kMostSplits / 32;
   __shared__ bool is_last;
+  __shared__ int left, tokens[kMostSplits * kListed];
   Drawn* drawn = p.drawn + static_cast<std::int64_t>(b) * p.splits;
   if (threadIdx.x < 32) {
     const int lane = threadIdx.x;
     unsigned before = 0;
     if (lane == 0) {
-      drawn[split] = {__uint_as_float(best.upper), __uint_as_float(best.bound), best.token, 0};
-      __threadfence();  // the result before the count, for the CTA that reads all results
-      before = atomicAdd(p.arrived + b, 1u);
+      left = 0;
+      drawn[split] = best.found;
+      before = count_in(p.arrived + b);  // the result before the count, and the count before the others' results
     }
     const bool last = __shfl_sync(kAllLanes, before, 0) == static_cast<unsigned>(p.splits) - 1;
+    if (lane == 0) is_last = last;
+    __syncwarp();  // what the lane that has counted may read, the others may
     if (last) {
-      __threadfence();  // the count before the others' results
-      Drawn held[kHeld];
+      uint4 uppers[kHeld], ids[kHeld];
       float lower = 0.0f;
 #pragma unroll
       for (int i = 0; i < kHeld; ++i) {
         const int at = lane + i * 32;
-        held[i] = {0.0f, 0.0f, INT_MAX, 0};
+        uppers[i] = make_uint4(0, 0, 0, 0);
+        ids[i] = make_uint4(INT_MAX, INT_MAX, INT_MAX, 0);
         if (at < p.splits) {
-          const uint4 of_split = __ldcg(reinterpret_cast<const uint4*>(drawn + at));
-          held[i] = {__uint_as_float(of_split.x), __uint_as_float(of_split.y), static_cast<int>(of_split.z), 0};
+          const uint4* words = reinterpret_cast<const uint4*>(drawn + at);
+          uppers[i] = __ldcg(words);
+          ids[i] = __ldcg(words + 1);
         }
-        lower = fmaxf(lower, held[i].lower);
+        lower = fmaxf(lower, __uint_as_float(uppers[i].w));
       }
       lower = __uint_as_float(__reduce_max_sync(kAllLanes, __float_as_uint(lower)));
-      int candidates = 0, token = INT_MAX;
+      const auto list = [&](unsigned upper, unsigned id) {
+        if (id != INT_MAX && __uint_as_float(upper) >= lower) tokens[atomicAdd(&left, 1)] = static_cast<int>(id);
+      };
 #pragma unroll
       for (int i = 0; i < kHeld; ++i) {
-        if (!(held[i].upper >= lower)) held[i].token = INT_MAX;
-        candidates += __popc(__ballot_sync(kAllLanes, held[i].token != INT_MAX));
-        token = min(token, held[i].token);
+        list(uppers[i].x, ids[i].x);
+        list(uppers[i].y, ids[i].y);
+        list(uppers[i].z, ids[i].z);
       }
-      token = __reduce_min_sync(kAllLanes, token);
-      // One, which can be drawn for sure, is the best; of several, the one of the greatest score.
-      if (candidates > 1 || lower == 0.0f) {
+      __syncwarp();
+      int token = left > 0 ? tokens[0] : INT_MAX;
+      if (left > 1 || !(lower > 0.0f)) {  // else that one can be drawn for sure
         unsigned long long key = 0;
         token = INT_MAX;
-#pragma unroll 1
-        for (int i = 0; i < kHeld; ++i) {
-          // By a number that is not known when this is compiled: the records stay in registers above.
-          int of_split = held[0].token;
-#pragma unroll
-          for (int j = 1; j < kHeld; ++j) of_split = i == j ? held[j].token : of_split;
-          if (of_split == INT_MAX) continue;
-          const double exact = score(of_split);
-          const unsigned long long other = exact > -INFINITY ? ordered(exact) : 0;
-          if (other > key) {  // splits are in the order of ids
+        const auto compare = [&](unsigned long long other, int of_other) {
+          if (other > key || (other == key && of_other < token)) {
             key = other;
-            token = of_split;
+            token = of_other;
           }
+        };
+#pragma unroll 1
+        for (int i = lane; i < left; i += 32) {
+          const double exact = score(tokens[i]);
+          if (exact > -INFINITY) compare(ordered(exact), tokens[i]);
         }
         __syncwarp();
 #pragma unroll
         for (int offset = 16; offset > 0; offset /= 2) {
           const unsigned long long other = __shfl_xor_sync(kAllLanes, key, offset);
-          const int of_other = __shfl_xor_sync(kAllLanes, token, offset);
-          if (other > key || (other == key && of_other < token)) {
-            key = other;
-            token = of_other;
-          }
+          compare(other, __shfl_xor_sync(kAllLanes, token, offset));
         }
       }
       if (lane == 0) best.token = token;
     }
-    if (lane == 0) is_last = last;
   }
   __syncthreads();
   return is_last;
@@ -370,7 +396,7 @@ __device__ void draw_cta(const Params& p, int cta, Decision& d) {
   if (threadIdx.x == 0) {
     // The caller's inputs; the row is not known yet.
     source.noise = noise_key(p.seed[b], p.step[b], p.position == nullptr ? 0 : p.position[b], p.stream);
-    best = {};
+    best = none_yet();
   }
   dependency_wait();
   const bool sharded = kPrepared && p.world > 1;
@@ -422,7 +448,8 @@ __device__ void draw_cta(const Params& p, int cta, Decision& d) {
       source.rest = false;
       source.excluded = -1;
       source.set_bounds();
-      best = {};
+      best = none_yet();
+      best.candidates = kListed + 1;  // so that it is decided here
     }
     __syncthreads();
     scan_any<kPrepared>(source, 0, tiles, best);

@@ -272,11 +272,11 @@ __device__ __noinline__ double tree_score(const Tree<TT, TD>& tree, const NoiseK
 
 // The Gumbel argmax over the tiles from `tile` to `end` of what `count` refusals left. As verify_draw.cuh, but with a
 // bound that forgets what the refusals took: the weight is at most p over the Z, so a token that loses with that loses.
-// What survives is compared in double. By the whole CTA; ends with a barrier.
+// What survives is compared in double. By the whole CTA; thread 0 knows all of `best` in the end.
 template <typename TT, typename TD>
 __device__ void tree_scan(const Tree<TT, TD>& tree, const NoiseKey& noise, int count, int tile, int end, Best& best) {
   const TreeState& s = tree.s;
-  if (threadIdx.x == 0) best = {};
+  if (threadIdx.x == 0) best = none_yet();
   __syncthreads();
   double product = exp2(-s.p.log2_sum);
   for (int j = 0; j < count; ++j) product *= s.inverse[j] == 0.0 ? 1.0 : s.inverse[j];
@@ -314,9 +314,8 @@ __device__ void tree_scan(const Tree<TT, TD>& tree, const NoiseKey& noise, int c
   if (key != 0) atomicMax(&best.key, key);
   __syncthreads();
   if (key != 0 && key == best.key) atomicMin(&best.token, token);
-  // Of the best itself, by its margins below and above.
-  if (threadIdx.x == 0) best.upper = __float_as_uint(__uint_as_float(best.bound) * (1.0f + 4.0f * kMargin));
   __syncthreads();
+  if (threadIdx.x == 0) list_exact(best);
 }
 
 template <typename TT, typename TD>

@@ -74,6 +74,14 @@ __device__ __forceinline__ void store_release_sys(unsigned* p, unsigned v) {
   asm volatile("st.release.sys.global.u32 [%0], %1;" ::"l"(p), "r"(v) : "memory");
 }
 
+// Counts this thread in: orders what it wrote before for those that count later, and what those wrote that counted
+// before for what it reads after. Returns how many did.
+__device__ __forceinline__ unsigned count_in(unsigned* p) {
+  unsigned before;
+  asm volatile("atom.add.acq_rel.gpu.global.u32 %0, [%1], 1;" : "=r"(before) : "l"(p) : "memory");
+  return before;
+}
+
 __device__ __forceinline__ unsigned long long global_time_ns() {
   unsigned long long t;
   asm volatile("mov.u64 %0, %globaltimer;" : "=l"(t));

@@ -293,6 +293,9 @@ inline float __uint_as_float(unsigned x) {
 inline unsigned __float_as_uint(float x) {
   return static_cast<unsigned>(host_cuda::bits(x));
 }
+inline double __longlong_as_double(long long x) {
+  return host_cuda::of_bits<double>(static_cast<unsigned long long>(x));
+}
 inline long long __double_as_longlong(double x) {
   return static_cast<long long>(host_cuda::bits(x));
 }

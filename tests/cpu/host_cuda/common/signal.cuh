@@ -35,6 +35,9 @@ template <typename T>
 T load_relaxed_gpu(const T* p) {
   return *p;
 }
+inline unsigned count_in(unsigned* p) {
+  return (*p)++;
+}
 inline void dependency_wait() {}
 inline void dependency_trigger() {}
 
