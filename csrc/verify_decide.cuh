@@ -15,6 +15,7 @@ struct Decision {
   double log2_scales[kMaxDraftTokens + 1];  // log2 p_i of block verification, else 0
   double log2_tokens[kMaxDraftTokens];      // log2 of the drafts' probabilities under the target
   double beyond[kMaxDraftTokens];           // Z of block verification, of rows 1 and up
+  int tokens[kMaxDraftTokens];              // the drafts
   int accepted;
   int drafts;    // that the draft can have drawn
   bool certain;  // the residual has weight, on some rank; looked at where there are shards
@@ -144,6 +145,7 @@ __device__ __forceinline__ double weigh_drafts(const Params& p, int b, const Req
     if (valid) {
       const double logp = log2_probability(d.target[lane], request.scale, draft.target_logit);
       d.log2_tokens[lane] = logp;
+      d.tokens[lane] = draft.token;
       ratio = logp;
       if (request.greedy) {
         ratio = draft.token == d.target[lane].argmax ? 0.0 : -INFINITY;

@@ -119,39 +119,88 @@ struct Candidates {
   }
 };
 
+// What a thread has listed does not suffice, or there are more candidates than kListed: their exact scores, here. Not
+// inlined, as other cold parts: on its way past them a warp would wait for their instructions.
+template <typename TT, typename TD>
+__device__ __noinline__ void compare_exactly(const Source<TT, TD>& s, Candidates mine, bool full, float bound, int tile,
+                                             int end, int shift, Best& best) {
+  double score = -INFINITY;
+  int token = INT_MAX;
+  auto compare = [&](int t) {
+    const double of_t = exact_score(s, t);
+    if (of_t > score) {
+      score = of_t;
+      token = t;
+    }
+  };
+  // In the order of ids, so that of equal scores the lowest id is kept.
+  if (full) {
+    // More candidates in this thread than it remembers: about one call in a million.
+#pragma unroll 1
+    for (; tile < end; ++tile) {
+#pragma unroll 1
+      for (int e = 0; e < kRun; ++e) {
+        const int id = tile * kTile + static_cast<int>(threadIdx.x) * kRun - shift + e;
+        if (id >= 0 && id < s.p.width) compare(id);
+      }
+    }
+  } else {
+    const bool swapped = mine.second < mine.first;
+#pragma unroll 1
+    for (int i = 0; i < 2; ++i) {
+      const bool first = (i == 0) != swapped;
+      const int t = first ? mine.first : mine.second;
+      if (t >= 0 && (first ? mine.most : mine.next) >= bound) compare(t);
+    }
+  }
+  const unsigned long long key = score > -INFINITY ? ordered(score) : 0;
+  if (key != 0) atomicMax(&best.key, key);
+  __syncthreads();
+  if (key != 0 && key == best.key) atomicMin(&best.token, token);
+  __syncthreads();
+  if (threadIdx.x == 0) list_exact(best);
+}
+
 // Lists in best.found what may be the best of the tiles from `tile` to `end`; before, `best` is none_yet(). By the
 // whole CTA; thread 0 knows all of it in the end. kPrepared: p may be filtered, and the row a shard.
-template <bool kRest, bool kPrepared, typename TT, typename TD>
+template <bool kPrepared, typename TT, typename TD>
 __device__ void scan(const Source<TT, TD>& s, int tile, const int end, Best& best) {
   const int begin = tile, width = s.p.width, excluded = s.excluded;
   // The noise comes for kNoiseGroup ids at once: a shard that begins between is read from columns before its first,
   // which do not exist.
   const int shift = kPrepared ? s.first % static_cast<int>(kNoiseGroup) : 0;
   const unsigned first_group = kPrepared ? s.first / kNoiseGroup : 0;
-  const float scale_f = rounded_scale(s.scale), maximum_p = s.np.maximum, maximum_q = kRest ? s.nq.maximum : 0.0f;
+  const bool rest = s.rest;
+  const float scale_f = rounded_scale(s.scale), maximum_p = s.np.maximum, maximum_q = rest ? s.nq.maximum : 0.0f;
   const float log2_p = s.log2_p, log2_q = s.log2_q;
   const bool infinities = maximum_p == FLT_MAX || maximum_q == FLT_MAX;
+  // At least so much r / e has a token of v or less: 0 or less where it may have none, NaN for NaN.
+  const float allowed = (rest ? 4.1f : 2.1f) * kMargin;
+  const auto at_least = [&](float upper, float p, float v) {
+    return fmaf(-allowed, p, upper) * inverse_exponential(v) * (1.0f - kNoiseMargin);
+  };
 
   // A load waits for memory as long as a tile takes; in the L2, where nothing else has to be kept, that is a third.
   const auto prefetch = [&](int t) {
     if (t >= end) return;
     const int index = t * kTile + static_cast<int>(threadIdx.x) * kRun - shift;
     s.p.prefetch(index);
-    if constexpr (kRest) s.q.prefetch(index);
+    if (rest) s.q.prefetch(index);
   };
 #pragma unroll
   for (int t = 1; t <= kAhead; ++t) prefetch(tile + t);
 
   Candidates mine;
   float bound = 0.0f;
+#pragma unroll 1
   for (; tile < end; ++tile) {
     const int column = tile * kTile + static_cast<int>(threadIdx.x) * kRun, index = column - shift;
     if (index >= width && tile > begin) break;  // in the first tile all threads come to its barrier
     Run<TT> run_p;
     Run<TD> run_q;
     run_p.load(s.p, index);
-    if constexpr (kRest) run_q.load(s.q, index);
-    if (tile > begin) prefetch(tile + kAhead);
+    if (rest) run_q.load(s.q, index);
+    if (kAhead > 0 && tile > begin) prefetch(tile + kAhead);
     float first[kRun];
     NoiseKey noise = s.noise;
     asm volatile("" : "+r"(noise.key1));  // else the keys of all rounds stay in registers, which spill
@@ -171,7 +220,7 @@ __device__ void scan(const Source<TT, TD>& s, int tile, const int end, Best& bes
         if (x[e] < s.np.threshold) p[e] = upper[e] = 0.0f;
       }
     }
-    if constexpr (kRest) {
+    if (rest) {
       run_q.floats(x);
 #pragma unroll
       for (int e = 0; e < kRun; ++e) {
@@ -187,17 +236,20 @@ __device__ void scan(const Source<TT, TD>& s, int tile, const int end, Best& bes
         if (index + e == excluded) upper[e] = 0.0f;
       }
     }
-    // At least so much r / e has a token of v or less: 0 or less where it may have none, NaN for NaN.
-    auto at_least = [&](int e, float v) {
-      const float lower = kRest ? upper[e] - 4.1f * kMargin * p[e] : upper[e] * (1.0f - 2.1f * kMargin);
-      return lower * inverse_exponential(v) * (1.0f - kNoiseMargin);
-    };
     if (tile == begin) {
-      // A bound to begin with, from all of the first tile's tokens: else each thread would look at most of its own
-      // closely.
+      // A bound to begin with, from the token of each thread in the first tile that has the greatest r / v: else each
+      // would look at most of its own closely.
+      float most = 0.0f, of_p = 0.0f, above = 1.0f;
 #pragma unroll
-      for (int e = 0; e < kRun; ++e) bound = fmaxf(bound, at_least(e, fmaf(first[e], 0x1p-16f, 0x1p-16f)));
+      for (int e = 0; e < kRun; ++e) {
+        if (upper[e] * above > most * (first[e] + 1.0f)) {
+          most = upper[e];
+          of_p = p[e];
+          above = first[e] + 1.0f;
+        }
+      }
       // Not negative, so that the order of the bits is that of the numbers.
+      bound = fmaxf(at_least(most, of_p, above * 0x1p-16f), 0.0f);
       const unsigned of_warp = __reduce_max_sync(kAllLanes, __float_as_uint(bound));
       if (threadIdx.x % 32 == 0) atomicMax(&best.bound, of_warp);
       __syncthreads();
@@ -209,17 +261,31 @@ __device__ void scan(const Source<TT, TD>& s, int tile, const int end, Best& bes
 #pragma unroll
     for (int e = 0; e < kRun; ++e) most = fmaxf(most, fmaf(-threshold, first[e], upper[e]));
     if (most < 0.0f) continue;
-    const float before = bound;
+    unsigned left = 0;
 #pragma unroll
     for (int e = 0; e < kRun; ++e) {
-      if (!(upper[e] > 0.0f && upper[e] >= bound * 0x1p-16f * first[e])) continue;
-      float v = first[e] * 0x1p-16f, above = 0x1p-16f;
-      if (first[e] < kFewBits) {
+      if (upper[e] > 0.0f && upper[e] >= threshold * first[e]) left |= 1u << e;
+    }
+    const float before = bound;
+#pragma unroll 1
+    while (left != 0) {
+      const int e = __ffs(left) - 1;
+      left &= left - 1;
+      float of_e = upper[0], of_p = p[0], bits = first[0];
+#pragma unroll
+      for (int j = 1; j < kRun; ++j) {
+        of_e = j == e ? upper[j] : of_e;
+        of_p = j == e ? p[j] : of_p;
+        bits = j == e ? first[j] : bits;
+      }
+      if (!(of_e >= bound * 0x1p-16f * bits)) continue;
+      float v = bits * 0x1p-16f, above = 0x1p-16f;
+      if (bits < kFewBits) {
         v = fmaf(second_bits(s, index + e), 0x1p-32f, v);
         above = 0x1p-32f;
       }
-      mine.insert(fminf(upper[e] * inverse_exponential(v) * (1.0f + kNoiseMargin), FLT_MAX), index + e);
-      bound = fmaxf(bound, at_least(e, v + above));
+      mine.insert(fminf(of_e * inverse_exponential(v) * (1.0f + kNoiseMargin), FLT_MAX), index + e);
+      bound = fmaxf(bound, at_least(of_e, of_p, v + above));
     }
     if (bound > before) atomicMax(&best.bound, __float_as_uint(bound));
   }
@@ -239,53 +305,10 @@ __device__ void scan(const Source<TT, TD>& s, int tile, const int end, Best& bes
     }
   }
   __syncthreads();
-  if (best.candidates <= kListed) {
-    if (threadIdx.x == 0) best.found.lower = bound;
-    return;
-  }
-  double score = -INFINITY;
-  int token = INT_MAX;
-  auto compare = [&](int t) {
-    const double of_t = exact_score(s, t);
-    if (of_t > score) {
-      score = of_t;
-      token = t;
-    }
-  };
-  if (full) {
-    // More candidates in this thread than it remembers: about one call in a million.
-#pragma unroll 1
-    for (int t = begin; t < end; ++t) {
-#pragma unroll 1
-      for (int e = 0; e < kRun; ++e) {
-        const int id = t * kTile + static_cast<int>(threadIdx.x) * kRun - shift + e;
-        if (id >= 0 && id < width) compare(id);
-      }
-    }
-  } else {
-    // In the order of ids, so that of equal scores the lowest id is kept.
-    const bool swapped = mine.second < mine.first;
-#pragma unroll 1
-    for (int i = 0; i < 2; ++i) {
-      const bool first = (i == 0) != swapped;
-      const int t = first ? mine.first : mine.second;
-      if (t >= 0 && (first ? mine.most : mine.next) >= bound) compare(t);
-    }
-  }
-  const unsigned long long key = score > -INFINITY ? ordered(score) : 0;
-  if (key != 0) atomicMax(&best.key, key);
-  __syncthreads();
-  if (key != 0 && key == best.key) atomicMin(&best.token, token);
-  __syncthreads();
-  if (threadIdx.x == 0) list_exact(best);
-}
-
-template <bool kPrepared, typename TT, typename TD>
-__device__ void scan_any(const Source<TT, TD>& s, int tile, int end, Best& best) {
-  if (s.rest) {
-    scan<true, kPrepared>(s, tile, end, best);
-  } else {
-    scan<false, kPrepared>(s, tile, end, best);
+  if (best.candidates > kListed) {
+    compare_exactly(s, mine, full, bound, begin, end, shift, best);
+  } else if (threadIdx.x == 0) {
+    best.found.lower = bound;
   }
 }
 
@@ -298,8 +321,7 @@ __device__ __forceinline__ void write_results(const Params& p, int b, const Requ
   const int i = threadIdx.x;
   if (i == 0 && p.num_accepted != nullptr) p.num_accepted[b] = d.accepted;
   if (i > p.k) return;
-  p.tokens[row + i] = i < d.accepted ? p.draft_tokens[static_cast<std::int64_t>(b) * p.k + i]
-                                     : static_cast<std::int64_t>(i == d.accepted ? last : -1);
+  p.tokens[row + i] = i < d.accepted ? d.tokens[i] : i == d.accepted ? last : -1;
   if (p.logprobs == nullptr) return;
   double logprob = 0.0;
   if (i < d.accepted) logprob = d.log2_tokens[i];
@@ -345,14 +367,25 @@ __device__ __forceinline__ bool best_of_splits(const Params& p, int b, int split
         lower = fmaxf(lower, __uint_as_float(uppers[i].w));
       }
       lower = __uint_as_float(__reduce_max_sync(kAllLanes, __float_as_uint(lower)));
-      const auto list = [&](unsigned upper, unsigned id) {
-        if (id != INT_MAX && __uint_as_float(upper) >= lower) tokens[atomicAdd(&left, 1)] = static_cast<int>(id);
+      unsigned mine = 0;  // which of this lane's tokens may be the best
+      const auto look = [&](int i, unsigned upper, unsigned id) {
+        if (id != INT_MAX && __uint_as_float(upper) >= lower) mine |= 1u << i;
       };
 #pragma unroll
       for (int i = 0; i < kHeld; ++i) {
-        list(uppers[i].x, ids[i].x);
-        list(uppers[i].y, ids[i].y);
-        list(uppers[i].z, ids[i].z);
+        look(i * kListed, uppers[i].x, ids[i].x);
+        look(i * kListed + 1, uppers[i].y, ids[i].y);
+        look(i * kListed + 2, uppers[i].z, ids[i].z);
+      }
+#pragma unroll 1
+      for (; mine != 0; mine &= mine - 1) {
+        const int at = __ffs(mine) - 1;
+        unsigned id = ids[0].x;
+#pragma unroll
+        for (int i = 0; i < kHeld; ++i) {
+          id = at == i * kListed ? ids[i].x : at == i * kListed + 1 ? ids[i].y : at == i * kListed + 2 ? ids[i].z : id;
+        }
+        tokens[atomicAdd(&left, 1)] = static_cast<int>(id);
       }
       __syncwarp();
       int token = left > 0 ? tokens[0] : INT_MAX;
@@ -421,8 +454,7 @@ __device__ void draw_cta(const Params& p, int cta, Decision& d) {
     source.noise.position += row;
     source.scale = request.scale;
     source.log2_scale = d.log2_scales[row];
-    source.excluded =
-        refused && !source.rest ? static_cast<int>(p.draft_tokens[static_cast<std::int64_t>(b) * p.k + row]) : -1;
+    source.excluded = refused && !source.rest ? d.tokens[row] : -1;
     source.first = 0;
     if constexpr (kPrepared) {
       source.first = p.first;
@@ -434,13 +466,16 @@ __device__ void draw_cta(const Params& p, int cta, Decision& d) {
   }
   __syncthreads();
   const int tiles = (p.width + (kPrepared ? p.first % static_cast<int>(kNoiseGroup) : 0) + kTile - 1) / kTile;
-  const int tile = split * p.tiles_per_split;
-  scan_any<kPrepared>(source, tile, min(tile + p.tiles_per_split, tiles), best);
-
+  int tile = split * p.tiles_per_split, end = min(tile + p.tiles_per_split, tiles);
   const auto score = [&](int token) { return exact_score(source, token); };
-  if (!best_of_splits(p, b, split, best, score)) return;
-  const bool otherwise = best.token == INT_MAX && d.accepted < d.drafts && !(sharded && d.certain);
-  if (otherwise) {
+  bool otherwise = false;
+#pragma unroll 1
+  for (;;) {
+    scan<kPrepared>(source, tile, end, best);
+    if (otherwise) break;
+    if (!best_of_splits(p, b, split, best, score)) return;
+    otherwise = best.token == INT_MAX && d.accepted < d.drafts && !(sharded && d.certain);
+    if (!otherwise) break;
     // A residual without any weight, which rounding alone can leave: the target itself, by this CTA. With shards, also
     // where only this rank's part has none; then what is drawn counts if no rank has any.
     __syncthreads();
@@ -452,9 +487,9 @@ __device__ void draw_cta(const Params& p, int cta, Decision& d) {
       best.candidates = kListed + 1;  // so that it is decided here
     }
     __syncthreads();
-    scan_any<kPrepared>(source, 0, tiles, best);
-    __syncthreads();
+    tile = 0, end = tiles;
   }
+  __syncthreads();
   write_results<TT, kPrepared>(p, b, request, d, sharded || best.token == INT_MAX ? 0 : best.token);
   if (sharded && threadIdx.x == 0) {
     Winner w = {0, 0, -INFINITY, otherwise};

@@ -246,9 +246,6 @@ inline unsigned __reduce_max_sync(unsigned, unsigned value) {
   for (int i = 0; i < 32; ++i) value = std::max(value, static_cast<unsigned>(all[i]));
   return value;
 }
-inline int __popc(unsigned x) {
-  return __builtin_popcount(x);
-}
 inline void __syncwarp() {
   host_cuda::gather(0);
 }
