@@ -218,6 +218,25 @@ def test_a_bound_is_a_bound(seed, extension, k, vocab):
     check(c, run_whole(c, "rejection", vocab), "rejection", vocab, most_ties=0)
 
 
+@pytest.mark.parametrize("batch,vocab,rounds", [(500, 2048, 1), (2, 6000, 60)])
+def test_what_is_left_is_a_small_part(seed, extension, batch, vocab, rounds):
+    """All tokens but the draft's keep 1e-4 of their weight, near what fp32 is allowed to be wrong by: so many may be
+    the best that more are handed in than fit, by a CTA that has the row and by three that share it."""
+    kept = 0
+    for _ in range(rounds):
+        c = make_case(batch, 1, vocab, (), mixed=False, ragged=False, invalid=False)
+        c["temperature"][:] = 1.0
+        row, token = c["target_logits"][:, 0], torch.randint(vocab, (batch, 1))
+        others = row.scatter(1, token, -math.inf).logsumexp(-1, keepdim=True)
+        row.scatter_(1, token, others - math.log(1e4))
+        c["draft_logits"] = row.scatter_add(1, token, torch.full((batch, 1), math.log(2.0)))[:, None]
+        c["draft_tokens"] = token
+        got = run_whole(c, "rejection", vocab)
+        check(c, got, "rejection", vocab)
+        kept += got[1].sum().item()
+    assert 0.3 < kept / (batch * rounds) < 0.7  # p / q = 1 / 2
+
+
 def test_a_rank_that_never_comes_ends_the_call(seed, extension):
     c = make_case(4, 2, 100, ("top_p",), mixed=False)
     calls = shards(c, 2, 100, "rejection")

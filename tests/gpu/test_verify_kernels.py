@@ -1,6 +1,8 @@
 """The kernels of verify and sample against the float64 reference, token for token, and against the law of the target;
 filters and shards are in test_verify_sharded.py."""
 
+import math
+
 import pytest
 import torch
 from _verify_checks import DTYPES, check, make_round
@@ -208,6 +210,23 @@ def test_law_of_the_first_two_tokens(seed, method, full):
     freedom = int(big.sum())
     # 5 standard deviations of the chi-square's normal approximation: below 1e-5 each.
     assert chi < freedom + 5 * (2 * freedom) ** 0.5, f"chi-square {chi:.1f} on {freedom} degrees of freedom"
+
+
+@pytest.mark.parametrize("batch", [1, 6, 500])
+def test_what_is_left_is_a_small_part(seed, batch):
+    """All tokens but the draft's keep 1e-4 of their weight, near what fp32 is allowed to be wrong by: so many may be
+    the best that more are handed in than fit."""
+    kept, rounds, vocab = 0, max(1, 300 // batch), 30000
+    for _ in range(rounds):
+        inputs = make_round(batch, 1, vocab, torch.float32, greedy=0.0)
+        row, token = inputs["target_logits"][:, 0], torch.randint(vocab, (batch, 1), device="cuda")
+        others = row.scatter(1, token, -math.inf).logsumexp(-1, keepdim=True)
+        row.scatter_(1, token, others - math.log(1e4))
+        draft = row.scatter_add(1, token, torch.full_like(others, math.log(2.0)))
+        inputs |= {"draft_logits": draft[:, None], "draft_tokens": token, "num_draft_tokens": None}
+        inputs["temperature"].fill_(1.0)
+        kept += check(inputs).num_accepted.sum().item()
+    assert 0.3 < kept / (batch * rounds) < 0.7  # p / q = 1 / 2
 
 
 @pytest.mark.parametrize("temperature,factor", [(1e-7, 1), (3e-9, 1), (1e-10, 1), (1.0, 1e8), (1.0, 1e9), (1.0, 1e10)])
