@@ -1,13 +1,13 @@
 """Verification of drafted tokens: the kernels against the reference and plain torch.
 
-    python benchmarks/bench_verify.py [--shapes 1,4 64,7] [--impls fused torch] [--modes graph] [--top-p 0.9]
+    python benchmarks/bench_verify.py [--shapes 1,4 64,7] [--impls fused torch] [--top-p 0.9] [--top-k 50] [--min-p 0.05]
     torchrun --nproc-per-node 2 benchmarks/bench_verify.py --impls fused [--top-p 0.9]
 
 By torchrun the vocabulary is spread over the ranks' GPUs, which check that they get the unsharded kernels' tokens; the
 peers in torch are left out. Else on one GPU, where the tokens are checked against the reference's.
 
 Prints a table and appends it to benchmarks/results/verify.csv. `fused`: the kernels, temperature 0.8; `reference`: the
-same in float64, in torch operations; with --top-p, both filter, and the shape says so; `torch`:
+same in float64, in torch operations; with --top-p, --top-k or --min-p, both filter, and the shape says so; `torch`:
 rejection in float32 by softmax, gather and an argmax over exponential noise, as one would write it (block: left out);
 `torch_argmax_only`: softmax and argmax of the target rows, a part of the work; `flashinfer`: its softmax and chain
 speculative sampling (where it is installed: the `peers` extra), the draft's probabilities made beforehand. The drafts
@@ -33,6 +33,7 @@ from fused_parallel.testing.timer import time_collective
 SHAPES = ["1,4", "8,4", "32,4", "64,4", "128,4", "64,7"]
 CASES = [("full", "rejection"), ("onehot", "rejection"), ("full", "block"), ("onehot", "block"), ("onehot", "greedy")]
 IMPLS = ["fused", "reference", "torch", "torch_argmax_only", "flashinfer"]
+FILTERS = {"top_p": torch.float32, "top_k": torch.int64, "min_p": torch.float32}
 TEMPERATURE = 0.8
 
 
@@ -48,11 +49,11 @@ def make_inputs(batch, k, vocab, dtype, draft):
     return target, tokens, logits if draft == "full" else None, seed, step, temperature
 
 
-def ours(mode, method, top_p, **sharded):
+def ours(mode, method, filters, **sharded):
     def call(target, tokens, logits, seed, step, temperature):
         with fp.use(mode):
             return verify(
-                target, tokens, logits, seed=seed, step=step, temperature=temperature, method=method, top_p=top_p,
+                target, tokens, logits, seed=seed, step=step, temperature=temperature, method=method, **filters,
                 **sharded,
             )  # fmt: skip
 
@@ -85,11 +86,11 @@ def torch_argmax(target, tokens, logits, seed, step, temperature):
     return torch.softmax(target.float() / temperature[:, None, None], -1).argmax(-1)
 
 
-def implementations(draft, method, top_p, group):
+def implementations(draft, method, filters, group):
     if group is not None:
-        return {mode: ours(mode, method, top_p, vocab_group=group) for mode in ("fused", "reference")}
-    found = {mode: ours(mode, method, top_p) for mode in ("fused", "reference")}
-    if top_p is not None:
+        return {mode: ours(mode, method, filters, vocab_group=group) for mode in ("fused", "reference")}
+    found = {mode: ours(mode, method, filters) for mode in ("fused", "reference")}
+    if filters:
         return found
     if method == "rejection":
         found["torch"] = torch_rejection
@@ -109,13 +110,13 @@ def share(inputs, group):
     return target[..., part].contiguous(), tokens, None if logits is None else logits[..., part].contiguous(), *rest
 
 
-def differing(inputs, method, top_p, group) -> int:
+def differing(inputs, method, filters, group) -> int:
     """Requests whose tokens from the kernels are not the reference's, or sharded not the unsharded kernels'."""
     if group is None:
-        got, expected = ours("fused", method, top_p)(*inputs), ours("reference", method, top_p)(*inputs)
+        got, expected = (ours(mode, method, filters)(*inputs) for mode in ("fused", "reference"))
     else:
-        got = ours("fused", method, top_p, vocab_group=group)(*share(inputs, group))
-        expected = ours("fused", method, top_p)(*inputs)
+        got = ours("fused", method, filters, vocab_group=group)(*share(inputs, group))
+        expected = ours("fused", method, filters)(*inputs)
     differ = (got.tokens != expected.tokens).any(1).sum()
     if group is not None:
         dist.all_reduce(differ, dist.ReduceOp.MAX, group=group)  # ranks that disagree would wait for each other below
@@ -126,7 +127,9 @@ def measure(shape, draft, method, args, bytes_per_us, group, wrong):
     batch, k = map(int, shape.split(","))
     dtype = DTYPES[args.dtype]
     world = 1 if group is None else group.size()
-    top_p = args.top_p
+    chosen = {name: getattr(args, name) for name in FILTERS if getattr(args, name) is not None}
+    # Tensors: of a number, every call would make one.
+    filters = {name: torch.full((batch,), chosen[name], dtype=FILTERS[name], device="cuda") for name in chosen}
 
     def inputs(index):
         torch.manual_seed(index)  # ranks share what they make
@@ -138,14 +141,14 @@ def measure(shape, draft, method, args, bytes_per_us, group, wrong):
         return target, tokens, logits.float().softmax(-1), *rest
 
     torch.manual_seed(batch)
-    differ = differing(make_inputs(batch, k, args.vocab, dtype, draft), method, top_p, group)
+    differ = differing(make_inputs(batch, k, args.vocab, dtype, draft), method, filters, group)
     if differ > 1:  # one may be a near tie
-        wrong.append(f"{differ} of {batch} requests differ: {shape} {draft} {method} top_p={top_p}")
+        wrong.append(f"{differ} of {batch} requests differ: {shape} {draft} {method} {chosen}")
         return []
     rows = batch * (k + 1) + (batch * k if draft == "full" else 0)
     moved = rows * args.vocab * dtype.itemsize // world
     measured = []
-    for name, function in implementations(draft, method, top_p, group).items():
+    for name, function in implementations(draft, method, filters, group).items():
         if name not in args.impls:
             continue
         make = inputs if name != "flashinfer" else with_probabilities
@@ -159,8 +162,7 @@ def measure(shape, draft, method, args, bytes_per_us, group, wrong):
                     raise
                 print(f"not measured: {name}: {str(error)[:200]}", flush=True)
                 continue
-            keys = {"B": batch, "k": k, "V": args.vocab, "draft": draft, "method": method}
-            keys |= {} if top_p is None else {"top_p": top_p}
+            keys = {"B": batch, "k": k, "V": args.vocab, "draft": draft, "method": method} | chosen
             about = {"world_size": world, "dtype": dtype, "mode": mode, "shape": keys, "bytes": moved}
             measured.append(make_row("verify", name, timing, floor_us=moved / bytes_per_us, **about))
             if group is None or group.rank() == 0:
@@ -178,7 +180,11 @@ def main() -> int:
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
     parser.add_argument("--impls", nargs="+", default=IMPLS)
     parser.add_argument("--modes", nargs="+", choices=("graph", "eager"), default=["graph"])
-    parser.add_argument("--top-p", type=float, help="filter the target, here and in the reference")
+    for name, dtype in FILTERS.items():
+        kind = float if dtype.is_floating_point else int
+        parser.add_argument(
+            "--" + name.replace("_", "-"), type=kind, help="filter the target, here and in the reference"
+        )
     parser.add_argument("--results", default=RESULTS, metavar="DIR")
     Budget.argument(parser, 50)
     args = parser.parse_args()
