@@ -1,6 +1,6 @@
 """Verification of drafted tokens: the kernels against the reference and plain torch.
 
-    python benchmarks/bench_verify.py [--shapes 1,4 64,7] [--impls fused torch] [--top-p 0.9 | --top-k 50 | --min-p 0.05]
+    python benchmarks/bench_verify.py [--shapes 1,4 64,7] [--impls fused torch] [--top-p 0.9] [--top-k 50]
     torchrun --nproc-per-node 2 benchmarks/bench_verify.py --impls fused [--top-p 0.9]
 
 By torchrun the vocabulary is spread over the ranks' GPUs, which check that they get the unsharded kernels' tokens; the
@@ -182,9 +182,7 @@ def main() -> int:
     parser.add_argument("--modes", nargs="+", choices=("graph", "eager"), default=["graph"])
     for name, dtype in FILTERS.items():
         option, kind = "--" + name.replace("_", "-"), float if dtype.is_floating_point else int
-        parser.add_argument(
-            "--" + name.replace("_", "-"), type=kind, help="filter the target, here and in the reference"
-        )
+        parser.add_argument(option, type=kind, help="filter the target, here and in the reference")
     parser.add_argument("--results", default=RESULTS, metavar="DIR")
     Budget.argument(parser, 50)
     args = parser.parse_args()
