@@ -204,7 +204,13 @@ void all_gather_matmul(GatherWorkspace& w, const void* x, const void* weight, vo
     p.gathered.x = tensor_map(reinterpret_cast<void*>(w.bases[g.rank]), (g.world - 1) * rows, k, kTileRows, dtype);
     p.gathered.flags = &flags_at(g.rank)->come[0][0];
     p.gathered.rows = static_cast<int>(rows);
-    p.gathered.chunk_rows = tiles_of(tile_rows, kGatherChunks) * kTileRows;
+    // Where the own tiles do not fill the GPU, peers' tiles begin beside them, and would wait for whole rows: their
+    // columns come one part after the other. Else the first rows are there when the own tiles are done. By nothing but
+    // the shapes, on which ranks agree: a sender's chunks are those that the others wait for.
+    const bool by_columns = tile_rows * tiles_of(n, kTileColumns) < kGatherOwnTiles;
+    const int depths = tiles_of(k, kDepth);
+    p.gathered.chunk_rows = (by_columns ? tile_rows : tiles_of(tile_rows, kGatherChunks)) * kTileRows;
+    p.gathered.chunk_depths = by_columns ? std::max(tiles_of(depths, kGatherChunks), kGatherLeastDepths) : depths;
 
     g.order(stream_);
     const cudaStream_t stream = static_cast<cudaStream_t>(stream_), copies = static_cast<cudaStream_t>(w.copies);
@@ -219,14 +225,19 @@ void all_gather_matmul(GatherWorkspace& w, const void* x, const void* weight, vo
     FP_CUDA_CHECK(cudaEventRecord(static_cast<cudaEvent_t>(w.forked), stream));
     FP_CUDA_CHECK(cudaStreamWaitEvent(copies, static_cast<cudaEvent_t>(w.forked), 0));
     const void* const one = reinterpret_cast<const unsigned*>(w.control) + 3;
-    for (std::int64_t first = 0, chunk = 0; first < rows; first += p.gathered.chunk_rows, ++chunk) {
-      const std::int64_t count = std::min<std::int64_t>(p.gathered.chunk_rows, rows - first);
+    const std::int64_t chunk_columns = std::int64_t{1} * p.gathered.chunk_depths * kDepth;
+    const int chunks = std::max(tiles_of(rows, p.gathered.chunk_rows), tiles_of(depths, p.gathered.chunk_depths));
+    for (int chunk = 0; chunk < chunks; ++chunk) {
+      const std::int64_t row = by_columns ? 0 : std::int64_t{1} * chunk * p.gathered.chunk_rows;
+      const std::int64_t column = by_columns ? chunk * chunk_columns : 0, first = (row * k + column) * 2;
+      const std::int64_t height = std::min<std::int64_t>(p.gathered.chunk_rows, rows - row);
+      const std::int64_t width = std::min(chunk_columns, k - column) * 2;
       for (int turn = 1; turn < g.world; ++turn) {
         const int peer = (g.rank + turn) % g.world, index = g.rank - (g.rank > peer);
         unsigned char* const to = reinterpret_cast<unsigned char*>(w.bases[peer]) + index * source_bytes;
         // One after the other on this stream: the flag is copied when the rows are there.
-        FP_CUDA_CHECK(cudaMemcpyAsync(to + first * k * 2, static_cast<const unsigned char*>(x) + first * k * 2,
-                                      count * k * 2, cudaMemcpyDefault, copies));
+        FP_CUDA_CHECK(cudaMemcpy2DAsync(to + first, k * 2, static_cast<const unsigned char*>(x) + first, k * 2, width,
+                                        height, cudaMemcpyDefault, copies));
         FP_CUDA_CHECK(
             cudaMemcpyAsync(&flags_at(peer)->come[g.rank][chunk], one, sizeof(unsigned), cudaMemcpyDefault, copies));
       }

@@ -24,24 +24,31 @@ __device__ __forceinline__ void bring_operands(const Params<T>& p, unsigned char
   for (int i = blockIdx.x; i < tiles; i += gridDim.x) {
     const Tile tile = tile_at(p, i);
     const CUtensorMap* x = &p.x;
-    int x_row = tile.row;
+    int x_row = tile.row, come = p.depths;  // steps along K whose rows of x are there
+    const unsigned* flag = nullptr;
     if (p.gather) {
       const Gathered& g = p.gathered;
       const int rank = p.exchange.rank;
       x_row -= p.first_row[tile.owner];
       if (tile.owner != rank) {
-        // Acquire, then the fence: the rows were written before the flag, and the copy below reads them by another way
-        // than ordinary loads. After a failed wait whatever is there is multiplied, and never used.
-        const unsigned* flag = g.flags + tile.owner * kGatherChunks + x_row / g.chunk_rows;
-        for (unsigned spins = 1; load_acquire_sys(flag) == 0; ++spins) {
-          if (spins % kSpinsPerCheck == 0 && wait_is_over(p.exchange.bound, start, kGatherMatmul, tile.owner, 0)) break;
-        }
-        asm volatile("fence.proxy.async;" ::: "memory");
+        flag = g.flags + tile.owner * kGatherChunks + x_row / g.chunk_rows;
+        come = 0;
         x = &g.x;
         x_row += (tile.owner - (tile.owner > rank)) * g.rows;
       }
     }
     for (int d = 0; d < p.depths; ++d) {
+      if (d == come) {
+        // Acquire, then the fence: the rows were written before the flag, and the copy below reads them by another way
+        // than ordinary loads. After a failed wait whatever is there is multiplied, and never used; later waits end at
+        // once.
+        for (unsigned spins = 1; load_acquire_sys(flag) == 0; ++spins) {
+          if (spins % kSpinsPerCheck == 0 && wait_is_over(p.exchange.bound, start, kGatherMatmul, tile.owner, 0)) break;
+        }
+        asm volatile("fence.proxy.async;" ::: "memory");
+        come += p.gathered.chunk_depths;
+        ++flag;  // of the next columns; where chunks are rows, none is waited for
+      }
       barrier_wait(&empty[stage], parity);
       barrier_expect(&full[stage], kStageBytes);
       unsigned char* to = stages + stage * kStageBytes;

@@ -66,7 +66,9 @@ struct Exchange {
 struct Gathered {
   CUtensorMap x;          // [(world - 1) * rows, K], by source
   const unsigned* flags;  // [world][kGatherChunks]; 1: the chunk of that source is there
-  int rows, chunk_rows;   // of a source
+  int rows;               // of a source
+  // Of a chunk, rows or steps of kDepth along K; of the other it has all.
+  int chunk_rows, chunk_depths;
 };
 
 template <typename T>

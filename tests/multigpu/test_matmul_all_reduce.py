@@ -60,6 +60,7 @@ def shapes(mesh, dtype):
         (127, 256, 128),
         (64, 2880, 2880),
         (130, 512, 136),
+        (256, 1480, 520),  # the gather's columns come in three parts
         (4097, 128, 7168),
     ):
         problem = Problem(group, m, k, n, dtype, seed=m)
@@ -107,7 +108,7 @@ def replays(mesh, count: int):
     """Three layers in one graph, inputs changed in place, ranks delayed at random, other collectives between."""
     group = mesh["tp"]
     use_kernels(group)
-    first, second = Problem(group, 512, 128, 512, torch.bfloat16, 1), Problem(group, 384, 512, 512, torch.bfloat16, 2)
+    first, second = Problem(group, 512, 1600, 512, torch.bfloat16, 1), Problem(group, 384, 512, 512, torch.bfloat16, 2)
     few = Problem(group, 16, 136, 2048, torch.bfloat16, 3)
 
     def body():
