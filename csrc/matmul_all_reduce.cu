@@ -209,8 +209,11 @@ void all_gather_matmul(GatherWorkspace& w, const void* x, const void* weight, vo
     // the shapes, on which ranks agree: a sender's chunks are those that the others wait for.
     const bool by_columns = tile_rows * tiles_of(n, kTileColumns) < kGatherOwnTiles;
     const int depths = tiles_of(k, kDepth);
-    p.gathered.chunk_rows = (by_columns ? tile_rows : tiles_of(tile_rows, kGatherChunks)) * kTileRows;
-    p.gathered.chunk_depths = by_columns ? std::max(tiles_of(depths, kGatherChunks), kGatherLeastDepths) : depths;
+    const auto of_chunk = [](int all, std::int64_t bytes) {  // of `all` of `bytes` bytes each
+      return std::min(all, std::max(tiles_of(all, kGatherChunks), static_cast<int>(kGatherPartBytes / bytes)));
+    };
+    p.gathered.chunk_rows = (by_columns ? tile_rows : of_chunk(tile_rows, kTileRows * k * 2)) * kTileRows;
+    p.gathered.chunk_depths = by_columns ? of_chunk(depths, rows * kDepth * 2) : depths;
 
     g.order(stream_);
     const cudaStream_t stream = static_cast<cudaStream_t>(stream_), copies = static_cast<cudaStream_t>(w.copies);
@@ -236,8 +239,12 @@ void all_gather_matmul(GatherWorkspace& w, const void* x, const void* weight, vo
         const int peer = (g.rank + turn) % g.world, index = g.rank - (g.rank > peer);
         unsigned char* const to = reinterpret_cast<unsigned char*>(w.bases[peer]) + index * source_bytes;
         // One after the other on this stream: the flag is copied when the rows are there.
-        FP_CUDA_CHECK(cudaMemcpy2DAsync(to + first, k * 2, static_cast<const unsigned char*>(x) + first, k * 2, width,
-                                        height, cudaMemcpyDefault, copies));
+        const unsigned char* const from = static_cast<const unsigned char*>(x) + first;
+        if (by_columns) {
+          FP_CUDA_CHECK(cudaMemcpy2DAsync(to + first, k * 2, from, k * 2, width, height, cudaMemcpyDefault, copies));
+        } else {
+          FP_CUDA_CHECK(cudaMemcpyAsync(to + first, from, width * height, cudaMemcpyDefault, copies));
+        }
         FP_CUDA_CHECK(
             cudaMemcpyAsync(&flags_at(peer)->come[g.rank][chunk], one, sizeof(unsigned), cudaMemcpyDefault, copies));
       }

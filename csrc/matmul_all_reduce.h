@@ -10,9 +10,11 @@ namespace fp {
 
 constexpr int kTileRows = 128, kTileColumns = 256;
 constexpr std::int64_t kTileBytes = kTileRows * kTileColumns * 2;
-constexpr int kGatherChunks = 8;        // parts, at most, that a rank's rows are sent in
-constexpr int kGatherOwnTiles = 128;    // tiles of its own rows from which a rank sends parts of whole rows
-constexpr int kGatherLeastDepths = 16;  // steps along K of a part: copies of less than 2 KB a row are slow
+// Parts that a rank's rows are sent in: so many at most, of so many bytes at least, as each and its flag take some 5 us
+// beside what the link needs.
+constexpr int kGatherChunks = 8;
+constexpr std::int64_t kGatherPartBytes = 1 << 20;
+constexpr int kGatherOwnTiles = 128;  // tiles of its own rows from which a rank sends parts of whole rows
 
 // One rank's view of the memory that tiles travel through: on every rank, at `bases`, matmul_workspace_bytes(tiles)
 // bytes of symmetric memory, zeros at first. `control`: 8 bytes of this rank's own device memory, zeros. Waits are
