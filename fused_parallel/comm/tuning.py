@@ -77,7 +77,7 @@ def default_table(world: int) -> Table:
         "matmul_all_reduce_add_rms_norm": [(2 * _MB, DECODE), (None, WHOLE)],
         "matmul_reduce_scatter": [(6 * _MB, WHOLE), (None, PERSISTENT)],
         "all_gather": [(None, ONE)],
-        "all_gather_matmul": [(4 * _MB, WHOLE), (None, TALL)],
+        "all_gather_matmul": [(3 * _MB, WHOLE), (None, TALL)],
     }
 
 
