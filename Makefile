@@ -19,7 +19,7 @@ test: $(ENVIRONMENT)
 gpu-test: $(ENVIRONMENT)
 	@$(python) -c 'import sys, torch; torch.cuda.is_available() or sys.exit("make gpu-test: torch sees no CUDA device")'
 	@failed=; $(python) -m pytest tests/gpu $(call workers,torch.cuda.device_count(),load) || failed=tests/gpu; \
-		$(python) -m pytest tests/multigpu || failed="$$failed tests/multigpu"; \
+		$(python) -m pytest tests/gpu tests/multigpu -m multigpu || failed="$$failed multigpu"; \
 		test -z "$$failed" || { echo "make gpu-test: failed: $$failed" >&2; exit 1; }
 
 bench: $(ENVIRONMENT)

@@ -45,10 +45,8 @@ def test_host_device_is_plausible(profile):
         assert 0.5 < first[key] < 500
 
 
+@pytest.mark.multigpu
 def test_links(profile):
-    count = torch.cuda.device_count()
-    if count < 2:
-        pytest.skip("one GPU")
     directions = [p["direction"] for p in profile["peer_copies"] if p["dst"] in (0, 1) and p["src"] in (0, 1)]
     assert directions == ["one_way", "one_way", "both_ways"]
     assert all(1 < p["beta_gb_per_s"] < 2000 for p in profile["peer_copies"])
