@@ -9,8 +9,8 @@ Rows, microseconds a new token of each sequence, whole runs of `--tokens` tokens
 
     plain             without a draft; measured before and after the others of its batch
     chain             k drafted tokens a round
-    adaptive          num_draft_tokens="auto", its learning included; in graphs on tp only, captures left out. One run
-                      before it is not counted: what lengths need at first use is no part of decoding
+    adaptive          num_draft_tokens="auto", its learning included, captures left out. One run before it is not
+                      counted: what lengths need at first use is no part of decoding
     predicted_only    what the parts below, each measured alone, predict for the chain's rounds, and for the adaptive's
     target_only, draft_only, verify_only
                       parts, microseconds a round: the target's pass of k + 1 tokens, k of the draft's, verification
@@ -186,13 +186,11 @@ class Case:
 
     def run(self, mode: str) -> None:
         arguments, say = self.arguments, self.bench.say
-        automatic = mode == "eager" or self.target.pp_group.size() == 1
-        lengths = sorted({0, *arguments.k} | ({1, LENGTHS[-1]} if automatic else set()))
+        lengths = sorted({0, 1, *arguments.k, LENGTHS[-1]})
         for k in sorted({*LENGTHS, *lengths} if mode == "eager" else lengths):  # what is made at first use
             self.generate(k, mode, k + 3)
-        if automatic:
-            with forced_acceptance(arguments.acceptance[0], seed=arguments.seed):
-                self.generate("auto", mode, arguments.tokens)
+        with forced_acceptance(arguments.acceptance[0], seed=arguments.seed):
+            self.generate("auto", mode, arguments.tokens)
         of = {k: self.costs(k, mode) for k in lengths}
         self.run_plain(mode)
         self.loop[mode] = max(0.0, self.plain[mode][0] - of[0].round)  # below: noise of a busy machine
@@ -200,7 +198,7 @@ class Case:
         adaptive: dict[float, float] = {}
         for acceptance in arguments.acceptance:
             with forced_acceptance(acceptance, seed=arguments.seed):
-                for k in (*arguments.k, *(("auto",) if automatic else ())):
+                for k in (*arguments.k, "auto"):
                     stats = self.generate(k, mode, arguments.tokens)
                     impl = "adaptive" if k == "auto" else "chain"
                     us = self.write(impl, mode, [self.us_a_token(stats)], k, acceptance)

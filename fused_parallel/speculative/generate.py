@@ -182,9 +182,9 @@ def generate(
             prompt i uses seed + i.
         eos_token_id: token(s) that end a sequence; default: the model's configuration.
         cuda_graph: capture a whole round (draft, model, verification) once and replay it, each pipeline stage its own
-            part, of each micro-batch: GPUs only, stages on one host. With num_draft_tokens="auto", on one stage only,
-            each length or tree is captured when it is first chosen. The tokens are the same; stats then do not know the
-            time spent in communication, and count captures as prefill (of micro-batches: as decoding).
+            part, of each micro-batch: GPUs only, stages on one host. With num_draft_tokens="auto" each length or tree
+            is captured when it is first chosen, by all stages. The tokens are the same; stats then do not know the time
+            spent in communication, and count captures as prefill (of micro-batches: as decoding).
         microbatches: parts of the batch that are decoded in turn, so that the stages of a pipeline work at once: about
             as many as stages, or more; at most 8, and one prompt each at least. Needs a fixed num_draft_tokens, and
             with offloaded layers cuda_graph=False.
@@ -210,11 +210,6 @@ def generate(
         treeless = not model.offloaded or draft == "ngram" or method != "rejection"
         trees = [] if treeless else offloaded_trees(model.config.vocab_size)
         adaptive = AdaptiveLength(LENGTHS_OFFLOADED if model.offloaded else LENGTHS, trees)
-    if cuda_graph and adaptive is not None and model.pp_group.size() > 1:
-        raise ValueError(
-            'generate: num_draft_tokens="auto" of a model in pipeline stages needs cuda_graph=False: a captured '
-            "message keeps its slot, so rounds of several lengths would have to be captured ahead"
-        )
     tree = _tree_of(num_draft_tokens, draft, method, microbatches, model.config.vocab_size)
     k = 0 if draft is None else adaptive.most if adaptive is not None else num_draft_tokens
     k = k if tree is None else tree.nodes

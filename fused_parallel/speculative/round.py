@@ -102,6 +102,8 @@ class Round:
         self.tp, self.pp = model.tp_group, model.pp_group
         self.is_last = self.pp.rank() == self.pp.size() - 1
         self.cache = model.make_cache(batch, capacity)
+        # Whether a round without a draft is one that the draft must take in later; on every rank, as all capture alike.
+        self._misses = draft is not None and draft != "ngram"
         self.drafter: ModelDraft | NgramDraft | None = None
         if draft is not None and self.is_last:
             self.drafter = NgramDraft() if draft == "ngram" else ModelDraft(draft, batch, capacity)
@@ -172,8 +174,9 @@ class Round:
         return replay is not None
 
     def _kind(self) -> tuple[int | PlacedTree, int]:
-        """What the shapes within the next round follow from."""
-        return self.tree or self.k, self.missed if self.k and isinstance(self.drafter, ModelDraft) else 0
+        """What the shapes within the next round follow from; the same on every rank, though the draft is the last
+        stage's: messages of a captured round keep the slots that both ends count for them."""
+        return self.tree or self.k, self.missed if self.k and self._misses else 0
 
     def wants_capture(self) -> bool:
         """Whether `capture` would."""
@@ -187,7 +190,8 @@ class Round:
         """The draft takes in what was decoded without it, so that the next round is one like many; waits for it."""
         if not self.must_catch_up():
             return
-        self.drafter.catch_up(self.history, self.cache.lens, self.missed)
+        if self.drafter is not None:
+            self.drafter.catch_up(self.history, self.cache.lens, self.missed)
         self.missed = 0
         if self.step.is_cuda:
             torch.cuda.synchronize()

@@ -194,15 +194,19 @@ def generated_in_turn(mesh, path, draft_path, prompts, max_new_tokens, shapes, *
 def generated_by_kept_rounds(mesh, path, draft_path, prompts, max_new_tokens, lengths, most, **options):
     """As `generated` with captured rounds of the given lengths (`drafts_in_turn`), and a stand-in for CUDA graphs that
     keeps the captured work to run it when it is replayed. Gives the tokens, the statistics, which rounds were captured
-    (how many tokens, and what was missed before) and how many replayed."""
+    (how many tokens, and what was missed before) and how many replayed; its stage, and of every other stage the
+    messages sent to it and received from it before each capture."""
     from fused_parallel.speculative import round as module
 
-    captured, replayed = [], 0
+    captured, counts, replayed = [], [], 0
     usual = module._warmed_graph_of, module.MOST_GRAPHS
 
     def warmed_graph_of(work, pool, side):
         shape, missed = rounds[-1]._kind()
         captured.append((shape if isinstance(shape, int) else shape.tree.nodes, missed))
+        links = rounds[-1].model.stage.links
+        if links is not None:
+            counts.append({peer: (c._sent, c._received) for peer, c in links.channels.items()})
         work()
 
         def replay():
@@ -229,7 +233,7 @@ def generated_by_kept_rounds(mesh, path, draft_path, prompts, max_new_tokens, le
     finally:
         module._warmed_graph_of, module.MOST_GRAPHS = usual
         generate.Round, generate.on_gpus = own
-    return tokens, stats, captured, replayed
+    return tokens, stats, captured, replayed, mesh.get_local_rank("pp"), counts
 
 
 def offloaded(mesh, path, draft_path, offload, **options):

@@ -123,7 +123,7 @@ def test_captured_rounds_of_trees_give_the_same_tokens(pair, tp):
     ((expected, _),) = run_ranks(ranks.generated, 1, path, None, PROMPTS, NEW)
     args = path, draft, PROMPTS, NEW, (4, -1, 0, -5, -1, -2, 0, 4), 24
     options = {"tp": tp, "num_draft_tokens": "auto", "offload": fp.Offload()}
-    for tokens, stats, captured, replayed in run_ranks(ranks.generated_by_kept_rounds, tp, *args, **options):
+    for tokens, stats, captured, replayed, *_ in run_ranks(ranks.generated_by_kept_rounds, tp, *args, **options):
         assert tokens == expected and len(stats["rounds_by_tree"]) == 3
         assert captured[:7] == [(4, 0), (15, 0), (0, 0), (63, 1), (31, 0), (4, 1)][: len(captured)] + captured[6:7]
         assert replayed >= stats["rounds"] + len(captured)

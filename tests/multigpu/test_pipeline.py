@@ -41,8 +41,9 @@ def expected():
         {"microbatches": 4},
         {"microbatches": 2, "cuda_graph": True},
         {"microbatches": 4, "cuda_graph": True},
+        {"num_draft_tokens": "auto", "cuda_graph": True},
     ],
-    ids=["eager", "graph", "2 micro-batches", "4 micro-batches", "2 in graphs", "4 in graphs"],
+    ids=["eager", "graph", "2 micro-batches", "4 micro-batches", "2 in graphs", "4 in graphs", "auto in graphs"],
 )
 def test_two_stages_give_the_same_tokens(expected, draft, options):
     for tokens, transports in run_ranks(generated, 2, draft, device="cuda", pp=2, **options):
