@@ -30,6 +30,7 @@ struct Source {  // in shared memory
   int first;                 // id of the row's column 0, for the noise; all else counts columns
   int excluded;              // a token of weight 0, or -1
   bool rest;                 // draw from max(2^log2_scale p - q, 0), else from p
+  int request, split;        // of the CTA: here, as registers are short while it scans
 
   __device__ __forceinline__ void set_bounds() {
     constexpr float kLog2Margin = kMargin * static_cast<float>(kLog2E);
@@ -279,8 +280,7 @@ __device__ void scan(const Source<TT, TD>& s, int tile, const int end, Best& bes
 // The request's results, once its last token is known; with shards it is not, and 0 stands in its place until the
 // ranks' winners are compared. By the whole CTA.
 template <typename TT, bool kPrepared>
-__device__ __forceinline__ void write_results(const Params& p, int b, const Request& request, const Decision& d,
-                                              int last) {
+__device__ __forceinline__ void write_results(const Params& p, int b, double scale, const Decision& d, int last) {
   const std::int64_t row = static_cast<std::int64_t>(b) * (p.k + 1);
   const int i = threadIdx.x;
   if (i == 0 && p.num_accepted != nullptr) p.num_accepted[b] = d.accepted;
@@ -290,7 +290,7 @@ __device__ __forceinline__ void write_results(const Params& p, int b, const Requ
   double logprob = 0.0;
   if (i < d.accepted) logprob = d.log2_tokens[i];
   if (i == d.accepted && !(kPrepared && p.world > 1)) {
-    logprob = log2_probability(d.target[i], request.scale, target_row<TT>(p, b, i).at(last));
+    logprob = log2_probability(d.target[i], scale, target_row<TT>(p, b, i).at(last));
   }
   p.logprobs[row + i] = static_cast<float>(logprob * 0.6931471805599453);
 }
@@ -316,7 +316,7 @@ __device__ void draw_cta(const Params& p, int cta, Decision& d) {
   decide<kPrepared>(p, b, request, draft, d);
   if (request.greedy) {
     __syncthreads();
-    write_results<TT, kPrepared>(p, b, request, d, sharded ? 0 : d.target[d.accepted].argmax);
+    write_results<TT, kPrepared>(p, b, request.scale, d, sharded ? 0 : d.target[d.accepted].argmax);
     return;
   }
   if (threadIdx.x == 0) {
@@ -340,6 +340,8 @@ __device__ void draw_cta(const Params& p, int cta, Decision& d) {
       // Vectors from a column within a group are not aligned.
       if (p.first % kNoiseGroup != 0) source.p.aligned = source.q.aligned = false;
     }
+    source.request = b;
+    source.split = split;
     source.set_bounds();
   }
   __syncthreads();
@@ -351,7 +353,7 @@ __device__ void draw_cta(const Params& p, int cta, Decision& d) {
   for (;;) {
     scan<kPrepared>(source, tile, end, best);
     if (otherwise) break;
-    if (!best_of_splits(p, b, split, best, score)) return;
+    if (!best_of_splits(p, source.request, source.split, best, score)) return;
     otherwise = best.token == INT_MAX && d.accepted < d.drafts && !(sharded && d.certain);
     if (!otherwise) break;
     // A residual without any weight, which rounding alone can leave: the target itself, by this CTA. With shards, also
@@ -368,13 +370,13 @@ __device__ void draw_cta(const Params& p, int cta, Decision& d) {
     tile = 0, end = tiles;
   }
   __syncthreads();
-  write_results<TT, kPrepared>(p, b, request, d, sharded || best.token == INT_MAX ? 0 : best.token);
+  write_results<TT, kPrepared>(p, source.request, source.scale, d, sharded || best.token == INT_MAX ? 0 : best.token);
   if (sharded && threadIdx.x == 0) {
     Winner w = {0, 0, -INFINITY, otherwise};
     if (best.token != INT_MAX) {
       w = {ordered(score(best.token)), best.token + p.first, source.p.at(best.token), otherwise};
     }
-    p.winners[b] = w;
+    p.winners[source.request] = w;
   }
 }
 
