@@ -204,10 +204,11 @@ void all_gather_matmul(GatherWorkspace& w, const void* x, const void* weight, vo
     p.gathered.x = tensor_map(reinterpret_cast<void*>(w.bases[g.rank]), (g.world - 1) * rows, k, kTileRows, dtype);
     p.gathered.flags = &flags_at(g.rank)->come[0][0];
     p.gathered.rows = static_cast<int>(rows);
-    // Where the own tiles do not fill the GPU, peers' tiles begin beside them, and would wait for whole rows: their
-    // columns come one part after the other. Else the first rows are there when the own tiles are done. By nothing but
-    // the shapes, on which ranks agree: a sender's chunks are those that the others wait for.
-    const bool by_columns = tile_rows * tiles_of(n, kTileColumns) < kGatherOwnTiles;
+    // Of few rows the own tiles may not fill the GPU: peers' tiles begin beside them, and would wait for whole rows, so
+    // their columns come one part after the other. Else the first rows are there when the own tiles are done. A rank
+    // waits for the parts that its peers send, so nothing counts here but what all have alike: not the rows of the
+    // weight, which differ where heads do not divide evenly, nor the number of multiprocessors.
+    const bool by_columns = rows * (g.world - 1) <= kGatherFewRows;
     const int depths = tiles_of(k, kDepth);
     const auto of_chunk = [](int all, std::int64_t bytes) {  // of `all` of `bytes` bytes each
       return std::min(all, std::max(tiles_of(all, kGatherChunks), static_cast<int>(kGatherPartBytes / bytes)));

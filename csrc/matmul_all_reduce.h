@@ -14,7 +14,9 @@ constexpr std::int64_t kTileBytes = kTileRows * kTileColumns * 2;
 // beside what the link needs.
 constexpr int kGatherChunks = 8;
 constexpr std::int64_t kGatherPartBytes = 1 << 20;
-constexpr int kGatherOwnTiles = 128;  // tiles of its own rows from which a rank sends parts of whole rows
+// Rows of all peers together up to which the parts are columns: a third of what comes while one tile is multiplied, so
+// that tiles of a later wave find all there. (A tile takes 8.7 ns a column, in which the link brings 1500 rows of it.)
+constexpr int kGatherFewRows = 512;
 
 // One rank's view of the memory that tiles travel through: on every rank, at `bases`, matmul_workspace_bytes(tiles)
 // bytes of symmetric memory, zeros at first. `control`: 8 bytes of this rank's own device memory, zeros. Waits are
