@@ -129,7 +129,9 @@ def test_defaults_by_the_shapes_that_were_measured():
     """benchmarks/results: what wins, of H200 and H100, in bf16."""
 
     def suits(op: str, m: int, k: int, n: int) -> str:
-        choice = tuning.choose(tuning.default_table(2), op, 2 * m * (k if op == "all_gather_matmul" else n))
+        # The payload: a rank's rows of the input, or the result.
+        payload = 2 * (m // 2) * k if op == "all_gather_matmul" else 2 * m * n
+        choice = tuning.choose(tuning.default_table(2), op, payload)
         return choice.algorithm if choice.suits(m, k, n) else "whole"
 
     for m, k, n, best in (
@@ -138,6 +140,9 @@ def test_defaults_by_the_shapes_that_were_measured():
         (2048, 2048, 4096, "persistent"),
     ):  # fmt: skip
         assert suits("matmul_all_reduce", m, k, n) == best, (m, k, n)
-    assert suits("all_gather_matmul", 512, 14336, 8192) == "whole"
-    assert suits("all_gather_matmul", 2048, 14336, 8192) == "persistent"
+    for m, k, n, best in (
+        (512, 14336, 8192, "whole"), (1024, 2048, 4096, "whole"), (1024, 7168, 4096, "persistent"),
+        (1024, 4096, 8192, "persistent"), (2048, 14336, 8192, "persistent"),
+    ):  # fmt: skip
+        assert suits("all_gather_matmul", m, k, n) == best, (m, k, n)
     assert suits("matmul_reduce_scatter", 512, 14336, 8192) == "persistent"

@@ -138,8 +138,8 @@ def test_calls_of_other_shapes_do_not_mix(late, seed):
 class VirtualGathers(VirtualRanks):
     """VirtualRanks with the memory that rows are gathered in."""
 
-    def __init__(self, world: int, timeout_seconds: float = 20.0, room: int = 4 << 20):
-        super().__init__(world, timeout_seconds=timeout_seconds)
+    def __init__(self, world: int, timeout_seconds=20.0, room: int = 4 << 20, max_threads: int | None = None):
+        super().__init__(world, timeout_seconds=timeout_seconds, max_threads=max_threads)
         size = _ext.extension().gather_workspace_bytes(room)
         self.gathered = [torch.zeros(size, dtype=torch.uint8, device=self.device) for _ in range(world)]
         self.controls = [torch.tensor([0, 0, 0, 1], dtype=torch.int32, device=self.device) for _ in range(world)]
@@ -163,13 +163,16 @@ class VirtualGathers(VirtualRanks):
         )
 
 
+@pytest.mark.parametrize("ctas", [None, 3])
 @pytest.mark.parametrize("world", [2, 3, 4])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_all_gather_matmul(world, dtype, seed):
-    """Calls of changing shapes, one after the other without waiting, ranks delayed, eager and as replays of a graph."""
-    ranks = VirtualGathers(world)
-    # Few tiles: SMs are left for copies. The columns of the last come in two parts.
-    shapes = [(256, 512, 512), (1, 64, 264), (130, 72, 520), (300, 1992, 256)]
+def test_all_gather_matmul(world, dtype, ctas, seed):
+    """Calls of changing shapes, one after the other without waiting, ranks delayed, eager and as replays of a graph; a
+    tile for each CTA, and several."""
+    ranks = VirtualGathers(world, max_threads=ctas and ctas * 512)
+    # Few tiles: SMs are left for copies. Two parts of columns in the second of all worlds, in the last of two ranks; of
+    # more it has two parts of rows.
+    shapes = [(256, 512, 512), (170, 4040, 264), (1, 64, 264), (130, 72, 520), (300, 1992, 256)]
     problems = []
     for rows, k, n in shapes:
         xs, _ = operands(world, rows, k, 8, dtype)
@@ -204,9 +207,11 @@ def test_all_gather_matmul(world, dtype, seed):
     ranks.check()
 
 
-def test_gather_names_the_missing_rank():
+@pytest.mark.parametrize("k", [64, 15000])
+def test_gather_names_the_missing_rank(k):
+    """Within one timeout, with one part to wait for and with four."""
     ranks = VirtualGathers(2, timeout_seconds=0.5)
-    xs, ws = operands(2, 128, 64, 128, torch.bfloat16)
+    xs, ws = operands(2, 128, k, 128, torch.bfloat16)
     out = torch.empty(256, 128, device="cuda", dtype=torch.bfloat16)
     torch.cuda.synchronize()
     begin = time.monotonic()

@@ -61,6 +61,7 @@ def shapes(mesh, dtype):
         (64, 2880, 2880),
         (130, 512, 136),
         (768, 2000, 520),  # the gather's columns come in three parts
+        (1024, 1060, 8704),  # so they do where the own tiles are more than one for each multiprocessor
         (4097, 128, 7168),
     ):
         problem = Problem(group, m, k, n, dtype, seed=m)
