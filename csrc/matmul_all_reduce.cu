@@ -236,11 +236,11 @@ void all_gather_matmul(GatherWorkspace& w, const void* x, const void* weight, vo
       const std::int64_t column = by_columns ? chunk * chunk_columns : 0, first = (row * k + column) * 2;
       const std::int64_t height = std::min<std::int64_t>(p.gathered.chunk_rows, rows - row);
       const std::int64_t width = std::min(chunk_columns, k - column) * 2;
+      const unsigned char* const from = static_cast<const unsigned char*>(x) + first;
       for (int turn = 1; turn < g.world; ++turn) {
         const int peer = (g.rank + turn) % g.world, index = g.rank - (g.rank > peer);
         unsigned char* const to = reinterpret_cast<unsigned char*>(w.bases[peer]) + index * source_bytes;
-        // One after the other on this stream: the flag is copied when the rows are there.
-        const unsigned char* const from = static_cast<const unsigned char*>(x) + first;
+        // One after the other on this stream: the flag is copied when the part is there.
         if (by_columns) {
           FP_CUDA_CHECK(cudaMemcpy2DAsync(to + first, k * 2, from, k * 2, width, height, cudaMemcpyDefault, copies));
         } else {
