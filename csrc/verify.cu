@@ -29,6 +29,8 @@ using namespace verify_detail;
 
 constexpr int kDrawsPerMultiprocessor = 3;    // CTAs that fit, by their registers
 constexpr int kFiltersPerMultiprocessor = 5;  // CTAs that fit, by their shared memory
+static_assert((sizeof(FilterShared) + 16 + 127) / 128 * 128 + 1024 <= 228 * 1024 / kFiltersPerMultiprocessor,
+              "a filter's shared memory, in units of 128 bytes, and what a CTA takes beside");
 constexpr int kFilterClusters = 4;            // CTAs a multiprocessor up to which clusters of them grow
 constexpr int kMostFilterCluster = 8;         // the largest that every Hopper GPU runs
 constexpr int kFilterPartBytes = 128 * 1024;  // of a row, up to which a CTA's lists have room for a fifth of it
@@ -63,7 +65,6 @@ __global__ void __launch_bounds__(kFilterThreads, kSharded ? 4 : kFiltersPerMult
     filter_shards<TT, TD>(p, shared);
   } else {
     dependency_trigger();
-    dependency_wait();
     filter_whole<TT, TD>(p, shared);
   }
 }

@@ -219,7 +219,7 @@ __device__ __forceinline__ unsigned select(Sum what, unsigned least, Goal&& goal
   for (;;) {
     if (!sum_by_weight(what, all_known ? sh.weight.least_above(cut) : sh.from.logit, cut, !all_known, rounds, sh))
       return kNoKey;
-    if (threadIdx.x < 32) choose_bin(sh, what, goal(), all_known ? exp2(sh.row.log2_sum + 23.0) : 0.0);
+    if (threadIdx.x < 32) choose_bin(sh, what, goal(), all_known ? sh.mass * 0x1p23 : 0.0);
     __syncthreads();
     if (!all_known || !sh.none || cut == kTail) break;  // the same in all threads, as below
     cut = kTail;

@@ -29,10 +29,10 @@ template <typename T>
 constexpr int kEmptyBits = std::is_same_v<T, float>    ? 0
                            : std::is_same_v<T, __half> ? 13
                                                        : 16;
-// By weight twice, of the tail by weight, and one for each 8 bits of the order; for top-k and for top-p; and the sum of
-// what is kept.
+// By value (or none); by weight twice, of the tail by weight, and one for each 8 bits of the order, for top-k and for
+// top-p; and the sum of what is kept.
 template <typename T>
-constexpr int kRounds = 2 * (3 + (32 - kEmptyBits<T> + 7) / 8) + 1;
+constexpr int kRounds = 1 + 2 * (3 + (32 - kEmptyBits<T> + 7) / 8) + 1;
 template <typename T>
 constexpr int kRowBytes = kRounds<T> * kBinVectors * 16;  // of each slot that a row fills, at most
 
@@ -60,8 +60,12 @@ struct FilterShared {
   unsigned char listed[kFilterThreads];       // vectors of them
   float listed_from;                          // the lists have all logits of the CTA's part from this on
   Call call;                                  // of the exchange; here it takes no registers
-  // Of the row; here they take no registers either.
+  // Of the request and the row; here they take no registers either.
+  std::int64_t top_k;
+  float top_p, min_p;
   Normaliser row;
+  double mass;   // of all of it, in units of the greatest weight
+  float likely;  // the least logit that is likely to matter
   float logit;
   const void* logits;
   Prepared* prepared;
@@ -83,6 +87,9 @@ struct FilterShared {
   int exponent;  // of the interval's unit
   bool none;     // less than wanted
   double kept;   // of mass, in units of the greatest weight
+
+  __device__ __forceinline__ bool cuts_mass() const { return top_p > 0.0f && top_p < 1.0f; }
+  __device__ __forceinline__ bool searches() const { return top_k > 0 || cuts_mass(); }
 };
 
 // Order-preserving, in as many bits as the type's values differ in; -0 as +0. And back, to a value of the type.
@@ -167,8 +174,8 @@ constexpr unsigned long long kNeverCame = ~0ull;
 // Two bins a thread, over all ranks; kNeverCame after a failed wait.
 __device__ __noinline__ ulonglong2 bins_of_ranks(const ExchangeParams& p, const Call& call, int place,
                                                  unsigned long long a, unsigned long long b) {
-  // 62 bits each, in halves of 31: a word whose uppermost bit is never set is not the sentinel. Sums are below 2^53:
-  // 2^30 tokens of at most 2^23.
+  // 62 bits each, in halves of 31: a word whose uppermost bit is never set is not the sentinel. Sums are below 2^53,
+  // 2^30 tokens of at most 2^23, and pairs of counts below 2^62.
   constexpr unsigned kHalf = 0x7fffffffu;
   const uint4 mine = make_uint4(static_cast<unsigned>(a) & kHalf, static_cast<unsigned>(a >> 31),
                                 static_cast<unsigned>(b) & kHalf, static_cast<unsigned>(b >> 31));

@@ -135,6 +135,19 @@ class HostExtension:
         )  # fmt: skip
         return found[:count], listed_from.value
 
+    def selected(self, row, aligned, scale, mass, likely, top_k, top_p, min_p) -> tuple[float, float] | None:
+        """The least logit that filters keep of a row in bfloat16, and the mass it keeps in units of the greatest
+        weight, by counting values; None if it is further down. `likely`: the least that is listed beforehand, `mass`:
+        of the whole row, `min_p`: as the least logit that it keeps, -inf for none."""
+        least, kept, f = ctypes.c_float(), ctypes.c_double(), ctypes.c_float
+        found = self.library.selected(
+            ctypes.c_void_p(row.data_ptr()), row.numel(), int(aligned), f(row.nan_to_num(-torch.inf).max()), f(scale),
+            ctypes.c_double(mass), f(likely), ctypes.c_int64(top_k), f(top_p), f(min_p), ctypes.byref(least),
+            ctypes.byref(kept),
+        )  # fmt: skip
+        assert found >= 0, "sums are left behind"
+        return (least.value, kept.value) if found else None
+
     def beyond(self, arguments) -> tuple[torch.Tensor, int]:
         """Block verification's sums Z of chunks, float64 [B, k, chunks] (of row 0 and of rows that do not matter: any
         content), after a float32 call; and over how many CTAs a row was spread."""

@@ -6,12 +6,15 @@ import pytest
 import torch
 from _verify_host import (
     FILTERS,
+    SETS,
     arguments,
     check,
     make_case,
     prepared,
     run_whole,
+    same_on_all_ranks,
 )
+from _verify_host import shards as cut_into_shards
 
 from fused_parallel.ops import _verify_kernel as kernel
 from fused_parallel.reference.filters import target_weights
@@ -177,6 +180,93 @@ def test_lists_have_what_they_are_asked_for(seed, extension, dtype, aligned):
                 seen.add((kind, math.isinf(listed_from)))
     assert {(k, False) for k in ("few", "exact", "special", "none")} <= seen
     assert {("half", True), ("beyond", True), ("flat", True)} <= seen
+
+
+VALUES = 512  # of csrc/verify_values.cuh: from the greatest logit down so many are counted
+
+
+def neighbours(value, count):
+    """The bfloat16 `count` places below `value`, in the order of numbers, -0 left out."""
+    key = torch.tensor(value, dtype=torch.bfloat16).view(torch.int16).int()
+    order = (key if key >= 0 else -32768 - key) - count
+    return (order if order >= 0 else -32768 - order).to(torch.int16).view(torch.bfloat16).item()
+
+
+@pytest.mark.parametrize("spread", ["normal", "flat", "around zero", "negative", "equal", "spike", "nan"])
+def test_values_counted_one_by_one(seed, extension, spread):
+    """top-k, top-p and min-p of rows in bfloat16, by one count of each value, in float64; and where that is not enough
+    it says so. Aligned rows and others, lists that suffice and not."""
+    width, seen = 5 * 2048 + 3, {"found": 0, "further down": 0}
+    rows = {"normal": (9.0, 3.0), "flat": (8.0, 0.02), "around zero": (0.0, 1.0), "negative": (-9.0, 1.0)}
+    shift, size = rows.get(spread, (5.0, 3.0))
+    for turn in range(24):
+        x = shift + size * torch.randn(width)
+        if spread == "equal":
+            x[:] = 1.25
+        elif spread == "spike":
+            x[turn * 100] = x.max() + [0.5, 8.0][turn % 2]
+        elif spread == "nan":
+            x[::3], x[1::5] = math.nan, -math.inf
+        x = x.bfloat16()
+        scale = torch.tensor([1.0, 0.7, 2.5][turn % 3] * math.log2(math.e)).item()
+        clean = x.float().nan_to_num(-math.inf).double()
+        top = clean.max().item()
+        weights = ((clean - top) * scale).exp2()
+        whole = weights.sum().item()
+        likely = clean.topk(width // 20).values[-1].item() if turn % 4 else -torch.finfo(torch.float32).max
+        top_k = [0, 1, 40, width // 10, width][turn % 5]
+        top_p = [0.0, 0.3, 0.9, 0.99999, 1e-6, 1.0, 0.6][turn % 7]
+        min_p = [-math.inf, top - 2.0, top][turn % 3]
+        if top_k == 0 and not 0 < top_p < 1:
+            min_p = torch.tensor(top - 0.5).bfloat16().item()
+            likely = min_p
+        elif min_p > -math.inf:
+            min_p = torch.tensor(min_p).bfloat16().item()
+        counted = clean >= max(likely, neighbours(top, VALUES - 1))
+        least = -math.inf
+        if top_k:
+            values = clean[counted].sort(descending=True).values
+            least = values[top_k - 1].item() if len(values) >= top_k else math.nan
+        if 0 < top_p < 1 and not math.isnan(least):
+            values = clean[counted & (clean >= least)].sort(descending=True).values.unique_consecutive()
+            down_to = torch.stack([weights[clean >= v].sum() for v in values])
+            goal = torch.tensor(top_p, dtype=torch.float32).double() * (down_to[-1] if top_k else whole)
+            assert ((down_to / goal - 1).abs() > 3e-6).all(), "a near tie: another seed"
+            least = values[(down_to < goal).sum()].item() if down_to[-1] >= goal else math.nan
+        got = extension.selected(x, turn % 2, scale, whole, likely, top_k, top_p, min_p)
+        seen["further down" if got is None else "found"] += 1
+        if math.isnan(least) or (top_k == 0 and not 0 < top_p < 1 and min_p < neighbours(top, VALUES - 1)):
+            assert got is None, turn
+            continue
+        least = max(least, min_p)
+        assert got is not None and got[0] == least, (turn, got, least)
+        assert abs(got[1] / weights[clean >= least].sum().item() - 1) < 1e-6
+    if spread != "around zero":
+        assert seen["found"] > 4
+    if spread not in ("spike", "equal"):
+        assert seen["further down"] > 2
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+@pytest.mark.parametrize("which", ["top_k", "top_p", "min_p", "all"])
+def test_counting_values_keeps_what_rounds_keep(seed, extension, which, shards):
+    """The same logits in bfloat16, whose values are counted, and in float32, which are not: the same tokens."""
+    batch, vocab = 40, 6000
+    c = make_case(batch, 2, vocab, SETS[which], mixed=False)
+    for name in ("target_logits", "draft_logits"):
+        c[name] = (c[name] * 3).bfloat16()
+    wide = {**c, **{name: c[name].float() for name in ("target_logits", "draft_logits")}}
+    both = []
+    for case in (c, wide):
+        if shards == 1:
+            both.append(run_whole(case, "rejection", vocab))
+        else:
+            calls = cut_into_shards(case, shards, vocab, "rejection")
+            extension.verify_ranks([extension.arguments(*call.arguments(kernel.ALL)) for call in calls])
+            both.append(same_on_all_ranks(calls))
+    assert torch.equal(both[0][0], both[1][0]) and torch.equal(both[0][1], both[1][1])
+    torch.testing.assert_close(both[0][2], both[1][2], rtol=2e-6, atol=2e-5)
+    check(c, both[0], "rejection", vocab)
 
 
 @pytest.mark.parametrize("spread", SPREADS)

@@ -71,6 +71,46 @@ void gathering_kernel(const Gathering g) {
   if (threadIdx.x == 0) *g.listed_from = sh.listed_from;
 }
 
+// A row in bf16 whose filters are looked for among its greatest values, by one CTA.
+struct Selection {
+  ExchangeParams p;
+  const void* row;
+  float maximum, scale, top_p, likely, min_p;
+  double mass;
+  std::int64_t top_k;
+  float* least;
+  double* kept;
+  int* found;
+};
+
+void selection_kernel(const Selection s) {
+  __shared__ FilterShared sh;
+  clear_sums(sh);
+  if (threadIdx.x == 0) {
+    sh.logits = s.row;
+    sh.begin = 0;
+    sh.end = s.p.width;
+    sh.weight = {s.maximum, s.scale};
+    sh.mass = s.mass;
+    sh.top_k = s.top_k;
+    sh.top_p = s.top_p;
+    sh.min_p = s.min_p > -INFINITY;
+    sh.key_of_min_p = sh.min_p > 0 ? order_key<__nv_bfloat16>(s.min_p) : 0;
+    sh.likely = s.likely;
+  }
+  __syncthreads();
+  Rounds<__nv_bfloat16, false> rounds = {s.p, 0, 0, 0};
+  gather(s.likely, rounds, sh);
+  const unsigned key = select_value(rounds, sh);
+  if (threadIdx.x != 0) return;
+  unsigned left = 0;  // the rounds that may follow rely on what was added up having been cleared
+  for (int i = 0; i < kHeadBins * 32; ++i) left |= sh.columns[i / 32][i % 32];
+  for (int i = 0; i < kBins; ++i) left |= sh.low[i] | sh.high[i];
+  *s.found = left != 0 ? -1 : key != kFurtherDown;
+  *s.least = of_order_key<__nv_bfloat16>(key);
+  *s.kept = sh.kept;
+}
+
 }  // namespace
 }  // namespace fp
 
@@ -135,6 +175,19 @@ int gathered(const void* row, int dtype, int width, int aligned, int begin, int 
                                      fp::kFilterThreads);
   });
   return count;
+}
+
+// Whether the least logit that the filters keep of a row in bf16 is found by counting its values, which it is, and the
+// mass it keeps. min_p: as the least logit kept, -inf for none.
+int selected(const void* row, int width, int aligned, float maximum, float scale, double mass, float likely,
+             std::int64_t top_k, float top_p, float min_p, float* least, double* kept) {
+  int found = 0;
+  fp::Selection s = {{}, row, maximum, scale, top_p, likely, min_p, mass, top_k, least, kept, &found};
+  s.p.width = width;
+  s.p.target_aligned = aligned;
+  s.p.filter_cluster = 1;
+  host_cuda::launch<fp::Selection>(fp::selection_kernel, s, 1, fp::kFilterThreads);
+  return found;
 }
 
 // Block verification's sums of chunks after a call of one rank with float32 logits, [batch, k, chunks], of which there
