@@ -82,6 +82,31 @@ def test_report_writes_tables_and_plots_and_checks_them(tmp_path, capsys):
     assert {path.name: path.read_bytes() for path in (tmp_path / "plots").iterdir()} == plots, "reproducible"
 
 
+def test_a_panel_s_lines():
+    """Options are lines of the panel without them, and so is what holds for any value; single points are in no plot."""
+
+    def of(impl, us, op="verify", **shape):
+        return {**row(impl, us, op=op), "shape": results.shape_key(**shape)}
+
+    rows = [of("fused", 3.0 + b, B=b, k=4) for b in (1, 8)] + [
+        of("fused", 6.0 + b, B=b, k=4, top_p=0.9) for b in (1, 8)
+    ]
+    x_key, found = report.panels("verify", [*rows, of("fused", 9.0, B=64, k=7)])
+    assert x_key == "B"
+    ((key, lines),) = found.items()
+    assert key[-1] == "k=4" and {name: len(of) for name, of in lines.items()} == {"fused": 2, "fused top_p=0.9": 2}
+
+    rows = [
+        of(impl, 5.0, op="speculation", k=4, acceptance=a) for impl in ("chain", "predicted_only") for a in (0.0, 0.8)
+    ]
+    any_of = [of(impl, 7.0, op="speculation", k=0, acceptance="any") for impl in ("plain", "target_only")]
+    x_key, found = report.panels("speculation", rows + any_of)
+    assert x_key == "acceptance"
+    (lines,) = found.values()
+    assert list(lines) == ["chain k=4", "predicted_only k=4", "plain k=0"]
+    assert list(report.panels("p2p", [of("nccl", 1.0, tokens=1)])[1].values()) != [], "better a point than nothing"
+
+
 def test_the_committed_readme_is_what_the_figures_say(capsys):
     assert report.main(["--check"]) == 0, capsys.readouterr().err
 
