@@ -7,8 +7,8 @@
 //
 // Two warpgroups multiply, 64 rows of a tile each, and leave the result in shared memory, from where the copy engine of
 // the multiprocessor takes it over the link while they work on the next tile: a store of registers to a peer would stop
-// the tensor cores for as long as the link needs. The warps of the third warpgroup bring operands, start those copies,
-// and move arrived sums.
+// the tensor cores for as long as the link needs. The warps of the third warpgroup bring operands, sum own tiles, start
+// those copies, and move arrived sums.
 #pragma once
 
 #include "matmul_all_reduce_exchange.cuh"
@@ -151,23 +151,11 @@ __device__ __forceinline__ void multiply(const Params<T>& p, unsigned char* stag
     // The result before this one has left.
     if (sent > 0) barrier_wait(&shared.result_empty[consumer], (sent - 1) & 1);
     leave_result<T, 0, kPanels>(d, half);
-    const bool own = tile.owner == x.rank;
-    if (own) {
-      if (thread == 0) {
-        for (int source = 0; source < x.world && !shared.silent[consumer]; ++source) {
-          if (source == x.rank) continue;
-          const unsigned slot = x.slot(x.rank, source, tile.index, false);
-          // A sum without a peer's partial is none: it must not be sent. Here it is never used, because the next call
-          // or fp.check() raises.
-          shared.silent[consumer] = !await(x, x.flag(x.rank, slot, epoch, consumer), source, epoch, start);
-        }
-      }
+    if (tile.owner == x.rank && is_last(i, tiles)) {  // the warp that sends sums all others
+      if (thread == 0) await_partials(p, tile, shared, consumer, epoch, start);
       meet(consumer);  // with the thread that has seen the flags, and all parts of the result are there
-      sum_result(p, tile, half, consumer, epoch);
-    }
-    if (own && p.scatter) {
-      meet(consumer);  // all have read the result before the next one is left
-      continue;
+      sum_result<128, 4>(p, tile, half, consumer, epoch);
+      if (p.scatter) return;
     }
     // Ordinary stores to shared memory, before the copy engine reads it.
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
@@ -218,19 +206,19 @@ __global__ void __launch_bounds__(kThreads, 1) matmul_push(const __grid_constant
   const int warpgroup = threadIdx.x / 128, warp = threadIdx.x / 32;
   const bool copies = kSends && !p.scatter;
   if (warpgroup == 0) {
-    asm volatile("setmaxnreg.dec.sync.aligned.u32 72;");
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 104;");
     if (warp == 0) {
       if (threadIdx.x == 0) bring_operands<kStages>(p, stages, shared.full, shared.empty, tiles);
     } else if (warp <= kConsumers) {
       const int consumer = warp - 1;
-      if (threadIdx.x % 32 == 0 && kSends) {
+      if (kSends) {
         send_results(p, results + consumer * Room<kSends>::kResultBytes, shared, tiles, consumer, epoch);
       }
     } else if (copies) {
       copy_sums(p, shared, epoch);
     }
   } else {
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 216;");
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 200;");
     const int consumer = warpgroup - 1;
     multiply<kSends>(p, stages, results + consumer * Room<kSends>::kResultBytes, shared, tiles, consumer, epoch);
     if (copies) copy_sums(p, shared, epoch);

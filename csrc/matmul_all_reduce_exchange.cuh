@@ -127,6 +127,11 @@ __device__ __forceinline__ void meet(int consumer) {  // the threads of one cons
   asm volatile("bar.sync %0, 128;" ::"r"(consumer + 1) : "memory");
 }
 
+// Whether the tile is the CTA's last: nothing is left to multiply beside its sum.
+__device__ __forceinline__ bool is_last(int tile, int tiles) {
+  return tile + static_cast<int>(gridDim.x) >= tiles;
+}
+
 // What the threads of a CTA share beside the operand stages and the results.
 struct Shared {
   unsigned long long full[kMostStages], empty[kMostStages];  // operands
@@ -144,33 +149,131 @@ __device__ __forceinline__ void send_half(void* to, const void* from) {
                : "memory");
 }
 
-// One thread for each consumer: sends finished halves, to the tile's owner or, summed, to all peers, then sets the
-// flags.
+// A half of an own tile: the peers' partials added in rank order, in fp32, rounded once; to `out`, and back into shared
+// memory if it is sent on. By kMembers threads beside each other, each with kAtOnce vectors of a partial on their way.
+template <int kMembers, int kAtOnce, typename T>
+__device__ __forceinline__ void sum_result(const Params<T>& p, const Tile& tile, unsigned char* half, int consumer,
+                                           unsigned epoch) {
+  constexpr int kPanelVectors = kPanelBytes / 16, kRows = kMembers / 8;  // rows that the threads are apart
+  static_assert(kPanelVectors % (kAtOnce * kMembers) == 0, "all of a turn is in one panel");
+  const Exchange& x = p.exchange;
+  const int thread = threadIdx.x % kMembers;
+  const int first_row = tile.row + consumer * kHalfRows;
+  T* const out = p.out + static_cast<std::int64_t>(first_row - (p.scatter ? p.first_row[x.rank] : 0)) * p.n;
+#pragma unroll 1
+  for (int base = 0; base < kPanels * kPanelVectors; base += kAtOnce * kMembers) {
+    const int row = (base % kPanelVectors + thread) / 8;
+    const int column = tile.column + base / kPanelVectors * kPanelColumns;
+    const unsigned offset = (base + thread) * 16;
+    const auto finish = [&](int u, const float (&sum)[8]) {
+      const int of_u = row + u * kRows, at = column + (thread ^ of_u) % 8 * 8;
+      const Vec<T> total = from_floats<T>(sum);
+      if (first_row + of_u < tile.end_row && at < p.n) store(out + static_cast<std::int64_t>(of_u) * p.n + at, total);
+      if (!p.scatter) *reinterpret_cast<uint4*>(half + offset + u * kMembers * 16) = total.raw;
+    };
+    const auto add = [&](const Vec<T>& v, float (&sum)[8], bool first) {
+      float value[8];
+      to_floats(v, value);
+#pragma unroll
+      for (int e = 0; e < 8; ++e) sum[e] = first ? value[e] : sum[e] + value[e];
+    };
+    const auto mine = [&](int u) {
+      return Vec<T>{*reinterpret_cast<const uint4*>(half + offset + u * kMembers * 16)};
+    };
+    const auto partials = [&](int source) {
+      return x.data(x.rank, x.slot(x.rank, source, tile.index, false), epoch) + consumer * kHalfBytes + offset;
+    };
+    const auto partial = [&](const unsigned char* from, int u) {
+      return load_once_written(reinterpret_cast<const T*>(from + u * kMembers * 16));
+    };
+    if (x.world == 2) {  // the sum of two has no order, and needs registers for one at a time
+      const unsigned char* const from = partials(x.rank ^ 1);
+      Vec<T> values[kAtOnce];
+#pragma unroll
+      for (int u = 0; u < kAtOnce; ++u) values[u] = partial(from, u);
+#pragma unroll
+      for (int u = 0; u < kAtOnce; ++u) {
+        float sum[8];
+        add(mine(u), sum, true);
+        add(values[u], sum, false);
+        finish(u, sum);
+      }
+    } else {
+      constexpr int kSums = 2;  // at once, for their registers
+#pragma unroll 1
+      for (int part = 0; part < kAtOnce; part += kSums) {
+        float sum[kSums][8];
+#pragma unroll 1
+        for (int source = 0; source < x.world; ++source) {
+          const unsigned char* const from = partials(source == x.rank ? 0 : source);
+          Vec<T> values[kSums];
+#pragma unroll
+          for (int u = 0; u < kSums; ++u) {
+            values[u] = source == x.rank ? mine(part + u) : partial(from, part + u);
+          }
+#pragma unroll
+          for (int u = 0; u < kSums; ++u) add(values[u], sum[u], source == 0);
+        }
+#pragma unroll
+        for (int u = 0; u < kSums; ++u) finish(part + u, sum[u]);
+      }
+    }
+  }
+}
+
+// Until the partials of all peers of an own tile's half are there. A sum without a peer's partial is none: it must not
+// be sent. After a failed wait it is never used, because the next call or fp.check() raises.
 template <typename T>
-__device__ __forceinline__ void send_results(const Params<T>& p, const unsigned char* half, Shared& shared, int tiles,
+__device__ __forceinline__ void await_partials(const Params<T>& p, const Tile& tile, Shared& shared, int consumer,
+                                               unsigned epoch, unsigned long long& start) {
+  const Exchange& x = p.exchange;
+  for (int source = 0; source < x.world && !shared.silent[consumer]; ++source) {
+    if (source == x.rank) continue;
+    const unsigned slot = x.slot(x.rank, source, tile.index, false);
+    shared.silent[consumer] = !await(x, x.flag(x.rank, slot, epoch, consumer), source, epoch, start);
+  }
+}
+
+// A warp for each consumer: sums the halves of own tiles, while the next tiles are multiplied, and sends what is
+// finished, to the tile's owner or, summed, to all peers; then sets the flags.
+template <typename T>
+__device__ __forceinline__ void send_results(const Params<T>& p, unsigned char* half, Shared& shared, int tiles,
                                              int consumer, unsigned epoch) {
   const Exchange& x = p.exchange;
+  const int lane = threadIdx.x % 32;
   unsigned parity = 0;
+  unsigned long long start = 0;
   for (int i = blockIdx.x; i < tiles; i += gridDim.x) {
     const Tile tile = tile_at(p, i);
-    const bool own = tile.owner == x.rank;
-    if (own && p.scatter) continue;
+    const bool own = tile.owner == x.rank, summed = own && is_last(i, tiles);
+    if (summed && p.scatter) continue;
     barrier_wait(&shared.result_full[consumer], parity);
     parity ^= 1;
-    const bool silent = shared.silent[consumer];
-    const int first = own ? 0 : tile.owner, end = own ? x.world : tile.owner + 1;
-    for (int peer = first; peer < end && !silent; ++peer) {
-      if (peer == x.rank) continue;
-      send_half(x.data(peer, x.slot(peer, x.rank, tile.index, own), epoch) + consumer * kHalfBytes, half);
+    if (own && !summed) {
+      if (lane == 0) await_partials(p, tile, shared, consumer, epoch, start);
+      __syncwarp();  // with the lane that has seen the flags
+      sum_result<32, 8>(p, tile, half, consumer, epoch);
+      // Ordinary stores to shared memory, before the copy engine reads it.
+      asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+      __syncwarp();
     }
-    asm volatile("cp.async.bulk.commit_group;\n\tcp.async.bulk.wait_group.read 0;" ::: "memory");
-    barrier_arrive(&shared.result_empty[consumer]);
-    // Written, not only read; then visible to what generic accesses follow, of which the first is the release.
-    asm volatile("cp.async.bulk.wait_group 0;\n\tfence.proxy.async;" ::: "memory");
-    for (int peer = first; peer < end && !silent; ++peer) {
-      if (peer != x.rank)
-        store_release_sys(x.flag(peer, x.slot(peer, x.rank, tile.index, own), epoch, consumer), epoch);
+    if (lane == 0) {
+      const bool silent = shared.silent[consumer] || (own && p.scatter);
+      const int first = own ? 0 : tile.owner, end = own ? x.world : tile.owner + 1;
+      for (int peer = first; peer < end && !silent; ++peer) {
+        if (peer == x.rank) continue;
+        send_half(x.data(peer, x.slot(peer, x.rank, tile.index, own), epoch) + consumer * kHalfBytes, half);
+      }
+      asm volatile("cp.async.bulk.commit_group;\n\tcp.async.bulk.wait_group.read 0;" ::: "memory");
+      barrier_arrive(&shared.result_empty[consumer]);
+      // Written, not only read; then visible to what generic accesses follow, of which the first is the release.
+      asm volatile("cp.async.bulk.wait_group 0;\n\tfence.proxy.async;" ::: "memory");
+      for (int peer = first; peer < end && !silent; ++peer) {
+        if (peer != x.rank)
+          store_release_sys(x.flag(peer, x.slot(peer, x.rank, tile.index, own), epoch, consumer), epoch);
+      }
     }
+    __syncwarp();  // the others would wait for the next result meanwhile, and take turns with the lane that sends
   }
 }
 
@@ -216,50 +319,6 @@ __device__ __forceinline__ void copy_sums(const Params<T>& p, Shared& shared, un
   }
 }
 
-// A half of an own tile: the peers' partials added in rank order, in fp32, rounded once; to `out`, and back into shared
-// memory if it is sent on.
-template <typename T>
-__device__ __forceinline__ void sum_result(const Params<T>& p, const Tile& tile, unsigned char* half, int consumer,
-                                           unsigned epoch) {
-  constexpr int kAtOnce = 4;
-  const Exchange& x = p.exchange;
-  const int thread = threadIdx.x % 128;
-#pragma unroll 1
-  for (int first = 0; first < static_cast<int>(kHalfBytes / 16); first += kAtOnce * 128) {
-    float sum[kAtOnce][8];
-    for (int source = 0; source < x.world; ++source) {
-      const bool mine = source == x.rank;
-      Vec<T> values[kAtOnce];
-      const unsigned char* from = half;
-      if (!mine) from = x.data(x.rank, x.slot(x.rank, source, tile.index, false), epoch) + consumer * kHalfBytes;
-#pragma unroll
-      for (int u = 0; u < kAtOnce; ++u) {
-        const unsigned at = (first + u * 128 + thread) * 16;
-        values[u] = mine ? Vec<T>{*reinterpret_cast<const uint4*>(from + at)}
-                         : load_once_written(reinterpret_cast<const T*>(from + at));
-      }
-#pragma unroll
-      for (int u = 0; u < kAtOnce; ++u) {
-        float value[8];
-        to_floats(values[u], value);
-#pragma unroll
-        for (int e = 0; e < 8; ++e) sum[u][e] = source == 0 ? value[e] : sum[u][e] + value[e];
-      }
-    }
-#pragma unroll
-    for (int u = 0; u < kAtOnce; ++u) {
-      const int v = first + u * 128 + thread, panel = v / (kHalfRows * 8), row = v / 8 % kHalfRows;
-      const int out_row = tile.row + consumer * kHalfRows + row;
-      const int column = tile.column + panel * kPanelColumns + ((v ^ row) % 8) * 8;
-      const Vec<T> total = from_floats<T>(sum[u]);
-      if (out_row < tile.end_row && column < p.n) {
-        const int at = p.scatter ? out_row - p.first_row[x.rank] : out_row;
-        store(p.out + static_cast<std::int64_t>(at) * p.n + column, total);
-      }
-      if (!p.scatter) *reinterpret_cast<uint4*>(half + v * 16) = total.raw;
-    }
-  }
-}
 #endif
 
 }  // namespace fp
