@@ -91,13 +91,13 @@ void bind_matmul_all_reduce(py::module_& m) {
       .def("most_rows", &fp::matmul_most_rows, py::arg("n"), py::arg("scatter"))
       .def(
           "matmul_all_reduce",
-          [](MatmulWorkspace& w, Address x, Address weight, Address out, Address kept, std::int64_t m, std::int64_t n,
-             std::int64_t k, bool scatter, int dtype, Address stream) {
-            fp::matmul_all_reduce(w, pointer(x), pointer(weight), pointer(out), pointer(kept), m, n, k, scatter, dtype,
+          [](MatmulWorkspace& w, Address x, Address weight, Address out, std::int64_t m, std::int64_t n, std::int64_t k,
+             bool scatter, int dtype, Address stream) {
+            fp::matmul_all_reduce(w, pointer(x), pointer(weight), pointer(out), m, n, k, scatter, dtype,
                                   pointer(stream));
           },
-          py::arg("x"), py::arg("weight"), py::arg("out"), py::arg("kept"), py::arg("m"), py::arg("n"), py::arg("k"),
-          py::arg("scatter"), py::arg("dtype"), py::arg("stream"));
+          py::arg("x"), py::arg("weight"), py::arg("out"), py::arg("m"), py::arg("n"), py::arg("k"), py::arg("scatter"),
+          py::arg("dtype"), py::arg("stream"));
   using fp::GatherWorkspace;
   m.def("gather_workspace_bytes", &fp::gather_workspace_bytes, py::arg("bytes"));
   py::class_<GatherWorkspace>(m, "GatherWorkspace")

@@ -91,11 +91,11 @@ void launch(Params<T>& p, const void* x, const void* weight, std::int64_t m, std
   const int ctas = std::min(p.first_tile[p.owners], std::min(most_ctas, multiprocessor_count(device)));
   static thread_local int prepared = -1;  // the attribute is kept by the device
   if (prepared != device) {
-    FP_CUDA_CHECK(
-        cudaFuncSetAttribute(matmul_push<T, kSends>, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes));
+    FP_CUDA_CHECK(cudaFuncSetAttribute(matmul_push<T, kSends>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                       Room<kSends>::kBytes));
     prepared = device;
   }
-  launch_dependent(matmul_push<T, kSends>, p, ctas, kThreads, 1, true, stream, kSharedBytes);
+  launch_dependent(matmul_push<T, kSends>, p, ctas, kThreads, 1, true, stream, Room<kSends>::kBytes);
 }
 
 }  // namespace
@@ -119,8 +119,8 @@ std::int64_t matmul_most_rows(const MatmulWorkspace& w, std::int64_t n, bool sca
   return owned * kTileRows * w.group.world;
 }
 
-void matmul_all_reduce(MatmulWorkspace& w, const void* x, const void* weight, void* out, void* kept, std::int64_t m,
-                       std::int64_t n, std::int64_t k, bool scatter, int dtype, void* stream) {
+void matmul_all_reduce(MatmulWorkspace& w, const void* x, const void* weight, void* out, std::int64_t m, std::int64_t n,
+                       std::int64_t k, bool scatter, int dtype, void* stream) {
   AllReduceWorkspace& g = w.group;
   const DeviceGuard guard(g.device);
   const std::int64_t least = static_cast<std::int64_t>(kTileRows) * (g.world - 1) + 1;  // a row of tiles each
@@ -141,7 +141,6 @@ void matmul_all_reduce(MatmulWorkspace& w, const void* x, const void* weight, vo
     p.owners = g.world;
     p.first_owner = (g.rank + 1) % g.world;
     p.out = static_cast<T*>(out);
-    p.kept = static_cast<T*>(kept);
     p.scatter = scatter;
     // Whole tiles for every owner, or its part of the rows.
     const int tile_rows = tiles_of(m, kTileRows);

@@ -1,15 +1,14 @@
 // The persistent kernel of matmul_all_reduce; its launcher is in matmul_all_reduce.cu.
 //
-// Every row of tiles has an owner among the ranks. A rank computes the tiles of the others first and sends each
-// finished partial tile into its owner's memory; its own tiles come last: their partials from the peers have arrived
-// meanwhile, are added, and the sums go to `out` and (all-reduce) to all peers, whose copying warps bring them into
-// their `out`. So all communication but that of the last wave hides behind the tensor cores.
+// Every row of tiles has an owner among the ranks. A rank computes the tiles of the others first
+// and pushes each finished partial tile into its owner's memory; its own tiles come last: their partials from the peers
+// have arrived meanwhile, are added, and the sums go to `out` and (all-reduce) to all peers, whose copying warps bring
+// them into their `out`. So all communication but that of the last wave hides behind the tensor cores.
 //
-// Two warpgroups multiply, 64 rows of a tile each, and leave the product in this GPU's own memory, mostly its L2: that
-// is as fast as without any exchange, and all of shared memory is for operands. From there a warp for each takes it
-// over the link, or sums it with what has come, while they work on the next tile; stores of theirs to a peer would stop
-// the tensor cores for as long as the link needs. The other warps of the third warpgroup bring operands and move
-// arrived sums.
+// Two warpgroups multiply, 64 rows of a tile each, and leave the result in shared memory, from where the copy engine of
+// the multiprocessor takes it over the link while they work on the next tile: a store of registers to a peer would stop
+// the tensor cores for as long as the link needs. The warps of the third warpgroup bring operands, sum own tiles, start
+// those copies, and move arrived sums.
 #pragma once
 
 #include "matmul_all_reduce_exchange.cuh"
@@ -17,7 +16,7 @@
 namespace fp {
 
 #if FP_HAS_WGMMA
-template <typename T>
+template <int kStages, typename T>
 __device__ __forceinline__ void bring_operands(const Params<T>& p, unsigned char* stages, unsigned long long* full,
                                                unsigned long long* empty, int tiles) {
   unsigned stage = 0, parity = 1;  // the first pass finds all stages empty
@@ -60,97 +59,49 @@ __device__ __forceinline__ void bring_operands(const Params<T>& p, unsigned char
   }
 }
 
-// The part kPart of one consumer's half of a tile into shared memory, rounded.
-template <typename T, int kPart>
-__device__ __forceinline__ void leave_part(const float (&d)[128], unsigned char* part) {
+// Panels kFirst to kFirst + kCount of one consumer's half of a tile into shared memory, rounded.
+template <typename T, int kFirst, int kCount>
+__device__ __forceinline__ void leave_result(const float (&d)[128], unsigned char* half) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x % 128 / 32;
 #pragma unroll
-  for (int j = 0; j < kPartPanels * 8; j += 2) {
+  for (int j = kFirst * 8; j < (kFirst + kCount) * 8; j += 2) {
     unsigned words[4];
 #pragma unroll
     for (int w = 0; w < 4; ++w) {
-      const int at = (kPart * kPartPanels * 8 + j + w / 2) * 4 + w % 2 * 2;
+      const int at = (j + w / 2) * 4 + w % 2 * 2;
       words[w] = pair_from_float(make_float2(d[at], d[at + 1]), static_cast<T*>(nullptr));
     }
     // Four 8 x 8 matrices: rows 0-7 and 8-15 of the warp, of columns 8 j and 8 (j + 1).
     const int row = warp * 16 + lane % 16, chunk = (j + lane / 16) % 8 ^ row % 8;
     asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(
-                     shared_address(part + j / 8 * kPanelBytes + row * 128 + chunk * 16)),
+                     shared_address(half + (j / 8 - kFirst) * kPanelBytes + row * 128 + chunk * 16)),
                  "r"(words[0]), "r"(words[1]), "r"(words[2]), "r"(words[3])
                  : "memory");
   }
 }
 
-// f(u, row in the half, column in the tile, vector) for the vectors first to first + kCount of those that leave_part
-// has left for a thread of the consumer.
-template <int kPart, int kCount, typename Function>
-__device__ __forceinline__ void for_each_vector(const unsigned char* part, int first, Function&& f) {
-#pragma unroll
-  for (int u = 0; u < kCount; ++u) {
-    const int v = (first + u) * 128 + threadIdx.x % 128, row = v / 8 % kHalfRows;
-    const int column = (kPart * kPartPanels + v / 8 / kHalfRows) * kPanelColumns + (v ^ row) % 8 * 8;
-    f(u, row, column, *reinterpret_cast<const uint4*>(part + v * 16));
-  }
-}
-constexpr int kVectors = kPartBytes / 16 / 128;  // of a thread
-
-// A part of a half, from shared memory to where products are kept.
-template <int kPart, typename T>
-__device__ __forceinline__ void store_part(const Params<T>& p, const Tile& tile, const unsigned char* part,
-                                           int consumer) {
-  const int first = tile.row + consumer * kHalfRows;
-  T* const to = product_of(p, tile) + static_cast<std::int64_t>(first) * p.n + tile.column;
-  for_each_vector<kPart, kVectors>(part, 0, [&](int, int row, int column, const uint4& v) {
-    if (first + row < tile.end_row && tile.column + column < p.n) {
-      store(to + static_cast<std::int64_t>(row) * p.n + column, Vec<T>{v});
+// Panels of one consumer's half of a tile, from shared memory to `out`.
+template <typename T, int kFirst, int kCount>
+__device__ __forceinline__ void store_result(const Params<T>& p, const Tile& tile, const unsigned char* half,
+                                             int consumer) {
+  const int thread = threadIdx.x % 128;
+#pragma unroll 8
+  for (int v = thread; v < static_cast<int>(kCount * kPanelBytes / 16); v += 128) {
+    const int panel = kFirst + v / (kHalfRows * 8), row = v / 8 % kHalfRows;
+    const int out_row = tile.row + consumer * kHalfRows + row;
+    const int column = tile.column + panel * kPanelColumns + ((v ^ row) % 8) * 8;
+    if (out_row < tile.end_row && column < p.n) {
+      store(p.out + static_cast<std::int64_t>(out_row) * p.n + column,
+            Vec<T>{*reinterpret_cast<const uint4*>(half + v * 16)});
     }
-  });
-}
-
-// A part of a half of the CTA's last tile, from shared memory to its owner, or its sum into `out` and to the peers.
-template <int kPart, typename T>
-__device__ __forceinline__ void send_part(const Params<T>& p, const Tile& tile, const unsigned char* part, int consumer,
-                                          unsigned epoch) {
-  const Exchange& x = p.exchange;
-  if (tile.owner != x.rank) {
-    for_each_vector<kPart, kVectors>(part, 0, [&](int, int row, int column, const uint4& v) {
-      store(in_slot<T>(x, tile.owner, x.rank, tile, false, consumer, epoch, row, column), Vec<T>{v});
-    });
-    return;
-  }
-  constexpr int kAtOnce = 4;
-  const int first_row = tile.row + consumer * kHalfRows;
-  T* const out = product_of(p, tile) + static_cast<std::int64_t>(first_row) * p.n + tile.column;
-#pragma unroll 1
-  for (int first = 0; first < kVectors; first += kAtOnce) {
-    float sum[kAtOnce][8];
-#pragma unroll 1
-    for (int source = 0; source < x.world; ++source) {
-      Vec<T> values[kAtOnce];
-      for_each_vector<kPart, kAtOnce>(part, first, [&](int u, int row, int column, const uint4& v) {
-        values[u].raw = v;
-        if (source != x.rank) {
-          values[u] = load_once_written(in_slot<T>(x, x.rank, source, tile, false, consumer, epoch, row, column));
-        }
-      });
-#pragma unroll
-      for (int u = 0; u < kAtOnce; ++u) add_in_order(sum[u], values[u], source == 0);
-    }
-    for_each_vector<kPart, kAtOnce>(part, first, [&](int u, int row, int column, const uint4&) {
-      const Vec<T> total = from_floats<T>(sum[u]);
-      if (first_row + row < tile.end_row && tile.column + column < p.n) {
-        store(out + static_cast<std::int64_t>(row) * p.n + column, total);
-      }
-      for (int peer = 0; peer < x.world && !p.scatter; ++peer) {
-        if (peer != x.rank) store(in_slot<T>(x, peer, x.rank, tile, true, consumer, epoch, row, column), total);
-      }
-    });
   }
 }
 
 template <bool kSends, typename T>
-__device__ __forceinline__ void multiply(const Params<T>& p, unsigned char* stages, unsigned char* part, Shared& shared,
+__device__ __forceinline__ void multiply(const Params<T>& p, unsigned char* stages, unsigned char* half, Shared& shared,
                                          int tiles, int consumer, unsigned epoch) {
+  const Exchange& x = p.exchange;
+  constexpr int kStages = Room<kSends>::kStages;
   const int thread = threadIdx.x % 128, lane = threadIdx.x % 32;
   unsigned stage = 0, parity = 0, sent = 0;
   unsigned long long start = 0;
@@ -185,34 +136,32 @@ __device__ __forceinline__ void multiply(const Params<T>& p, unsigned char* stag
     wgmma_pin(d);
     if (lane == 0) barrier_arrive(&shared.empty[previous]);
 
-    if (kSends && is_last(i, tiles)) {  // by all threads, as nothing else is left to do
-      if (thread == 0 && tile.owner == p.exchange.rank) await_partials(p, tile, shared, consumer, epoch, start);
-      leave_part<T, 0>(d, part);
-      meet(consumer);  // also with the thread that has seen the flags
-      const bool silent = shared.silent[consumer];
-      if (!silent) send_part<0>(p, tile, part, consumer, epoch);
+    if constexpr (!kSends) {
+      constexpr int kPart = Room<kSends>::kResultPanels;
+      leave_result<T, 0, kPart>(d, half);
       meet(consumer);
-      leave_part<T, 1>(d, part);
+      store_result<T, 0, kPart>(p, tile, half, consumer);
       meet(consumer);
-      if (!silent) send_part<1>(p, tile, part, consumer, epoch);
+      leave_result<T, kPart, kPart>(d, half);
       meet(consumer);
-      if (thread == 0) tell_peers(p, tile, shared, consumer, epoch);
-      return;
+      store_result<T, kPart, kPart>(p, tile, half, consumer);
+      meet(consumer);
+      continue;
     }
-    leave_part<T, 0>(d, part);
-    meet(consumer);
-    store_part<0>(p, tile, part, consumer);
-    meet(consumer);
-    leave_part<T, 1>(d, part);
-    meet(consumer);
-    store_part<1>(p, tile, part, consumer);
-    meet(consumer);
-    if (kSends && thread == 0) {
-      // The sender has begun with the product before this one: it never misses one.
-      if (sent > 0) barrier_wait(&shared.product_taken[consumer], (sent - 1) & 1);
-      barrier_arrive(&shared.product_full[consumer]);
-      ++sent;
+    // The result before this one has left.
+    if (sent > 0) barrier_wait(&shared.result_empty[consumer], (sent - 1) & 1);
+    leave_result<T, 0, kPanels>(d, half);
+    if (tile.owner == x.rank && is_last(i, tiles)) {  // the warp that sends sums all others
+      if (thread == 0) await_partials(p, tile, shared, consumer, epoch, start);
+      meet(consumer);  // with the thread that has seen the flags, and all parts of the result are there
+      sum_result<128, 4>(p, tile, half, consumer, epoch);
+      if (p.scatter) return;
     }
+    // Ordinary stores to shared memory, before the copy engine reads it.
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+    meet(consumer);
+    if (thread == 0) barrier_arrive(&shared.result_full[consumer]);
+    ++sent;
   }
 }
 #endif
@@ -223,7 +172,8 @@ __global__ void __launch_bounds__(kThreads, 1) matmul_push(const __grid_constant
   extern __shared__ unsigned char dynamic[];
   __shared__ Shared shared;
   unsigned char* stages = dynamic + (1024 - shared_address(dynamic) % 1024) % 1024;  // the swizzle counts from there
-  unsigned char* parts = stages + kStages * kStageBytes;
+  constexpr int kStages = Room<kSends>::kStages;
+  unsigned char* results = stages + kStages * kStageBytes;
   const Exchange& x = p.exchange;
   if (threadIdx.x == 0) {
     for (int s = 0; s < kStages; ++s) {
@@ -231,8 +181,8 @@ __global__ void __launch_bounds__(kThreads, 1) matmul_push(const __grid_constant
       barrier_init(&shared.empty[s], kConsumers * 4);  // a warp each
     }
     for (int c = 0; c < kConsumers; ++c) {
-      barrier_init(&shared.product_full[c], 1);
-      barrier_init(&shared.product_taken[c], 1);
+      barrier_init(&shared.result_full[c], 1);
+      barrier_init(&shared.result_empty[c], 1);
       shared.silent[c] = false;
     }
     shared.copied = 0;
@@ -256,18 +206,21 @@ __global__ void __launch_bounds__(kThreads, 1) matmul_push(const __grid_constant
   const int warpgroup = threadIdx.x / 128, warp = threadIdx.x / 32;
   const bool copies = kSends && !p.scatter;
   if (warpgroup == 0) {
-    asm volatile("setmaxnreg.dec.sync.aligned.u32 136;");
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 104;");
     if (warp == 0) {
-      if (threadIdx.x == 0) bring_operands(p, stages, shared.full, shared.empty, tiles);
+      if (threadIdx.x == 0) bring_operands<kStages>(p, stages, shared.full, shared.empty, tiles);
     } else if (warp <= kConsumers) {
-      if (kSends) send_products(p, shared, tiles, warp - 1, epoch);
+      const int consumer = warp - 1;
+      if (kSends) {
+        send_results(p, results + consumer * Room<kSends>::kResultBytes, shared, tiles, consumer, epoch);
+      }
     } else if (copies) {
       copy_sums(p, shared, epoch);
     }
   } else {
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 184;");
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 200;");
     const int consumer = warpgroup - 1;
-    multiply<kSends>(p, stages, parts + consumer * kPartBytes, shared, tiles, consumer, epoch);
+    multiply<kSends>(p, stages, results + consumer * Room<kSends>::kResultBytes, shared, tiles, consumer, epoch);
     if (copies) copy_sums(p, shared, epoch);
   }
 #endif

@@ -38,10 +38,9 @@ std::int64_t matmul_most_rows(const MatmulWorkspace& workspace, std::int64_t n, 
 
 // out[m, n] = sum over ranks of x[m, k] * weight[n, k]^T; with `scatter` only this rank's m / world rows of it. fp16 or
 // bf16, contiguous, aligned to 16 bytes, k and n multiples of 8; m at most matmul_most_rows and, with `scatter`, a
-// multiple of world; m large enough for a row of tiles for every rank. `kept`, with `scatter`: as much memory as the
-// other ranks' rows of the result, for this call's use; else null.
-void matmul_all_reduce(MatmulWorkspace& workspace, const void* x, const void* weight, void* out, void* kept,
-                       std::int64_t m, std::int64_t n, std::int64_t k, bool scatter, int dtype, void* stream);
+// multiple of world; m large enough for a row of tiles for every rank.
+void matmul_all_reduce(MatmulWorkspace& workspace, const void* x, const void* weight, void* out, std::int64_t m,
+                       std::int64_t n, std::int64_t k, bool scatter, int dtype, void* stream);
 
 // One rank's view of the memory that rows of x are gathered in: on every rank, at `bases`,
 // gather_workspace_bytes(bytes) bytes of symmetric memory, zeros at first, `bytes` of them for rows. `control`: 16

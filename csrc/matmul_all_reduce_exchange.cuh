@@ -20,15 +20,21 @@ constexpr int kThreads = 128 * (1 + kConsumers);
 constexpr int kGroupRows = 8;  // rows of tiles that are worked on together: their operands share the L2
 constexpr int kHalfRows = 64;  // of a consumer
 constexpr unsigned kStageBytes = (kTileRows + kTileColumns) * kDepth * 2;
-// A consumer's half of a tile passes through shared memory in two parts, of 2 panels of 64 columns each, in each rows
-// of 128 bytes, whose chunks of 16 bytes have changed places by the row so that no access meets a bank twice.
-constexpr int kPanelColumns = 64, kPanels = kTileColumns / kPanelColumns, kPartPanels = kPanels / 2;
-constexpr unsigned kPanelBytes = kHalfRows * kPanelColumns * 2, kPartBytes = kPartPanels * kPanelBytes;
-// In the slots: its rows, one after the other.
-constexpr unsigned kHalfBytes = kHalfRows * kTileColumns * 2;
+// A consumer's half of a tile, in shared memory and in the slots: 4 panels of 64 columns, in each rows of 128 bytes,
+// whose chunks of 16 bytes have changed places by the row so that no access meets a bank twice.
+constexpr int kPanelColumns = 64, kPanels = kTileColumns / kPanelColumns;
+constexpr unsigned kPanelBytes = kHalfRows * kPanelColumns * 2, kHalfBytes = kPanels * kPanelBytes;
 
-constexpr int kStages = 4;
-constexpr unsigned kSharedBytes = 1024 + kStages * kStageBytes + kConsumers * kPartBytes;
+// Shared memory: a result that is sent stays in it whole while the next tile is computed; one that is only stored
+// passes through it in two parts, which leaves room for another stage.
+template <bool kSends>
+struct Room {
+  static constexpr int kStages = kSends ? 3 : 4;
+  static constexpr int kResultPanels = kSends ? kPanels : kPanels / 2;
+  static constexpr unsigned kResultBytes = kResultPanels * kPanelBytes;  // of a consumer
+  static constexpr unsigned kBytes = 1024 + kStages * kStageBytes + kConsumers * kResultBytes;
+};
+constexpr int kMostStages = 4;
 
 // Where tiles travel through; see MatmulWorkspace. Call e uses the half e % 2 of the slots: a peer that is in call e +
 // 2 has seen this rank in call e + 1, and so at the end of call e.
@@ -70,7 +76,6 @@ struct Params {
   CUtensorMap x, weight;
   Exchange exchange;
   T* out;
-  T* kept;                        // [m - m / world, n], with scatter: products for the peers, until they are sent
   int n, depths;                  // depths: steps of kDepth along K
   int tile_columns;               // tiles along N
   int owners, first_owner;        // rows belong to ranks; the order of work begins with that one's
@@ -122,112 +127,96 @@ __device__ __forceinline__ void meet(int consumer) {  // the threads of one cons
   asm volatile("bar.sync %0, 128;" ::"r"(consumer + 1) : "memory");
 }
 
+// Whether the tile is the CTA's last: nothing is left to multiply beside its sum.
+__device__ __forceinline__ bool is_last(int tile, int tiles) {
+  return tile + static_cast<int>(gridDim.x) >= tiles;
+}
+
 // What the threads of a CTA share beside the operand stages and the results.
 struct Shared {
-  unsigned long long full[kStages], empty[kStages];  // operands
-  // A product is where its sender finds it; the sender has begun with it.
-  unsigned long long product_full[kConsumers], product_taken[kConsumers];
+  unsigned long long full[kMostStages], empty[kMostStages];  // operands
+  unsigned long long result_full[kConsumers], result_empty[kConsumers];
   unsigned long long epoch;
   unsigned copied;  // items of copy_sums that are taken
   bool failed_before;
   bool silent[kConsumers];  // a wait has failed: nothing is sent any more
 };
 
-// Where row 0 of the matrix would be that keeps a tile's product: `out` where that has the row, which in the end it is
-// overwritten in by the sum; else `kept`.
-template <typename T>
-__device__ __forceinline__ T* product_of(const Params<T>& p, const Tile& tile) {
-  if (!p.scatter) return p.out;
-  const int rank = p.exchange.rank, first = p.first_row[rank], rows = p.first_row[rank + 1] - first;
-  if (tile.owner == rank) return p.out - static_cast<std::int64_t>(first) * p.n;
-  return p.kept - (tile.owner > rank ? static_cast<std::int64_t>(rows) * p.n : 0);
+// A half tile to a peer, by the copy engine.
+__device__ __forceinline__ void send_half(void* to, const void* from) {
+  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(to), "r"(shared_address(from)),
+               "r"(kHalfBytes)
+               : "memory");
 }
 
-// Element (row, column) of a half in a slot, with the row counted in the half and the column in the tile.
-template <typename T>
-__device__ __forceinline__ T* in_slot(const Exchange& x, int on, int from, const Tile& tile, bool sum, int consumer,
-                                      unsigned epoch, int row, int column) {
-  unsigned char* const half = x.data(on, x.slot(on, from, tile.index, sum), epoch) + consumer * kHalfBytes;
-  return reinterpret_cast<T*>(half) + row * kTileColumns + column;
-}
-
-// A vector of an own tile's sum: this rank's product and the peers' partials, in rank order, in fp32, rounded once.
-template <typename T>
-__device__ __forceinline__ void add_in_order(float (&sum)[8], const Vec<T>& v, bool first) {
-  float value[8];
-  to_floats(v, value);
-#pragma unroll
-  for (int e = 0; e < 8; ++e) sum[e] = first ? value[e] : sum[e] + value[e];
-}
-
-// A warp: the half of a tile that is another's, to its owner.
-template <typename T>
-__device__ __forceinline__ void send_product(const Params<T>& p, const Tile& tile, int consumer, unsigned epoch) {
-  constexpr int kAtOnce = 8;
+// A half of an own tile: the peers' partials added in rank order, in fp32, rounded once; to `out`, and back into shared
+// memory if it is sent on. By kMembers threads beside each other, each with kAtOnce vectors of a partial on their way.
+template <int kMembers, int kAtOnce, typename T>
+__device__ __forceinline__ void sum_result(const Params<T>& p, const Tile& tile, unsigned char* half, int consumer,
+                                           unsigned epoch) {
+  constexpr int kPanelVectors = kPanelBytes / 16, kRows = kMembers / 8;  // rows that the threads are apart
+  static_assert(kPanelVectors % (kAtOnce * kMembers) == 0, "all of a turn is in one panel");
   const Exchange& x = p.exchange;
-  const int column = threadIdx.x % 32 * 8, first = tile.row + consumer * kHalfRows;
-  const int rows = tile.column + column < p.n ? min(kHalfRows, tile.end_row - first) : 0;
-  const T* const from = product_of(p, tile) + static_cast<std::int64_t>(first) * p.n + tile.column + column;
-  T* const to = in_slot<T>(x, tile.owner, x.rank, tile, false, consumer, epoch, 0, column);
+  const int thread = threadIdx.x % kMembers;
+  const int first_row = tile.row + consumer * kHalfRows;
+  T* const out = p.out + static_cast<std::int64_t>(first_row - (p.scatter ? p.first_row[x.rank] : 0)) * p.n;
 #pragma unroll 1
-  for (int row = 0; row < rows; row += kAtOnce) {
-    // Beyond the last row that again: a slot has room, and nobody reads it.
-    Vec<T> values[kAtOnce];
-    const T* line = from + static_cast<std::int64_t>(row) * p.n;
+  for (int base = 0; base < kPanels * kPanelVectors; base += kAtOnce * kMembers) {
+    const int row = (base % kPanelVectors + thread) / 8;
+    const int column = tile.column + base / kPanelVectors * kPanelColumns;
+    const unsigned offset = (base + thread) * 16;
+    const auto finish = [&](int u, const float (&sum)[8]) {
+      const int of_u = row + u * kRows, at = column + (thread ^ of_u) % 8 * 8;
+      const Vec<T> total = from_floats<T>(sum);
+      if (first_row + of_u < tile.end_row && at < p.n) store(out + static_cast<std::int64_t>(of_u) * p.n + at, total);
+      if (!p.scatter) *reinterpret_cast<uint4*>(half + offset + u * kMembers * 16) = total.raw;
+    };
+    const auto add = [&](const Vec<T>& v, float (&sum)[8], bool first) {
+      float value[8];
+      to_floats(v, value);
 #pragma unroll
-    for (int u = 0; u < kAtOnce; ++u) {
-      values[u] = load_once_written(line);
-      line += row + u + 1 < rows ? p.n : 0;
-    }
-#pragma unroll
-    for (int u = 0; u < kAtOnce; ++u) store(to + (row + u) * kTileColumns, values[u]);
-  }
-}
-
-// A warp: the sum of an own tile's half, into `out` and to the peers.
-template <typename T>
-__device__ __forceinline__ void sum_product(const Params<T>& p, const Tile& tile, int consumer, unsigned epoch) {
-  constexpr int kAtOnce = 4;
-  const Exchange& x = p.exchange;
-  const int column = threadIdx.x % 32 * 8, first = tile.row + consumer * kHalfRows;
-  const int rows = tile.column + column < p.n ? min(kHalfRows, tile.end_row - first) : 0;
-  T* const out = product_of(p, tile) + static_cast<std::int64_t>(first) * p.n + tile.column + column;
-#pragma unroll 1
-  for (int row = 0; row < rows; row += kAtOnce) {
-    Vec<T> mine[kAtOnce];  // beyond the last row that again, as above
-    T* const first_line = out + static_cast<std::int64_t>(row) * p.n;
-    T* line = first_line;
-#pragma unroll
-    for (int u = 0; u < kAtOnce; ++u) {
-      mine[u] = load_once_written(line);
-      line += row + u + 1 < rows ? p.n : 0;
-    }
-    float sum[kAtOnce][8];
-#pragma unroll 1
-    for (int source = 0; source < x.world; ++source) {
+      for (int e = 0; e < 8; ++e) sum[e] = first ? value[e] : sum[e] + value[e];
+    };
+    const auto mine = [&](int u) {
+      return Vec<T>{*reinterpret_cast<const uint4*>(half + offset + u * kMembers * 16)};
+    };
+    const auto partials = [&](int source) {
+      return x.data(x.rank, x.slot(x.rank, source, tile.index, false), epoch) + consumer * kHalfBytes + offset;
+    };
+    const auto partial = [&](const unsigned char* from, int u) {
+      return load_once_written(reinterpret_cast<const T*>(from + u * kMembers * 16));
+    };
+    if (x.world == 2) {  // the sum of two has no order, and needs registers for one at a time
+      const unsigned char* const from = partials(x.rank ^ 1);
       Vec<T> values[kAtOnce];
-      const T* const from = in_slot<T>(x, x.rank, source == x.rank ? !x.rank : source, tile, false, consumer, epoch,
-                                       row, column);  // a slot's rows are there, whatever they hold
+#pragma unroll
+      for (int u = 0; u < kAtOnce; ++u) values[u] = partial(from, u);
 #pragma unroll
       for (int u = 0; u < kAtOnce; ++u) {
-        values[u] = source == x.rank ? mine[u] : load_once_written(from + u * kTileColumns);
+        float sum[8];
+        add(mine(u), sum, true);
+        add(values[u], sum, false);
+        finish(u, sum);
       }
+    } else {
+      constexpr int kSums = 2;  // at once, for their registers
+#pragma unroll 1
+      for (int part = 0; part < kAtOnce; part += kSums) {
+        float sum[kSums][8];
+#pragma unroll 1
+        for (int source = 0; source < x.world; ++source) {
+          const unsigned char* const from = partials(source == x.rank ? 0 : source);
+          Vec<T> values[kSums];
 #pragma unroll
-      for (int u = 0; u < kAtOnce; ++u) add_in_order(sum[u], values[u], source == 0);
-    }
-    Vec<T> total[kAtOnce];
-    line = first_line;
+          for (int u = 0; u < kSums; ++u) {
+            values[u] = source == x.rank ? mine(part + u) : partial(from, part + u);
+          }
 #pragma unroll
-    for (int u = 0; u < kAtOnce; ++u) {
-      total[u] = from_floats<T>(sum[u]);
-      if (row + u < rows) store(line, total[u]);
-      line += p.n;
-    }
-    for (int peer = 0; peer < x.world && !p.scatter; ++peer) {
-      if (peer == x.rank) continue;
-      T* const to = in_slot<T>(x, peer, x.rank, tile, true, consumer, epoch, row, column);
+          for (int u = 0; u < kSums; ++u) add(values[u], sum[u], source == 0);
+        }
 #pragma unroll
-      for (int u = 0; u < kAtOnce; ++u) store(to + u * kTileColumns, total[u]);
+        for (int u = 0; u < kSums; ++u) finish(part + u, sum[u]);
+      }
     }
   }
 }
@@ -245,57 +234,54 @@ __device__ __forceinline__ void await_partials(const Params<T>& p, const Tile& t
   }
 }
 
-// By one thread, after it has met all that have stored the half: says so to those it was stored for. Release: what the
-// others stored comes before the barrier at which they met, and so before this.
+// A warp for each consumer: sums the halves of own tiles, while the next tiles are multiplied, and sends what is
+// finished, to the tile's owner or, summed, to all peers; then sets the flags.
 template <typename T>
-__device__ __forceinline__ void tell_peers(const Params<T>& p, const Tile& tile, const Shared& shared, int consumer,
-                                           unsigned epoch) {
+__device__ __forceinline__ void send_results(const Params<T>& p, unsigned char* half, Shared& shared, int tiles,
+                                             int consumer, unsigned epoch) {
   const Exchange& x = p.exchange;
-  const bool own = tile.owner == x.rank;
-  if (shared.silent[consumer] || (own && p.scatter)) return;
-  const int first = own ? 0 : tile.owner, end = own ? x.world : tile.owner + 1;
-  for (int peer = first; peer < end; ++peer) {
-    if (peer == x.rank) continue;
-    store_release_sys(x.flag(peer, x.slot(peer, x.rank, tile.index, own), epoch, consumer), epoch);
-  }
-}
-
-// Whether the tile is the CTA's last: nothing is left to multiply while its product travels.
-__device__ __forceinline__ bool is_last(int tile, int tiles) {
-  return tile + static_cast<int>(gridDim.x) >= tiles;
-}
-
-// A warp for each consumer, while the next tiles are multiplied: sends finished halves to their owner, or sums them and
-// sends the sums to all peers; then the flags.
-template <typename T>
-__device__ __forceinline__ void send_products(const Params<T>& p, Shared& shared, int tiles, int consumer,
-                                              unsigned epoch) {
   const int lane = threadIdx.x % 32;
   unsigned parity = 0;
   unsigned long long start = 0;
-  for (int i = blockIdx.x; !is_last(i, tiles); i += gridDim.x) {
+  for (int i = blockIdx.x; i < tiles; i += gridDim.x) {
     const Tile tile = tile_at(p, i);
-    // Acquire, by every lane: pairs with the consumer's arrival, before which its threads met that had stored.
-    barrier_wait(&shared.product_full[consumer], parity);
+    const bool own = tile.owner == x.rank, summed = own && is_last(i, tiles);
+    if (summed && p.scatter) continue;
+    barrier_wait(&shared.result_full[consumer], parity);
     parity ^= 1;
-    if (lane == 0) barrier_arrive(&shared.product_taken[consumer]);
-    if (tile.owner != p.exchange.rank) {
-      send_product(p, tile, consumer, epoch);
-    } else {
+    if (own && !summed) {
       if (lane == 0) await_partials(p, tile, shared, consumer, epoch, start);
       __syncwarp();  // with the lane that has seen the flags
-      if (!shared.silent[consumer]) sum_product(p, tile, consumer, epoch);
+      sum_result<32, 8>(p, tile, half, consumer, epoch);
+      // Ordinary stores to shared memory, before the copy engine reads it.
+      asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+      __syncwarp();
     }
-    __syncwarp();
-    if (lane == 0) tell_peers(p, tile, shared, consumer, epoch);
+    if (lane == 0) {
+      const bool silent = shared.silent[consumer] || (own && p.scatter);
+      const int first = own ? 0 : tile.owner, end = own ? x.world : tile.owner + 1;
+      for (int peer = first; peer < end && !silent; ++peer) {
+        if (peer == x.rank) continue;
+        send_half(x.data(peer, x.slot(peer, x.rank, tile.index, own), epoch) + consumer * kHalfBytes, half);
+      }
+      asm volatile("cp.async.bulk.commit_group;\n\tcp.async.bulk.wait_group.read 0;" ::: "memory");
+      barrier_arrive(&shared.result_empty[consumer]);
+      // Written, not only read; then visible to what generic accesses follow, of which the first is the release.
+      asm volatile("cp.async.bulk.wait_group 0;\n\tfence.proxy.async;" ::: "memory");
+      for (int peer = first; peer < end && !silent; ++peer) {
+        if (peer != x.rank)
+          store_release_sys(x.flag(peer, x.slot(peer, x.rank, tile.index, own), epoch, consumer), epoch);
+      }
+    }
+    __syncwarp();  // the others would wait for the next result meanwhile, and take turns with the lane that sends
   }
 }
 
-// The sums of the others' tiles, as they arrive, into `out`, 16 rows at a time: by one warp while the others multiply,
+// The sums of the others' tiles, as they arrive, into `out`, a panel at a time: by one warp while the others multiply,
 // by all that have nothing left to multiply in the end.
 template <typename T>
 __device__ __forceinline__ void copy_sums(const Params<T>& p, Shared& shared, unsigned epoch) {
-  constexpr int kAtOnce = 8, kParts = 4, kRows = kHalfRows / kParts, kItems = kConsumers * kParts;
+  constexpr int kAtOnce = 8, kItems = kConsumers * kPanels;
   const Exchange& x = p.exchange;
   const int lane = threadIdx.x % 32, others = p.first_tile[x.world - 1];
   unsigned long long start = 0;
@@ -306,28 +292,33 @@ __device__ __forceinline__ void copy_sums(const Params<T>& p, Shared& shared, un
     const int i = blockIdx.x + item / kItems * gridDim.x;
     if (i >= others) return;
     const Tile tile = tile_at(p, i);
-    const int half = item % kItems / kParts, part = item % kParts;
+    const int half = item % kItems / kPanels, panel = item % kPanels;
     const unsigned slot = x.slot(x.rank, tile.owner, tile.index, true);
     bool there = true;
     if (lane == 0) there = await(x, x.flag(x.rank, slot, epoch, half), tile.owner, epoch, start);
     if (!__shfl_sync(0xffffffffu, there, 0)) return;
     __syncwarp();  // where the warp meets the lane that has seen the flag
-    const int column = tile.column + lane * 8, first = tile.row + half * kHalfRows + part * kRows;
-    const T* const from = in_slot<T>(x, x.rank, tile.owner, tile, true, half, epoch, part * kRows, lane * 8);
-    T* const out = p.out + static_cast<std::int64_t>(first) * p.n + column;
-    const int rows = column < p.n ? min(kRows, tile.end_row - first) : 0;
+    const unsigned char* from = x.data(x.rank, slot, epoch) + half * kHalfBytes + panel * kPanelBytes;
 #pragma unroll 1
-    for (int row = 0; row < kRows; row += kAtOnce) {
+    for (int first = 0; first < static_cast<int>(kPanelBytes / 16); first += kAtOnce * 32) {
       Vec<T> values[kAtOnce];
 #pragma unroll
-      for (int u = 0; u < kAtOnce; ++u) values[u] = load_once_written(from + (row + u) * kTileColumns);
+      for (int u = 0; u < kAtOnce; ++u) {
+        values[u] = load_once_written(reinterpret_cast<const T*>(from) + (first + u * 32 + lane) * 8);
+      }
 #pragma unroll
       for (int u = 0; u < kAtOnce; ++u) {
-        if (row + u < rows) store(out + static_cast<std::int64_t>(row + u) * p.n, values[u]);
+        const int v = first + u * 32 + lane, row = v / 8;
+        const int out_row = tile.row + half * kHalfRows + row;
+        const int column = tile.column + panel * kPanelColumns + ((v ^ row) % 8) * 8;
+        if (out_row < tile.end_row && column < p.n) {
+          store(p.out + static_cast<std::int64_t>(out_row) * p.n + column, values[u]);
+        }
       }
     }
   }
 }
+
 #endif
 
 }  // namespace fp

@@ -69,8 +69,6 @@ def launch_matmul(x: torch.Tensor, weight: torch.Tensor, pg: dist.ProcessGroup, 
     x, weight = aligned(x), aligned(weight)
     (m, k), n = x.shape, weight.shape[0]
     out = x.new_empty(m // pg.size() if scatter else m, n)
-    # The other ranks' rows of the product, on their way.
-    kept = x.new_empty(m - out.shape[0], n) if scatter else None
     parts = [-(-m // tile)] if scatter else _launches(m, native.most_rows(n, False))
     bounds = [min(sum(parts[:i]) * tile, m) for i in range(len(parts) + 1)]
     for first, end in itertools.pairwise(bounds):
@@ -78,7 +76,6 @@ def launch_matmul(x: torch.Tensor, weight: torch.Tensor, pg: dist.ProcessGroup, 
             x.data_ptr() + first * k * x.element_size(),
             weight.data_ptr(),
             out.data_ptr() + first * n * x.element_size(),
-            kept.data_ptr() if scatter else 0,
             end - first,
             n,
             k,

@@ -30,12 +30,11 @@ class VirtualMatmuls(VirtualRanks):
         ]
         torch.cuda.synchronize()
 
-    def matmul(self, rank: int, x, weight, out, kept, scatter: bool) -> None:
+    def matmul(self, rank: int, x, weight, out, scatter: bool) -> None:
         self.matmuls[rank].matmul_all_reduce(
             x=x.data_ptr(),
             weight=weight.data_ptr(),
             out=out.data_ptr(),
-            kept=0 if kept is None else kept.data_ptr(),
             m=x.shape[0],
             n=weight.shape[0],
             k=x.shape[1],
@@ -47,8 +46,7 @@ class VirtualMatmuls(VirtualRanks):
     def run(self, xs, weights, scatter: bool):
         rows = len(xs[0]) // self.world if scatter else len(xs[0])
         outs = [x.new_full((rows, len(weights[0])), float("nan")) for x in xs]
-        kept = [x.new_full((len(x) - rows, len(weights[0])), float("nan")) if scatter else None for x in xs]
-        self.on_all(lambda rank: self.matmul(rank, xs[rank], weights[rank], outs[rank], kept[rank], scatter))
+        self.on_all(lambda rank: self.matmul(rank, xs[rank], weights[rank], outs[rank], scatter))
         return outs
 
 
@@ -95,7 +93,7 @@ def test_graph_with_changing_inputs_and_skew(seed):
 
     def chain(rank):
         for (xs, ws), out in zip(problems, outs, strict=True):
-            ranks.matmul(rank, xs[rank], ws[rank], out[rank], None, False)
+            ranks.matmul(rank, xs[rank], ws[rank], out[rank], False)
             ranks.launch(rank, outs[0][rank], summed[rank], two_shot=False)
 
     graphs = ranks.skewed_graphs(chain, 8, 100_000)
@@ -120,15 +118,14 @@ def test_calls_of_other_shapes_do_not_mix(late, seed):
     shapes = [(1152, 512, 512, True), (384, 64, 256, False), (1536, 64, 512, False), (387, 512, 256, True)]
     problems = [operands(3, m, k, n, torch.bfloat16) for m, k, n, _ in shapes]
     for _ in range(20):
-        outs, kept = [], []
+        outs = []
         for (m, _, n, scatter), (xs, _) in zip(shapes, problems, strict=True):
             rows = m // 3 if scatter else m
             outs.append([x.new_full((rows, n), float("nan")) for x in xs])
-            kept.append([x.new_full((m - rows, n), float("nan")) for x in xs])
 
-        def calls(rank, outs=outs, kept=kept):
-            for (*_, scatter), (xs, ws), out, sent in zip(shapes, problems, outs, kept, strict=True):
-                ranks.matmul(rank, xs[rank], ws[rank], out[rank], sent[rank] if scatter else None, scatter)
+        def calls(rank, outs=outs):
+            for (*_, scatter), (xs, ws), out in zip(shapes, problems, outs, strict=True):
+                ranks.matmul(rank, xs[rank], ws[rank], out[rank], scatter)
 
         ranks.on_all(calls, [400_000 if rank == late else 0 for rank in range(3)])
         for (*_, scatter), (xs, ws), out in zip(shapes, problems, outs, strict=True):
@@ -234,20 +231,20 @@ def test_missing_rank_is_named_within_the_timeout():
     torch.cuda.synchronize()
     begin = time.monotonic()
     ranks.start()
-    ranks.matmul(0, xs[0], ws[0], out, None, False)
+    ranks.matmul(0, xs[0], ws[0], out, False)
     torch.cuda.synchronize()
     assert 0.4 < time.monotonic() - begin < 1.5
     assert ranks.native[0].failure() == "matmul_all_reduce on rank 0 waited in vain for rank 1 (call 1)"
     with pytest.raises(RuntimeError, match="waited in vain for rank 1"):
-        ranks.matmul(0, xs[0], ws[0], out, None, False)
+        ranks.matmul(0, xs[0], ws[0], out, False)
 
 
 def test_errors():
     ranks = VirtualMatmuls(2)
     xs, ws = operands(2, 256, 64, 256, torch.bfloat16)
     with pytest.raises(RuntimeError, match="100 rows; must be from 129 to"):
-        ranks.matmul(0, xs[0][:100], ws[0], xs[0], None, False)
+        ranks.matmul(0, xs[0][:100], ws[0], xs[0], False)
     with pytest.raises(RuntimeError, match="only float16 and bfloat16"):
-        ranks.matmul(0, xs[0].float(), ws[0].float(), xs[0].float(), None, False)
+        ranks.matmul(0, xs[0].float(), ws[0].float(), xs[0].float(), False)
     with pytest.raises(RuntimeError, match="n and k must be multiples of 8"):
-        ranks.matmul(0, xs[0][:, :60].contiguous(), ws[0][:, :60].contiguous(), xs[0], None, False)
+        ranks.matmul(0, xs[0][:, :60].contiguous(), ws[0][:, :60].contiguous(), xs[0], False)
