@@ -20,9 +20,9 @@ from .topology import host_identity
 SLOTS_BYTES = 64 << 20
 
 
-# Slots for tiles of the matmul kernel (csrc/matmul_all_reduce.cu), twice: 128 MiB a GPU, made when a matmul first uses
-# it. At two ranks 4096 rows of 8192 columns go in one launch.
-MATMUL_TILES = 1024
+# Slots for tiles of the matmul kernel (csrc/matmul_all_reduce.cu), twice: 256 MiB a GPU, made when a matmul first uses
+# it. At two ranks 8192 rows of 8192 columns go in one launch; each launch ends in an exchange that nothing hides.
+MATMUL_TILES = 2048
 
 # Room for the rows that all_gather_matmul gathers from the other ranks; made when it is first needed.
 GATHER_BYTES = 128 << 20

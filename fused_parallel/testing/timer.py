@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -158,6 +158,45 @@ def compare(
         ratio_p80=quantile(ratios, 0.8),
         sm_mhz=(seen[0], seen[len(seen) // 2], seen[-1]) if seen else None,
     )
+
+
+def time_in_turns(
+    functions: Mapping[str, tuple[Callable, Callable[[int], tuple] | None]],
+    *,
+    group=None,
+    mode: str = "graph",
+    mutates: bool = False,
+    calls: int = 20,
+    rounds: int = 30,
+    warmup: int = 3,
+    device: str | torch.device | None = None,
+) -> dict[str, Timing]:
+    """Time several functions in turns: after each round of one follows one of the next, in an order that moves on by
+    one each time. So clocks and power, which a matmul lowers for what runs after it, are the same for all of them, and
+    those of work that goes on.
+
+    Args:
+        functions: by name, each with its `inputs` as of `time_collective`, as the other arguments.
+
+    Returns:
+        The Timing of each, by its name.
+    """
+    _check_count("rounds", rounds, 1)
+    subjects = [_Subject(fn, inputs, group, mode, mutates, calls, device) for fn, inputs in functions.values()]
+    count = len(subjects)
+    for _ in range(warmup):
+        for subject in subjects:
+            subject.round()
+    started: list[list[Callable[[], float]]] = [[] for _ in subjects]
+    for number in range(rounds):
+        for turn in range(count):
+            at = (number + turn) % count
+            started[at].append(subjects[at].round())
+    pg = subjects[0].pg if subjects else None
+    return {
+        name: _timing(_gather(pg, [1e6 * seconds() / calls for seconds in of]))
+        for name, of in zip(functions, started, strict=True)
+    }
 
 
 class _Subject:
