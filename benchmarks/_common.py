@@ -21,7 +21,7 @@ from fused_parallel.comm.launch import launch
 from fused_parallel.comm.probe import load_profile
 from fused_parallel.comm.probe_collectives import rank_environment
 from fused_parallel.testing import results
-from fused_parallel.testing.timer import Timing, quantile, time_collective, time_in_turns
+from fused_parallel.testing.timer import Timing, quantile, time_collective
 from fused_parallel.testing.tolerances import RELATIVE_ERROR
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -105,13 +105,7 @@ def parser(description: str) -> argparse.ArgumentParser:
     """An argument parser with the arguments that all benchmarks take."""
     p = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--dtype", choices=DTYPES, default="bfloat16")
-    p.add_argument(
-        "--modes",
-        nargs="+",
-        choices=("graph", "eager", "turns"),
-        default=["graph", "eager"],
-        help="turns: graphs of all implementations of a shape in turns, at the clocks that they share",
-    )
+    p.add_argument("--modes", nargs="+", choices=("graph", "eager"), default=["graph", "eager"])
     p.add_argument(
         "--device", choices=("cuda", "cpu"), default="cuda", help="cpu: two Gloo ranks, to try the script out"
     )
@@ -159,10 +153,6 @@ class Bench:
     rows: list[dict[str, str]] = field(init=False, default_factory=list)
     wrong: list[str] = field(init=False, default_factory=list)
     failed: set[tuple[str, str]] = field(init=False, default_factory=set)  # (impl, mode) that did not run
-    # Of one operation and shape, to be timed in turns: impl -> (function, inputs, bytes, floor_us); and for all of them
-    # (op, shape, timing).
-    waiting: dict[str, tuple] = field(init=False, default_factory=dict)
-    waiting_for: tuple = field(init=False, default=())
 
     def __post_init__(self):
         fp.init(device=self.arguments.device, timeout=120)
@@ -173,7 +163,7 @@ class Bench:
         self.backend = "nccl" if on_gpu else "gloo"
         self.directory = self.arguments.results or (results.RESULTS if on_gpu else None)
         # Eager first: what fails in a capture may leave its streams unusable.
-        self.modes = [m for m in ("eager", "graph", "turns") if m in self.arguments.modes and (on_gpu or m == "eager")]
+        self.modes = [m for m in ("eager", "graph") if m in self.arguments.modes and (on_gpu or m == "eager")]
         self.world = self.pg.size()
         if self.world < 2:
             raise SystemExit("needs two or more ranks: torchrun --nproc-per-node 2 ..., or without torchrun")
@@ -261,14 +251,8 @@ class Bench:
             self.wrong.append(f"{name}: relative error {error:.1e}")
             self.say("WRONG", self.wrong[-1])
             return
-        if "turns" in self.modes:
-            about = (op, tuple(shape.items()), tuple(timing.items()))
-            if self.waiting_for != about:
-                self.take_turns()
-            self.waiting_for = about
-            self.waiting[impl] = (fn, inputs, bytes, floor_us)
         for mode in self.modes:
-            if mode == "turns" or (impl, mode) in self.failed:
+            if (impl, mode) in self.failed:
                 continue
             timed = self.attempt(
                 f"{name} {mode}",
@@ -277,31 +261,22 @@ class Bench:
             if timed is None:
                 self.failed.add((impl, mode))
                 continue
-            self._add(op, impl, timed, mode=mode, shape=shape, bytes=bytes, floor_us=floor_us)
-
-    def take_turns(self) -> None:
-        """Time what `measure` has kept for it, all of one shape."""
-        if not self.waiting:
-            return
-        (op, shape, timing), waiting = self.waiting_for, self.waiting
-        self.waiting_for, self.waiting = (), {}
-        functions = {impl: (fn, inputs) for impl, (fn, inputs, *_) in waiting.items()}
-        timings = self.attempt(
-            f"{op} {results.shape_key(**dict(shape))} turns",
-            lambda: time_in_turns(functions, group=self.pg, **dict(timing)),
-        )
-        for impl, timed in (timings or {}).items():
-            *_, bytes, floor_us = waiting[impl]
-            self._add(op, impl, timed, mode="turns", shape=dict(shape), bytes=bytes, floor_us=floor_us)
-
-    def _add(self, op: str, impl: str, timed: Timing, **about) -> None:
-        row = results.make_row(
-            op, impl, timed, world_size=self.world, dtype=self.dtype, device=self.device.type, **about
-        )
-        self.rows.append(row)
-        if self.directory and self.pg.rank() == 0:  # at once: a run that is cut short keeps what it has
-            results.append([row], self.directory)
-        self.say(f"{op} {impl} {results.shape_key(**about['shape'])} {about['mode']}: {timed.us_p50:.2f} us")
+            row = results.make_row(
+                op,
+                impl,
+                timed,
+                world_size=self.world,
+                dtype=self.dtype,
+                mode=mode,
+                shape=shape,
+                bytes=bytes,
+                floor_us=floor_us,
+                device=self.device.type,
+            )
+            self.rows.append(row)
+            if self.directory and self.pg.rank() == 0:  # at once: a run that is cut short keeps what it has
+                results.append([row], self.directory)
+            self.say(f"{name} {mode}: {timed.us_p50:.2f} us")
 
     def record(
         self,
@@ -330,7 +305,6 @@ class Bench:
 
     def finish(self) -> int:
         """Print the table, leave the group; the exit code."""
-        self.take_turns()
         if self.pg.rank() == 0:
             results.show(self.rows)
             if self.directory:

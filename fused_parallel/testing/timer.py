@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -134,7 +134,7 @@ def compare(
     """
     _check_count("rounds", rounds, 30)
     a = _Subject(ours, inputs, group, mode, mutates, calls, device)
-    b = _Subject(peer, peer_inputs or inputs, group, mode, mutates, calls, device)
+    b = _Subject(peer, peer_inputs or inputs, group, mode, mutates, calls, device, beside=a)
     for _ in range(warmup):
         a.round(), b.round()
     times: tuple[list[float], list[float]] = ([], [])
@@ -160,49 +160,11 @@ def compare(
     )
 
 
-def time_in_turns(
-    functions: Mapping[str, tuple[Callable, Callable[[int], tuple] | None]],
-    *,
-    group=None,
-    mode: str = "graph",
-    mutates: bool = False,
-    calls: int = 20,
-    rounds: int = 30,
-    warmup: int = 3,
-    device: str | torch.device | None = None,
-) -> dict[str, Timing]:
-    """Time several functions in turns: after each round of one follows one of the next, in an order that moves on by
-    one each time. So clocks and power, which a matmul lowers for what runs after it, are the same for all of them, and
-    those of work that goes on.
-
-    Args:
-        functions: by name, each with its `inputs` as of `time_collective`, as the other arguments.
-
-    Returns:
-        The Timing of each, by its name.
-    """
-    _check_count("rounds", rounds, 1)
-    subjects = [_Subject(fn, inputs, group, mode, mutates, calls, device) for fn, inputs in functions.values()]
-    count = len(subjects)
-    for _ in range(warmup):
-        for subject in subjects:
-            subject.round()
-    started: list[list[Callable[[], float]]] = [[] for _ in subjects]
-    for number in range(rounds):
-        for turn in range(count):
-            at = (number + turn) % count
-            started[at].append(subjects[at].round())
-    pg = subjects[0].pg if subjects else None
-    return {
-        name: _timing(_gather(pg, [1e6 * seconds() / calls for seconds in of]))
-        for name, of in zip(functions, started, strict=True)
-    }
-
-
 class _Subject:
     """A function with its input sets, captured if need be; `round()` runs it `calls` times."""
 
-    def __init__(self, fn, inputs, group, mode, mutates, calls, device, after_capture=None):
+    def __init__(self, fn, inputs, group, mode, mutates, calls, device, after_capture=None, beside=None):
+        """`beside`: a subject that this one takes turns with, on one stream, so that their rounds never overlap."""
         if mode not in ("graph", "eager"):
             raise ValueError(f'timer: mode must be "graph" or "eager", got {mode!r}')
         _check_count("calls", calls, 1)
@@ -225,7 +187,7 @@ class _Subject:
             missing = ROTATION_BYTES - count * set_bytes if tensors else 0
             self.filler = torch.ones(max(0, missing) // 4, device=self.device)
             self.flag = torch.zeros(1, device=self.device)
-            self.stream = torch.cuda.Stream(self.device)
+            self.stream = beside.stream if beside is not None else torch.cuda.Stream(self.device)
             self.stream.wait_stream(torch.cuda.current_stream(self.device))  # all of this was made there
             self.round = self._graph_round if mode == "graph" else self._eager_round
             if mode == "graph":

@@ -9,14 +9,7 @@ import torch
 
 from fused_parallel.testing import timer
 from fused_parallel.testing.spawn import run_ranks
-from fused_parallel.testing.timer import (
-    ROTATION_BYTES,
-    compare,
-    quantile,
-    rotation_sets,
-    time_collective,
-    time_in_turns,
-)
+from fused_parallel.testing.timer import ROTATION_BYTES, compare, quantile, rotation_sets, time_collective
 
 
 class Clock:
@@ -141,22 +134,6 @@ def test_compare_gives_the_ratio_and_changes_the_order(monkeypatch):
     pairs = [order[i : i + 2] for i in range(0, len(order), 2)]
     assert sorted(map(tuple, pairs)) == [("a", "b")] * 15 + [("b", "a")] * 16
     assert all(first != second for first, second in itertools.pairwise(pairs))
-
-
-def test_functions_in_turns(monkeypatch):
-    clock, order = Clock(monkeypatch), []
-    takes = {"a": clock.takes(1e-3), "b": clock.takes(4e-3), "c": clock.takes(2e-3, 6e-3)}
-    found = time_in_turns(
-        {name: (lambda name=name: (order.append(name), takes[name]()), None) for name in takes},
-        mode="eager",
-        calls=1,
-        rounds=4,
-        warmup=1,
-        device="cpu",
-    )
-    assert {name: timing.us_p50 for name, timing in found.items()} == pytest.approx({"a": 1000, "b": 4000, "c": 4000})
-    assert "".join(order) == "abc" + "abc" + "bca" + "cab" + "abc"
-    assert time_in_turns({}) == {}
 
 
 def rank_slower_by_rank(mesh):
