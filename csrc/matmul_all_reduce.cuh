@@ -207,6 +207,7 @@ __global__ void __launch_bounds__(kThreads, 1) matmul_push(const __grid_constant
   const bool copies = kSends && !p.scatter;
   if (warpgroup == 0) {
     // 128 x 104 + 256 x 200 registers, all of the launch's 384 x 168: with more below they would wait for ever.
+    // 128 x 104 + 256 x 200 registers, all of the launch's 384 x 168: with more below they would wait for ever.
     asm volatile("setmaxnreg.dec.sync.aligned.u32 104;");
     if (warp == 0) {
       if (threadIdx.x == 0) bring_operands<kStages>(p, stages, shared.full, shared.empty, tiles);

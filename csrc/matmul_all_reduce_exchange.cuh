@@ -177,9 +177,7 @@ __device__ __forceinline__ void sum_result(const Params<T>& p, const Tile& tile,
 #pragma unroll
       for (int e = 0; e < 8; ++e) sum[e] = first ? value[e] : sum[e] + value[e];
     };
-    const auto mine = [&](int u) {
-      return Vec<T>{*reinterpret_cast<const uint4*>(half + offset + u * kMembers * 16)};
-    };
+    const auto mine = [&](int u) { return Vec<T>{*reinterpret_cast<const uint4*>(half + offset + u * kMembers * 16)}; };
     const auto partials = [&](int source) {
       return x.data(x.rank, x.slot(x.rank, source, tile.index, false), epoch) + consumer * kHalfBytes + offset;
     };
