@@ -148,7 +148,7 @@ __device__ __forceinline__ void multiply(const Params<T>& p, unsigned char* stag
       meet(consumer);
       continue;
     }
-    // The result before this one has left.
+    // The result before this one has been sent, or summed.
     if (sent > 0) barrier_wait(&shared.result_empty[consumer], (sent - 1) & 1);
     leave_result<T, 0, kPanels>(d, half);
     if (tile.owner == x.rank && is_last(i, tiles)) {  // the warp that sends sums all others
@@ -206,7 +206,6 @@ __global__ void __launch_bounds__(kThreads, 1) matmul_push(const __grid_constant
   const int warpgroup = threadIdx.x / 128, warp = threadIdx.x / 32;
   const bool copies = kSends && !p.scatter;
   if (warpgroup == 0) {
-    // 128 x 104 + 256 x 200 registers, all of the launch's 384 x 168: with more below they would wait for ever.
     // 128 x 104 + 256 x 200 registers, all of the launch's 384 x 168: with more below they would wait for ever.
     asm volatile("setmaxnreg.dec.sync.aligned.u32 104;");
     if (warp == 0) {

@@ -112,12 +112,13 @@ __device__ __forceinline__ Tile tile_at(const Params<T>& p, int i) {
   return {owner, static_cast<unsigned>(index), row, within / rows * kTileColumns, p.first_row[owner + 1]};
 }
 
-// Until the flag says call `epoch`; what it said before were calls that used this half earlier. Acquire: pairs with the
-// release that set it, so that the tile, written before, is visible to this thread, and to those that it meets at a
-// barrier afterwards. False after a failed wait.
+// Until the flag says call `epoch`; what it said before were calls that used this half earlier, and a later one it
+// cannot say: who is in call `epoch` + 2 has seen this rank end this one. So the numbers may go round. Acquire: pairs
+// with the release that set it, so that the tile, written before, is visible to this thread, and to those that it meets
+// at a barrier afterwards. False after a failed wait.
 __device__ __forceinline__ bool await(const Exchange& x, const unsigned* flag, int peer, unsigned epoch,
                                       unsigned long long& start) {
-  for (unsigned spins = 1; static_cast<int>(load_acquire_sys(flag) - epoch) < 0; ++spins) {
+  for (unsigned spins = 1; load_acquire_sys(flag) != epoch; ++spins) {
     if (spins % kSpinsPerCheck == 0 && wait_is_over(x.bound, start, kMatmul, peer, epoch)) return false;
   }
   return true;
@@ -247,6 +248,7 @@ __device__ __forceinline__ void send_results(const Params<T>& p, unsigned char* 
     if (summed && p.scatter) continue;
     barrier_wait(&shared.result_full[consumer], parity);
     parity ^= 1;
+    __syncwarp();  // a lane left behind would take the phase after next, in which others are, for this one
     if (own && !summed) {
       if (lane == 0) await_partials(p, tile, shared, consumer, epoch, start);
       __syncwarp();  // with the lane that has seen the flags

@@ -18,8 +18,8 @@ TILES = 512
 class VirtualMatmuls(VirtualRanks):
     """VirtualRanks with the memory that tiles travel through."""
 
-    def __init__(self, world: int, timeout_seconds: float = 20.0):
-        super().__init__(world, timeout_seconds=timeout_seconds)
+    def __init__(self, world: int, timeout_seconds: float = 20.0, max_threads: int | None = None):
+        super().__init__(world, timeout_seconds=timeout_seconds, max_threads=max_threads)
         size = _ext.extension().matmul_workspace_bytes(TILES)
         self.staging = [torch.zeros(size, dtype=torch.uint8, device=self.device) for _ in range(world)]
         self.controls = [torch.zeros(8, dtype=torch.uint8, device=self.device) for _ in range(world)]
@@ -64,9 +64,10 @@ def test_matmul_only(dtype, seed):
 
 @pytest.mark.parametrize("scatter", [False, True])
 @pytest.mark.parametrize("world", [2, 3, 4])
+@pytest.mark.parametrize("ctas", [None, 3], ids=["all CTAs", "3 CTAs"])  # of a few each has several own tiles
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_sums(world, scatter, dtype, seed):
-    ranks = VirtualMatmuls(world)
+def test_sums(world, scatter, dtype, ctas, seed):
+    ranks = VirtualMatmuls(world, max_threads=ctas and ctas * 512)
     shapes = [(128 * world, 64, 256), (world * 171, 200, 264), (1536, 512, 1000), (world * 128, 2880, 2880)]
     for m, k, n in shapes * 2:
         if m > ranks.matmuls[0].most_rows(n, scatter):
