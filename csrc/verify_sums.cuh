@@ -69,7 +69,7 @@ struct FilterShared {
   float logit;
   const void* logits;
   Prepared* prepared;
-  int request, begin, end;  // the CTA's part
+  int begin, end;  // the CTA's part
   Weight weight;
   float cut;  // weights that are listed
   unsigned key_of_min_p;

@@ -53,9 +53,9 @@ __device__ __forceinline__ unsigned select_value(Rounds<T, kSharded>& rounds, Fi
   // FLT_MAX stands for +inf, too, whose key is that of the greatest finite value.
   if (sh.weight.maximum == FLT_MAX || (!by_count && !by_mass && of_min_p >= kValues)) return kFurtherDown;
   if (threadIdx.x == 0) sh.first = sh.last = kValues;
-  if (!count_values(top, fmaxf(sh.likely, of_order_key<T>(top - (kValues - 1))), rounds, sh)) {
-    return kNoKey;
-  }
+  // The last that is counted, or the least finite value.
+  const unsigned last = max(top, order_key<T>(-FLT_MAX) + (kValues - 1)) - (kValues - 1);
+  if (!count_values(top, fmaxf(sh.likely, of_order_key<T>(last)), rounds, sh)) return kNoKey;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const unsigned long long both = sh.bins[threadIdx.x];
   const unsigned even = static_cast<unsigned>(both), odd = static_cast<unsigned>(both >> 32);
@@ -66,7 +66,8 @@ __device__ __forceinline__ unsigned select_value(Rounds<T, kSharded>& rounds, Fi
     return count == 0 ? 0.0 : static_cast<double>(count) * exp2_fast(-weight(of_order_key<T>(of)));
   };
   // Of the values before this thread's, with its first, and with both; a thread's end is the next one's beginning, in
-  // all bits, so that exactly one thread passes what is wanted.
+  // all bits, so that some thread passes what is wanted. (Sums in other orders can differ in their last bit, so two
+  // may: the first counts.)
   const double first_mass = mass(even, key);
   double end = first_mass + mass(odd, key - 1);
   unsigned end_count = even + odd;
@@ -115,7 +116,7 @@ __device__ __forceinline__ unsigned select_value(Rounds<T, kSharded>& rounds, Fi
   }
   if (by_mass) {
     const double wanted = sh.top_p * (by_count ? sh.kept : sh.mass);
-    if (begin < wanted && wanted <= end) sh.last = 2 * threadIdx.x + (middle < wanted);
+    if (begin < wanted && wanted <= end) atomicMin(&sh.last, 2 * threadIdx.x + (middle < wanted));
     __syncthreads();
     if (sh.last == kValues) return kFurtherDown;
   }

@@ -187,12 +187,13 @@ VALUES = 512  # of csrc/verify_values.cuh: from the greatest logit down so many 
 
 def neighbours(value, count):
     """The bfloat16 `count` places below `value`, in the order of numbers, -0 left out."""
-    key = torch.tensor(value, dtype=torch.bfloat16).view(torch.int16).int()
-    order = (key if key >= 0 else -32768 - key) - count
-    return (order if order >= 0 else -32768 - order).to(torch.int16).view(torch.bfloat16).item()
+    key = torch.tensor(value, dtype=torch.bfloat16).view(torch.int16).item()
+    order = max((key if key >= 0 else -32768 - key) - count, -0x7F7F)  # that of the least finite value
+    key = order if order >= 0 else -32768 - order
+    return torch.tensor(key, dtype=torch.int16).view(torch.bfloat16).item()
 
 
-@pytest.mark.parametrize("spread", ["normal", "flat", "around zero", "negative", "equal", "spike", "nan"])
+@pytest.mark.parametrize("spread", ["normal", "flat", "around zero", "negative", "equal", "spike", "nan", "lowest"])
 def test_values_counted_one_by_one(seed, extension, spread):
     """top-k, top-p and min-p of rows in bfloat16, by one count of each value, in float64; and where that is not enough
     it says so. Aligned rows and others, lists that suffice and not."""
@@ -207,6 +208,10 @@ def test_values_counted_one_by_one(seed, extension, spread):
             x[turn * 100] = x.max() + [0.5, 8.0][turn % 2]
         elif spread == "nan":
             x[::3], x[1::5] = math.nan, -math.inf
+        elif spread == "lowest":  # a row that is masked with the least value, or next to it: no 512 values are below
+            x[:] = torch.finfo(torch.bfloat16).min
+            if turn % 2:
+                x[turn::7] *= 0.3
         x = x.bfloat16()
         scale = torch.tensor([1.0, 0.7, 2.5][turn % 3] * math.log2(math.e)).item()
         clean = x.float().nan_to_num(-math.inf).double()
@@ -216,6 +221,8 @@ def test_values_counted_one_by_one(seed, extension, spread):
         likely = clean.topk(width // 20).values[-1].item() if turn % 4 else -torch.finfo(torch.float32).max
         top_k = [0, 1, 40, width // 10, width][turn % 5]
         top_p = [0.0, 0.3, 0.9, 0.99999, 1e-6, 1.0, 0.6][turn % 7]
+        if spread == "lowest" and turn < 12:
+            top_k, top_p = 0, 0.0
         min_p = [-math.inf, top - 2.0, top][turn % 3]
         if top_k == 0 and not 0 < top_p < 1:
             min_p = torch.tensor(top - 0.5).bfloat16().item()
@@ -243,7 +250,7 @@ def test_values_counted_one_by_one(seed, extension, spread):
         assert abs(got[1] / weights[clean >= least].sum().item() - 1) < 1e-6
     if spread != "around zero":
         assert seen["found"] > 4
-    if spread not in ("spike", "equal"):
+    if spread not in ("spike", "equal", "lowest"):
         assert seen["further down"] > 2
 
 
