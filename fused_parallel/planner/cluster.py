@@ -352,7 +352,7 @@ def from_profile(profile: dict, name: str) -> Cluster:
 
 def _profile_links(profile: dict, found: list[dict]) -> dict[str, object]:
     """intra, ours and, where NVLink joins only some of the GPUs, islands and between: the presets that fit the topology
-    best, with the all-reduces that were measured."""
+    best, with the all-reduces and messages that were measured."""
     pairs = profile["topology"]["pairs"]
     generation = found[0].get("pcie_generation") or 4
     pcie = f"pcie{min(5, max(3, generation))}"
@@ -371,16 +371,19 @@ def _profile_links(profile: dict, found: list[dict]) -> dict[str, object]:
     # n ranks were measured on GPUs 0 to n - 1, which need not be of one island.
     together = max(n for n in range(1, within + 1) if not islands or set(range(n)) <= set(islands[0]))
     table = {n: points for n, points in nccl.items() if n <= together}
-    intra = dataclasses.replace(LINKS[name], name=f"{name}, probed" if table else name, table=table)
+    # Messages are between the first two of them.
+    sends = _profile_sends(profile)
+    within_island, between = (sends, {}) if together > 1 else ({}, sends)
+    intra = dataclasses.replace(LINKS[name], name=f"{name}, probed" if table else name, table=table, **within_island)
     links: dict[str, object] = {"intra": intra, "ours": None}
     if islands:
         rest = {n: points for n, points in nccl.items() if n > within}
-        links |= {"islands": islands, "between": dataclasses.replace(LINKS[pcie], table=rest)}
+        links |= {"islands": islands, "between": dataclasses.replace(LINKS[pcie], table=rest, **between)}
     gpu = found[0]["name"].lower()
     if ours := _profile_table(profile, "fused_parallel", "all_reduce"):
         behind = _profile_table(profile, "fused_parallel", "matmul_all_reduce")
         # Elsewhere messages are taken to cost what they cost NCCL.
-        base = OURS_NVLINK4 if name == "nvlink4" else LINKS[name]
+        base = OURS_NVLINK4 if name == "nvlink4" else intra
         about = {"name": f"{name}, this library's kernels, probed", "table": ours, "behind": behind}
         links["ours"] = dataclasses.replace(base, **about)
     elif name == "nvlink4" and ("h100" in gpu or "h200" in gpu):
@@ -404,3 +407,11 @@ def _profile_table(profile: dict, backend: str, op: str) -> dict[int, tuple[tupl
         for c in profile["collectives"]
         if (c["op"], c["backend"], c["mode"]) == (op, backend, "graph")
     }
+
+
+def _profile_sends(profile: dict) -> dict[str, float]:
+    """p2p_us and p2p_gb_s of NCCL's messages in CUDA graphs, where they were measured and have a rate."""
+    for c in profile["collectives"]:
+        if (c["op"], c["backend"], c["mode"]) == ("send_recv", "nccl", "graph") and c["beta_gb_per_s"]:
+            return {"p2p_us": c["alpha_us"], "p2p_gb_s": c["beta_gb_per_s"]}
+    return {}

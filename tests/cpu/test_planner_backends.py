@@ -148,6 +148,7 @@ def test_our_kernels_from_a_profile(tmp_path):
     pair = load_cluster(RESULTS / "probe_h100.json")
     assert pair.ours is OURS_NVLINK4 and pair.gpus == 2 and pair.gpu.host_gb_s == pytest.approx(47.49, abs=0.01)
     assert pair.intra.table[2][0] == (4096, pytest.approx(7.6, abs=0.1)) and pair.islands == ()
+    assert (pair.intra.p2p_us, pair.intra.p2p_gb_s) == (pytest.approx(10.17, abs=0.01), pytest.approx(281.8, abs=0.1))
     for gpu in profile["topology"]["gpus"]:
         gpu["name"] = "NVIDIA L40S"
     profile["topology"]["pairs"][0]["link"] = "PHB"
@@ -160,7 +161,7 @@ def test_our_kernels_from_a_profile(tmp_path):
         profile["collectives"].append(entry)
     file.write_text(json.dumps(profile))
     two = load_cluster(file).of("ours")
-    assert two.ours.name.startswith("pcie5, this library") and two.ours.p2p_gb_s == LINKS["pcie5"].p2p_gb_s
+    assert two.ours.name.startswith("pcie5, this library") and two.ours.p2p_gb_s == pair.intra.p2p_gb_s
     assert all_reduce_us(two, 2, 16 * KB) == 6.0 and all_reduce_us(two, 2, 16 * KB, after_matmul=True) == 5.0
     assert plan("llama-3-8b", two).best.backend == "ours"
 

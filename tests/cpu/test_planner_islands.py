@@ -41,7 +41,8 @@ def test_islands_of_a_profile(tmp_path):
     assert cluster.islands == ((0, 2), (1, 3)) and cluster.island == 2
     assert cluster.between.name == "pcie5-no-peer" and list(cluster.between.table) == [4]
     # NCCL's two ranks were GPUs 0 and 1, which lie in different pairs here: no figure of the bridge.
-    assert cluster.intra.table == {}
+    assert cluster.intra.table == {} and cluster.intra.p2p_us == LINKS["nvlink3"].p2p_us
+    assert cluster.between.p2p_us == pytest.approx(10.17, abs=0.01)
     assert any("order 0,2,1,3" in text for text in plan("llama-3-8b", cluster).best.explanation)
     profile["topology"]["pairs"][5]["link"] = "NV4"  # 2 and 3 as well: all four hang together
     file.write_text(json.dumps(profile))
