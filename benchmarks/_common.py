@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import gc
 import math
 import os
@@ -21,7 +22,7 @@ from fused_parallel.comm.launch import launch
 from fused_parallel.comm.probe import load_profile
 from fused_parallel.comm.probe_collectives import rank_environment
 from fused_parallel.testing import results
-from fused_parallel.testing.timer import Timing, quantile, time_collective
+from fused_parallel.testing.timer import Subject, Timing, quantile, time_collective, time_in_turns
 from fused_parallel.testing.tolerances import RELATIVE_ERROR
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -147,12 +148,16 @@ class Bench:
 
     arguments: argparse.Namespace
     floors: bool = True  # whether rows have floor_us: then ceilings are measured
+    # Graphs of what `measure` was given since the last `take_turns()` are timed there, in turns: for matmuls, whose
+    # power and heat slow down what is measured after them. All of their inputs are there at once.
+    in_turns: bool = False
     pg: dist.ProcessGroup = field(init=False)
     device: torch.device = field(init=False)
     ceilings: Ceilings | None = field(init=False)
     rows: list[dict[str, str]] = field(init=False, default_factory=list)
     wrong: list[str] = field(init=False, default_factory=list)
     failed: set[tuple[str, str]] = field(init=False, default_factory=set)  # (impl, mode) that did not run
+    waiting: list[tuple[Subject, int, Callable[[Timing], None]]] = field(init=False, default_factory=list)
 
     def __post_init__(self):
         fp.init(device=self.arguments.device, timeout=120)
@@ -236,8 +241,8 @@ class Bench:
     ) -> None:
         """Check `fn` with `check(fresh inputs)`, which gives this rank's relative error, then time it in all modes.
 
-        `timing` goes to `time_collective`. Results beyond the tolerance (default: twice the dtype's) give no row and
-        fail the benchmark. What does not run in a mode is not tried in that mode again.
+        `timing` goes to `time_collective` (in turns: only `calls` and `rounds`). Results beyond the tolerance (default:
+        twice the dtype's) give no row and fail the benchmark. What does not run in a mode is not tried in it again.
         """
         if self.arguments.impls and impl not in self.arguments.impls:
             return
@@ -254,29 +259,36 @@ class Bench:
         for mode in self.modes:
             if (impl, mode) in self.failed:
                 continue
-            timed = self.attempt(
-                f"{name} {mode}",
-                lambda mode=mode: time_collective(fn, inputs=inputs, group=self.pg, mode=mode, **timing),
-            )
-            if timed is None:
+            add = functools.partial(self._add, op, impl, mode, shape=shape, bytes=bytes, floor_us=floor_us)
+            if self.in_turns and mode == "graph":
+                got = self.attempt(f"{name} {mode}", lambda: Subject(fn, inputs, self.pg, calls=timing["calls"]))
+                if got is not None:
+                    self.waiting.append((got, timing["rounds"], add))
+            else:
+                got = self.attempt(
+                    f"{name} {mode}",
+                    lambda mode=mode: time_collective(fn, inputs=inputs, group=self.pg, mode=mode, **timing),
+                )
+                if got is not None:
+                    add(got)
+            if got is None:
                 self.failed.add((impl, mode))
-                continue
-            row = results.make_row(
-                op,
-                impl,
-                timed,
-                world_size=self.world,
-                dtype=self.dtype,
-                mode=mode,
-                shape=shape,
-                bytes=bytes,
-                floor_us=floor_us,
-                device=self.device.type,
-            )
-            self.rows.append(row)
-            if self.directory and self.pg.rank() == 0:  # at once: a run that is cut short keeps what it has
-                results.append([row], self.directory)
-            self.say(f"{name} {mode}: {timed.us_p50:.2f} us")
+
+    def take_turns(self) -> None:
+        """Time what `measure` has kept for it."""
+        if self.waiting:
+            subjects, rounds, add = zip(*self.waiting, strict=True)
+            self.waiting.clear()
+            for row, timing in zip(add, time_in_turns(subjects, max(rounds)), strict=True):
+                row(timing)
+
+    def _add(self, op: str, impl: str, mode: str, timing: Timing, *, shape: dict, bytes: int, floor_us) -> None:
+        about = {"world_size": self.world, "dtype": self.dtype, "mode": mode, "shape": shape}
+        row = results.make_row(op, impl, timing, bytes=bytes, floor_us=floor_us, device=self.device.type, **about)
+        self.rows.append(row)
+        if self.directory and self.pg.rank() == 0:  # at once: a run that is cut short keeps what it has
+            results.append([row], self.directory)
+        self.say(f"{op} {impl} {results.shape_key(**shape)} {mode}: {timing.us_p50:.2f} us")
 
     def record(
         self,
@@ -295,16 +307,12 @@ class Bench:
         slowest = everyone[medians.index(max(medians))]
         skew = 100 * (max(medians) - min(medians)) / max(medians)
         timing = Timing(quantile(slowest, 0.2), max(medians), quantile(slowest, 0.8), skew)
-        about = {"world_size": self.world, "dtype": self.dtype, "mode": mode, "shape": shape}
-        row = results.make_row(op, impl, timing, bytes=bytes, floor_us=floor_us, device=self.device.type, **about)
-        self.rows.append(row)
-        if self.directory and self.pg.rank() == 0:
-            results.append([row], self.directory)
-        self.say(f"{op} {impl} {results.shape_key(**shape)} {mode}: {timing.us_p50:.2f} us")
+        self._add(op, impl, mode, timing, shape=shape, bytes=bytes, floor_us=floor_us)
         return timing
 
     def finish(self) -> int:
         """Print the table, leave the group; the exit code."""
+        self.take_turns()
         if self.pg.rank() == 0:
             results.show(self.rows)
             if self.directory:

@@ -10,7 +10,7 @@ norm, each rank its share of random weights, M tokens, in one graph. Rows:
     fused_sequence_parallel  split, and every rank holds its rows of what is between (M divisible by the ranks)
     nccl                     split, cuBLAS, NCCL (or Gloo) and the add_rms_norm kernel
 
-`bytes`: one rank's weights. `floor_us` = launch + the longer of reading them and computing.
+Graphs are timed in turns. `bytes`: one rank's weights. `floor_us` = launch + the longer of reading them and computing.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def _nccl(block: _Block, pg: dist.ProcessGroup) -> Callable:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    bench = Bench(arguments)
+    bench = Bench(arguments, in_turns=True)
     with torch.no_grad():
         return _run(bench, arguments)
 
@@ -119,6 +119,7 @@ def _run(bench: Bench, arguments: argparse.Namespace) -> int:
                 calls=4 if m <= 512 else 2,
                 rounds=12,
             )
+        bench.take_turns()
     return bench.finish()
 
 

@@ -15,6 +15,9 @@ matmul alone (on the gathered x), `cublas_nccl` matmul and NCCL one after the ot
 fused_matmul_reduce_scatter and fused_all_gather_matmul. Where W does not divide M the last two operations are not
 measured. `bytes` are operands and result of one rank's matmul. `floor_us` = launch + the longest of computing the
 matmul, moving `bytes` through memory, and the collective's bytes over the link: all three could happen at once.
+
+The graphs of a shape's implementations are timed in turns: a matmul draws so much power that it slows down what is
+measured after it.
 """
 
 from __future__ import annotations
@@ -217,7 +220,7 @@ _RUN = dict(
 
 
 def run(arguments: argparse.Namespace) -> int:
-    bench = Bench(arguments)
+    bench = Bench(arguments, in_turns=True)
     n = arguments.N
     for k in arguments.K:
         count = rotation_sets(n * k * bench.dtype.itemsize, 20)
@@ -228,6 +231,7 @@ def run(arguments: argparse.Namespace) -> int:
                 if op in OPS[2:] and m % bench.world:
                     continue
                 _RUN[op](shape)
+                bench.take_turns()
     return bench.finish()
 
 

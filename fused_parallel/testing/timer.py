@@ -99,12 +99,38 @@ def time_collective(
     Raises:
         ValueError: unknown mode, graph mode on a CPU, or a count below 1.
     """
-    subject = _Subject(fn, inputs, group, mode, mutates, calls, device, after_capture)
+    subject = Subject(fn, inputs, group, mode, mutates, calls, device, after_capture)
+    return time_in_turns([subject], rounds, warmup)[0]
+
+
+def time_in_turns(subjects: Sequence[Subject], rounds: int = 30, warmup: int = 3) -> list[Timing]:
+    """Time several functions, a round of one after a round of the other, the first of them changing from turn to turn:
+    all of them at the clocks and the power that all of them together leave, which a matmul lowers for what runs next.
+
+    The subjects, of one group, are timed on the stream of the first; `rounds` and `warmup` are of each. The Timing of
+    each, the same on all ranks.
+    """
     _check_count("rounds", rounds, 1)
+    everyone = _gather(subjects[0].pg, _take_turns(subjects, rounds, warmup))
+    return [_timing([rank[number] for rank in everyone]) for number in range(len(subjects))]
+
+
+def _take_turns(
+    subjects: Sequence[Subject], rounds: int, warmup: int, after_turn: Callable[[], object] = lambda: None
+) -> list[list[float]]:
+    """This rank's microseconds per call in each round of each subject. `after_turn`: while the device is at work."""
+    for subject in subjects[1:]:
+        subject.stream = subjects[0].stream  # rounds on streams of their own would overlap
     for _ in range(warmup):
-        subject.round()
-    measured = [subject.round() for _ in range(rounds)]
-    return _timing(_gather(subject.pg, [1e6 * seconds() / calls for seconds in measured]))
+        for subject in subjects:
+            subject.round()
+    measured: list[list[Callable[[], float]]] = [[] for _ in subjects]
+    for number in range(rounds):
+        for turn in range(len(subjects)):
+            at = (number + turn) % len(subjects)
+            measured[at].append(subjects[at].round())
+        after_turn()
+    return [[1e6 * seconds() / subject.calls for seconds in of] for subject, of in zip(subjects, measured, strict=True)]
 
 
 def gather_timing(us: Sequence[float], group) -> Timing:
@@ -133,19 +159,10 @@ def compare(
     `rounds` is at least 30.
     """
     _check_count("rounds", rounds, 30)
-    a = _Subject(ours, inputs, group, mode, mutates, calls, device)
-    b = _Subject(peer, peer_inputs or inputs, group, mode, mutates, calls, device, beside=a)
-    for _ in range(warmup):
-        a.round(), b.round()
-    times: tuple[list[float], list[float]] = ([], [])
-    clocks = []
-    for number in range(rounds):
-        pair = [(a, times[0]), (b, times[1])]
-        started = [(subject.round(), to) for subject, to in (pair if number % 2 else pair[::-1])]
-        clocks.append(_sm_mhz(a.device))  # read while the device is at work
-        for seconds, to in started:
-            to.append(1e6 * seconds() / calls)
-    everyone = _gather(a.pg, times)
+    a = Subject(ours, inputs, group, mode, mutates, calls, device)
+    b = Subject(peer, peer_inputs or inputs, group, mode, mutates, calls, device)
+    clocks: list[int | None] = []
+    everyone = _gather(a.pg, _take_turns([a, b], rounds, warmup, lambda: clocks.append(_sm_mhz(a.device))))
     slowest_a = [max(rank) for rank in zip(*(t[0] for t in everyone), strict=True)]
     slowest_b = [max(rank) for rank in zip(*(t[1] for t in everyone), strict=True)]
     ratios = [x / y for x, y in zip(slowest_a, slowest_b, strict=True)]
@@ -160,11 +177,13 @@ def compare(
     )
 
 
-class _Subject:
-    """A function with its input sets, captured if need be; `round()` runs it `calls` times."""
+class Subject:
+    """A function with its input sets, captured if need be; the arguments as of `time_collective`. `round()` runs it
+    `calls` times and returns a function that waits for its end and gives the seconds that took."""
 
-    def __init__(self, fn, inputs, group, mode, mutates, calls, device, after_capture=None, beside=None):
-        """`beside`: a subject that this one takes turns with, on one stream, so that their rounds never overlap."""
+    def __init__(
+        self, fn, inputs=None, group=None, mode="graph", mutates=False, calls=20, device=None, after_capture=None
+    ):
         if mode not in ("graph", "eager"):
             raise ValueError(f'timer: mode must be "graph" or "eager", got {mode!r}')
         _check_count("calls", calls, 1)
@@ -180,14 +199,14 @@ class _Subject:
         self.sets = [first, *(_as_tuple(inputs(i)) for i in range(1, count))]
         # On what fn overwrites: the values as made, to start every round from.
         self.fresh = [[t.clone() for t in _tensors(s)] for s in self.sets] if mutates else None
-        self.round = self._cpu_round
+        self.round, self.stream = self._cpu_round, None
         if self.device.type == "cuda":
             if self.device.index is None:
                 self.device = torch.device("cuda", torch.cuda.current_device())
             missing = ROTATION_BYTES - count * set_bytes if tensors else 0
             self.filler = torch.ones(max(0, missing) // 4, device=self.device)
             self.flag = torch.zeros(1, device=self.device)
-            self.stream = beside.stream if beside is not None else torch.cuda.Stream(self.device)
+            self.stream = torch.cuda.Stream(self.device)
             self.stream.wait_stream(torch.cuda.current_stream(self.device))  # all of this was made there
             self.round = self._graph_round if mode == "graph" else self._eager_round
             if mode == "graph":

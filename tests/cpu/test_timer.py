@@ -9,7 +9,15 @@ import torch
 
 from fused_parallel.testing import timer
 from fused_parallel.testing.spawn import run_ranks
-from fused_parallel.testing.timer import ROTATION_BYTES, compare, quantile, rotation_sets, time_collective
+from fused_parallel.testing.timer import (
+    ROTATION_BYTES,
+    Subject,
+    compare,
+    quantile,
+    rotation_sets,
+    time_collective,
+    time_in_turns,
+)
 
 
 class Clock:
@@ -132,8 +140,20 @@ def test_compare_gives_the_ratio_and_changes_the_order(monkeypatch):
     assert (found.ours.us_p50, found.peer.us_p50) == pytest.approx((1000, 4000))
     assert found.sm_mhz is None
     pairs = [order[i : i + 2] for i in range(0, len(order), 2)]
-    assert sorted(map(tuple, pairs)) == [("a", "b")] * 15 + [("b", "a")] * 16
+    assert sorted(map(tuple, pairs)) == [("a", "b")] * 16 + [("b", "a")] * 15
     assert all(first != second for first, second in itertools.pairwise(pairs))
+
+
+def test_functions_in_turns(monkeypatch):
+    clock, order = Clock(monkeypatch), []
+    takes = {"a": clock.takes(1e-3), "b": clock.takes(4e-3), "c": clock.takes(2e-3, 6e-3)}
+
+    def subject(name, calls):
+        return Subject(lambda: (order.append(name), takes[name]()), mode="eager", calls=calls, device="cpu")
+
+    found = time_in_turns([subject("a", 1), subject("b", 2), subject("c", 1)], rounds=4, warmup=1)
+    assert [timing.us_p50 for timing in found] == pytest.approx([1000, 4000, 4000])
+    assert "".join(order) == "abbc" + "abbc" + "bbca" + "cabb" + "abbc"
 
 
 def rank_slower_by_rank(mesh):
@@ -169,7 +189,7 @@ def test_after_capture_is_called_once_the_graph_is_there(monkeypatch):
         monkeypatch.setattr(torch.cuda, name, lambda *_: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: None)
     monkeypatch.setattr(torch.cuda, "graph", captured)
-    subject = timer._Subject(lambda: happened.append("call"), None, None, "eager", False, 2, "cpu", None)
+    subject = Subject(lambda: happened.append("call"), None, None, "eager", False, 2, "cpu", None)
     subject.stream, subject.after_capture = None, lambda: happened.append("after")
     subject._capture()
     assert happened == ["call", "call", "capture", "call", "call", "captured", "after"]

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fused_parallel.comm.topology import why_no_nvml
-from fused_parallel.testing.timer import compare, time_collective
+from fused_parallel.testing.timer import Subject, compare, time_collective, time_in_turns
 
 
 @pytest.mark.parametrize("mode", ["graph", "eager"])
@@ -16,6 +16,17 @@ def test_twice_the_work_takes_twice_the_time(mode):
     assert long.us_p50 / short.us_p50 == pytest.approx(2, rel=0.15)
     assert 200 < short.us_p50 < 5000  # 0.2 to 5 GHz
     assert short.us_p20 <= short.us_p50 <= short.us_p80
+
+
+@pytest.mark.parametrize("mode", ["graph", "eager"])
+def test_rounds_in_turns_do_not_overlap(mode):
+    # Where they did, a short round would end while a long one still runs, and both would take some of the other's time.
+    cycles = (200_000, 2_000_000, 1_000_000)
+    subjects = [Subject(lambda n=n: torch.cuda._sleep(n), mode=mode, calls=4) for n in cycles]
+    alone = [time_collective(subject.fn, mode=mode, calls=4, rounds=15).us_p50 for subject in subjects]
+    in_turns = [timing.us_p50 for timing in time_in_turns(subjects, rounds=15)]
+    assert in_turns == pytest.approx(alone, rel=0.1)
+    assert len({subject.stream for subject in subjects}) == 1
 
 
 def test_a_graph_leaves_out_the_host():
