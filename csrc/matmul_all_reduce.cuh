@@ -18,8 +18,8 @@ namespace fp {
 #if FP_HAS_WGMMA
 template <int kStages, typename T>
 __device__ __forceinline__ void bring_operands(const Params<T>& p, unsigned char* stages, unsigned long long* full,
-                                               unsigned long long* empty, int tiles) {
-  unsigned stage = 0, parity = 1;  // the first pass finds all stages empty
+                                               unsigned long long* empty, volatile unsigned* steps, int tiles) {
+  unsigned stage = 0, parity = 1, asked = 0;  // the first pass finds all stages empty
   unsigned long long start = 0;
   for (int i = blockIdx.x; i < tiles; i += gridDim.x) {
     const Tile tile = tile_at(p, i);
@@ -55,6 +55,7 @@ __device__ __forceinline__ void bring_operands(const Params<T>& p, unsigned char
       load_tile(to, x, d * kDepth, x_row, &full[stage]);
       load_tile(to + kTileRows * kDepth * 2, &p.weight, d * kDepth, tile.column, &full[stage]);
       if (++stage == kStages) stage = 0, parity ^= 1;
+      *steps = ++asked;
     }
   }
 }
@@ -154,7 +155,10 @@ __device__ __forceinline__ void multiply(const Params<T>& p, unsigned char* stag
     if (tile.owner == x.rank && is_last(i, tiles)) {  // the warp that sends sums all others
       if (thread == 0) await_partials(p, tile, shared, consumer, epoch, start);
       meet(consumer);  // with the thread that has seen the flags, and all parts of the result are there
-      sum_result<128, 4>(p, tile, half, consumer, epoch);
+#pragma unroll 1
+      for (int base = 0; base < static_cast<int>(kHalfBytes / 16); base += 512) {
+        sum_vectors<128, 4>(p, tile, half, consumer, epoch, base);
+      }
       if (p.scatter) return;
     }
     // Ordinary stores to shared memory, before the copy engine reads it.
@@ -185,7 +189,7 @@ __global__ void __launch_bounds__(kThreads, 1) matmul_push(const __grid_constant
       barrier_init(&shared.result_empty[c], 1);
       shared.silent[c] = false;
     }
-    shared.copied = 0;
+    shared.copied = shared.steps = 0;
     // Before the copies count on them; the other threads see them by the barrier below.
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
@@ -209,7 +213,7 @@ __global__ void __launch_bounds__(kThreads, 1) matmul_push(const __grid_constant
     // 128 x 104 + 256 x 200 registers, all of the launch's 384 x 168: with more below they would wait for ever.
     asm volatile("setmaxnreg.dec.sync.aligned.u32 104;");
     if (warp == 0) {
-      if (threadIdx.x == 0) bring_operands<kStages>(p, stages, shared.full, shared.empty, tiles);
+      if (threadIdx.x == 0) bring_operands<kStages>(p, stages, shared.full, shared.empty, &shared.steps, tiles);
     } else if (warp <= kConsumers) {
       const int consumer = warp - 1;
       if (kSends) {

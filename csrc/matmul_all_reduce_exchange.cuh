@@ -24,6 +24,8 @@ constexpr unsigned kStageBytes = (kTileRows + kTileColumns) * kDepth * 2;
 // whose chunks of 16 bytes have changed places by the row so that no access meets a bank twice.
 constexpr int kPanelColumns = 64, kPanels = kTileColumns / kPanelColumns;
 constexpr unsigned kPanelBytes = kHalfRows * kPanelColumns * 2, kHalfBytes = kPanels * kPanelBytes;
+constexpr int kPieces = 8;  // that a half is summed and sent in
+constexpr unsigned kPieceBytes = kHalfBytes / kPieces;
 
 // Shared memory: a result that is sent stays in it whole while the next tile is computed; one that is only stored
 // passes through it in two parts, which leaves room for another stage.
@@ -139,83 +141,90 @@ struct Shared {
   unsigned long long result_full[kConsumers], result_empty[kConsumers];
   unsigned long long epoch;
   unsigned copied;  // items of copy_sums that are taken
+  unsigned steps;   // along K, of all tiles, whose operands have been asked for; only a clock for pace()
   bool failed_before;
   bool silent[kConsumers];  // a wait has failed: nothing is sent any more
 };
 
-// A half tile to a peer, by the copy engine.
-__device__ __forceinline__ void send_half(void* to, const void* from) {
+// A piece of a half tile to a peer, by the copy engine.
+__device__ __forceinline__ void send_piece(void* to, const void* from) {
   asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(to), "r"(shared_address(from)),
-               "r"(kHalfBytes)
+               "r"(kPieceBytes)
                : "memory");
 }
 
-// A half of an own tile: the peers' partials added in rank order, in fp32, rounded once; to `out`, and back into shared
-// memory if it is sent on. By kMembers threads beside each other, each with kAtOnce vectors of a partial on their way.
+// Until it is time for a piece of a tile, the CTA's `turn`-th: they go one after the other while the next tile is
+// multiplied. All at once, from all CTAs, they fill the way to the link, in which the requests for operands then wait,
+// and the tensor cores for those. Never for ever: the steps waited for are had without any result being sent.
+__device__ __forceinline__ void pace(const Shared& shared, unsigned turn, unsigned depths, unsigned piece) {
+  const unsigned due = (turn + 1) * depths + piece * depths * 7 / (8 * kPieces);
+  while (static_cast<int>(due - *const_cast<const volatile unsigned*>(&shared.steps)) > 0) __nanosleep(64);
+}
+
+// Of a half of an own tile, from its vector `base` on, what kMembers threads beside each other with kAtOnce vectors
+// each have: the peers' partials added in rank order, in fp32, rounded once; to `out`, and back into shared memory if
+// it is sent on.
 template <int kMembers, int kAtOnce, typename T>
-__device__ __forceinline__ void sum_result(const Params<T>& p, const Tile& tile, unsigned char* half, int consumer,
-                                           unsigned epoch) {
+__device__ __forceinline__ void sum_vectors(const Params<T>& p, const Tile& tile, unsigned char* half, int consumer,
+                                            unsigned epoch, int base) {
   constexpr int kPanelVectors = kPanelBytes / 16, kRows = kMembers / 8;  // rows that the threads are apart
   static_assert(kPanelVectors % (kAtOnce * kMembers) == 0, "all of a turn is in one panel");
   const Exchange& x = p.exchange;
   const int thread = threadIdx.x % kMembers;
   const int first_row = tile.row + consumer * kHalfRows;
   T* const out = p.out + static_cast<std::int64_t>(first_row - (p.scatter ? p.first_row[x.rank] : 0)) * p.n;
+  const int row = (base % kPanelVectors + thread) / 8;
+  const int column = tile.column + base / kPanelVectors * kPanelColumns;
+  const unsigned offset = (base + thread) * 16;
+  const auto finish = [&](int u, const float (&sum)[8]) {
+    const int of_u = row + u * kRows, at = column + (thread ^ of_u) % 8 * 8;
+    const Vec<T> total = from_floats<T>(sum);
+    if (first_row + of_u < tile.end_row && at < p.n) store(out + static_cast<std::int64_t>(of_u) * p.n + at, total);
+    if (!p.scatter) *reinterpret_cast<uint4*>(half + offset + u * kMembers * 16) = total.raw;
+  };
+  const auto add = [&](const Vec<T>& v, float (&sum)[8], bool first) {
+    float value[8];
+    to_floats(v, value);
+#pragma unroll
+    for (int e = 0; e < 8; ++e) sum[e] = first ? value[e] : sum[e] + value[e];
+  };
+  const auto mine = [&](int u) { return Vec<T>{*reinterpret_cast<const uint4*>(half + offset + u * kMembers * 16)}; };
+  const auto partials = [&](int source) {
+    return x.data(x.rank, x.slot(x.rank, source, tile.index, false), epoch) + consumer * kHalfBytes + offset;
+  };
+  const auto partial = [&](const unsigned char* from, int u) {
+    return load_once_written(reinterpret_cast<const T*>(from + u * kMembers * 16));
+  };
+  if (x.world == 2) {  // the sum of two has no order, and needs registers for one at a time
+    const unsigned char* const from = partials(x.rank ^ 1);
+    Vec<T> values[kAtOnce];
+#pragma unroll
+    for (int u = 0; u < kAtOnce; ++u) values[u] = partial(from, u);
+#pragma unroll
+    for (int u = 0; u < kAtOnce; ++u) {
+      float sum[8];
+      add(mine(u), sum, true);
+      add(values[u], sum, false);
+      finish(u, sum);
+    }
+  } else {
+    constexpr int kSums = 2;  // at once, for their registers
 #pragma unroll 1
-  for (int base = 0; base < kPanels * kPanelVectors; base += kAtOnce * kMembers) {
-    const int row = (base % kPanelVectors + thread) / 8;
-    const int column = tile.column + base / kPanelVectors * kPanelColumns;
-    const unsigned offset = (base + thread) * 16;
-    const auto finish = [&](int u, const float (&sum)[8]) {
-      const int of_u = row + u * kRows, at = column + (thread ^ of_u) % 8 * 8;
-      const Vec<T> total = from_floats<T>(sum);
-      if (first_row + of_u < tile.end_row && at < p.n) store(out + static_cast<std::int64_t>(of_u) * p.n + at, total);
-      if (!p.scatter) *reinterpret_cast<uint4*>(half + offset + u * kMembers * 16) = total.raw;
-    };
-    const auto add = [&](const Vec<T>& v, float (&sum)[8], bool first) {
-      float value[8];
-      to_floats(v, value);
-#pragma unroll
-      for (int e = 0; e < 8; ++e) sum[e] = first ? value[e] : sum[e] + value[e];
-    };
-    const auto mine = [&](int u) { return Vec<T>{*reinterpret_cast<const uint4*>(half + offset + u * kMembers * 16)}; };
-    const auto partials = [&](int source) {
-      return x.data(x.rank, x.slot(x.rank, source, tile.index, false), epoch) + consumer * kHalfBytes + offset;
-    };
-    const auto partial = [&](const unsigned char* from, int u) {
-      return load_once_written(reinterpret_cast<const T*>(from + u * kMembers * 16));
-    };
-    if (x.world == 2) {  // the sum of two has no order, and needs registers for one at a time
-      const unsigned char* const from = partials(x.rank ^ 1);
-      Vec<T> values[kAtOnce];
-#pragma unroll
-      for (int u = 0; u < kAtOnce; ++u) values[u] = partial(from, u);
-#pragma unroll
-      for (int u = 0; u < kAtOnce; ++u) {
-        float sum[8];
-        add(mine(u), sum, true);
-        add(values[u], sum, false);
-        finish(u, sum);
-      }
-    } else {
-      constexpr int kSums = 2;  // at once, for their registers
+    for (int part = 0; part < kAtOnce; part += kSums) {
+      float sum[kSums][8];
 #pragma unroll 1
-      for (int part = 0; part < kAtOnce; part += kSums) {
-        float sum[kSums][8];
-#pragma unroll 1
-        for (int source = 0; source < x.world; ++source) {
-          const unsigned char* const from = partials(source == x.rank ? 0 : source);
-          Vec<T> values[kSums];
+      for (int source = 0; source < x.world; ++source) {
+        const unsigned char* const from = partials(source == x.rank ? 0 : source);
+        Vec<T> values[kSums];
 #pragma unroll
-          for (int u = 0; u < kSums; ++u) {
-            values[u] = source == x.rank ? mine(part + u) : partial(from, part + u);
-          }
-#pragma unroll
-          for (int u = 0; u < kSums; ++u) add(values[u], sum[u], source == 0);
+        for (int u = 0; u < kSums; ++u) {
+          values[u] = source == x.rank ? mine(part + u) : partial(from, part + u);
         }
 #pragma unroll
-        for (int u = 0; u < kSums; ++u) finish(part + u, sum[u]);
+        for (int u = 0; u < kSums; ++u) add(values[u], sum[u], source == 0);
       }
+#pragma unroll
+      for (int u = 0; u < kSums; ++u) finish(part + u, sum[u]);
     }
   }
 }
@@ -240,30 +249,40 @@ __device__ __forceinline__ void send_results(const Params<T>& p, unsigned char* 
                                              int consumer, unsigned epoch) {
   const Exchange& x = p.exchange;
   const int lane = threadIdx.x % 32;
-  unsigned parity = 0;
+  unsigned parity = 0, turn = 0;
   unsigned long long start = 0;
-  for (int i = blockIdx.x; i < tiles; i += gridDim.x) {
+  for (int i = blockIdx.x; i < tiles; i += gridDim.x, ++turn) {
     const Tile tile = tile_at(p, i);
     const bool own = tile.owner == x.rank, summed = own && is_last(i, tiles);
     if (summed && p.scatter) continue;
     barrier_wait(&shared.result_full[consumer], parity);
     parity ^= 1;
     __syncwarp();  // a lane left behind would take the phase after next, in which others are, for this one
-    if (own && !summed) {
-      if (lane == 0) await_partials(p, tile, shared, consumer, epoch, start);
-      __syncwarp();  // with the lane that has seen the flags
-      sum_result<32, 8>(p, tile, half, consumer, epoch);
-      // Ordinary stores to shared memory, before the copy engine reads it.
-      asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-      __syncwarp();
-    }
-    if (lane == 0) {
-      const bool silent = shared.silent[consumer] || (own && p.scatter);
-      const int first = own ? 0 : tile.owner, end = own ? x.world : tile.owner + 1;
-      for (int peer = first; peer < end && !silent; ++peer) {
-        if (peer == x.rank) continue;
-        send_half(x.data(peer, x.slot(peer, x.rank, tile.index, own), epoch) + consumer * kHalfBytes, half);
+    const bool sums = own && !summed;
+    if (sums && lane == 0) await_partials(p, tile, shared, consumer, epoch, start);
+    __syncwarp();  // with the lane that has seen the flags
+    const bool silent = shared.silent[consumer] || (own && p.scatter);
+    const int first = own ? 0 : tile.owner, end = own ? x.world : tile.owner + 1;
+#pragma unroll 1
+    for (int piece = 0; piece < kPieces; ++piece) {
+      const unsigned offset = piece * kPieceBytes;
+      if (sums) {
+        sum_vectors<32, kPieceBytes / 16 / 32>(p, tile, half, consumer, epoch, offset / 16);
+        // Ordinary stores to shared memory, before the copy engine reads it.
+        asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+        __syncwarp();
       }
+      if (lane == 0 && !silent) {
+        if (!is_last(i, tiles)) pace(shared, turn, p.depths, piece);
+        for (int peer = first; peer < end; ++peer) {
+          if (peer == x.rank) continue;
+          const unsigned slot = x.slot(peer, x.rank, tile.index, own);
+          send_piece(x.data(peer, slot, epoch) + consumer * kHalfBytes + offset, half + offset);
+        }
+      }
+    }
+    __syncwarp();  // all lanes have read the result before the next one may come
+    if (lane == 0) {
       asm volatile("cp.async.bulk.commit_group;\n\tcp.async.bulk.wait_group.read 0;" ::: "memory");
       barrier_arrive(&shared.result_empty[consumer]);
       // Written, not only read; then visible to what generic accesses follow, of which the first is the release.
