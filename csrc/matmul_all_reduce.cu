@@ -78,7 +78,7 @@ void launch(Params<T>& p, const void* x, const void* weight, std::int64_t m, std
                              "GPU a Hopper");
   }
   p.x = tensor_map(x, m, k, kTileRows, dtype);
-  p.weight = tensor_map(weight, n, k, kTileColumns, dtype);
+  p.weight = tensor_map(weight, n, k, Room<kSends>::kBoxColumns, dtype);
   p.n = static_cast<int>(n);
   p.depths = tiles_of(k, kDepth);
   p.tile_columns = tiles_of(n, kTileColumns);
@@ -110,7 +110,7 @@ MatmulWorkspace::MatmulWorkspace(AllReduceWorkspace& group_, std::vector<std::ui
 }
 
 std::int64_t matmul_workspace_bytes(std::int64_t tiles) {
-  return 2 * tiles * (kTileBytes + kConsumers * static_cast<std::int64_t>(sizeof(unsigned)));
+  return 2 * tiles * (kTileBytes + kTileFlags * static_cast<std::int64_t>(sizeof(unsigned)));
 }
 
 std::int64_t matmul_most_rows(const MatmulWorkspace& w, std::int64_t n, bool scatter) {

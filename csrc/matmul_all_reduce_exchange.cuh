@@ -24,14 +24,18 @@ constexpr unsigned kStageBytes = (kTileRows + kTileColumns) * kDepth * 2;
 // whose chunks of 16 bytes have changed places by the row so that no access meets a bank twice.
 constexpr int kPanelColumns = 64, kPanels = kTileColumns / kPanelColumns;
 constexpr unsigned kPanelBytes = kHalfRows * kPanelColumns * 2, kHalfBytes = kPanels * kPanelBytes;
-constexpr int kPieces = 8;  // that a half is summed and sent in
-constexpr unsigned kPieceBytes = kHalfBytes / kPieces;
+// Two parts, by columns, of which each has its flag: of a CTA's last tile the first travels while the second is
+// computed. A part is summed and sent in pieces.
+constexpr int kParts = 2, kPieces = 4, kPartColumns = kTileColumns / kParts, kPartPanels = kPanels / kParts;
+constexpr unsigned kPartBytes = kHalfBytes / kParts, kPieceBytes = kPartBytes / kPieces;
+constexpr int kTileFlags = kConsumers * kParts;
 
 // Shared memory: a result that is sent stays in it whole while the next tile is computed; one that is only stored
 // passes through it in two parts, which leaves room for another stage.
 template <bool kSends>
 struct Room {
   static constexpr int kStages = kSends ? 3 : 4;
+  static constexpr int kBoxColumns = kSends ? kPartColumns : kTileColumns;  // of the weight, in one copy
   static constexpr int kResultPanels = kSends ? kPanels : kPanels / 2;
   static constexpr unsigned kResultBytes = kResultPanels * kPanelBytes;  // of a consumer
   static constexpr unsigned kBytes = 1024 + kStages * kStageBytes + kConsumers * kResultBytes;
@@ -48,7 +52,7 @@ struct Exchange {
   unsigned tiles;       // slots of a half
   unsigned most_owned;  // tiles of one owner, at most
 
-  // Slots: [2 halves][tiles][kTileBytes], then flags: [2 halves][tiles][kConsumers]. In a half first the partials of
+  // Slots: [2 halves][tiles][kTileBytes], then flags: [2 halves][tiles][kTileFlags]. In a half first the partials of
   // this rank's tiles by source, then the sums of the others' tiles by owner. Flags have halves like the tiles they
   // speak of: with more than two ranks, a peer that is in call e + 1 may set flags where, by that call's shape, another
   // peer's are that has yet to send its tiles of call e.
@@ -58,9 +62,9 @@ struct Exchange {
   __device__ __forceinline__ unsigned char* data(int on, unsigned slot, unsigned epoch) const {
     return bases[on] + ((epoch & 1) * tiles + slot) * static_cast<unsigned long long>(kTileBytes);
   }
-  __device__ __forceinline__ unsigned* flag(int on, unsigned slot, unsigned epoch, int half) const {
+  __device__ __forceinline__ unsigned* flag(int on, unsigned slot, unsigned epoch, int half, int part) const {
     unsigned* flags = reinterpret_cast<unsigned*>(bases[on] + 2ull * tiles * kTileBytes);
-    return flags + ((epoch & 1) * tiles + slot) * kConsumers + half;
+    return flags + ((epoch & 1) * tiles + slot) * kTileFlags + half * kParts + part;
   }
 };
 
@@ -138,7 +142,7 @@ __device__ __forceinline__ bool is_last(int tile, int tiles) {
 // What the threads of a CTA share beside the operand stages and the results.
 struct Shared {
   unsigned long long full[kMostStages], empty[kMostStages];  // operands
-  unsigned long long result_full[kConsumers], result_empty[kConsumers];
+  unsigned long long result_full[kConsumers], result_empty[kConsumers][kParts];
   unsigned long long epoch;
   unsigned copied;  // items of copy_sums that are taken
   unsigned steps;   // along K, of all tiles, whose operands have been asked for; only a clock for pace()
@@ -146,18 +150,41 @@ struct Shared {
   bool silent[kConsumers];  // a wait has failed: nothing is sent any more
 };
 
-// A piece of a half tile to a peer, by the copy engine.
-__device__ __forceinline__ void send_piece(void* to, const void* from) {
-  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(to), "r"(shared_address(from)),
-               "r"(kPieceBytes)
-               : "memory");
+// Bytes of a half tile, a piece or several, to all that they are for, by the copy engine: to the tile's owner, or, of
+// an own one, to all peers. By one thread, which has to publish() the part in the end.
+template <typename T>
+__device__ __forceinline__ void send_bytes(const Params<T>& p, const Tile& tile, const unsigned char* half,
+                                           int consumer, unsigned epoch, unsigned offset, unsigned bytes) {
+  const Exchange& x = p.exchange;
+  const bool own = tile.owner == x.rank;
+#pragma unroll 1
+  for (int peer = own ? 0 : tile.owner; peer < (own ? x.world : tile.owner + 1); ++peer) {
+    if (peer == x.rank) continue;
+    unsigned char* to = x.data(peer, x.slot(peer, x.rank, tile.index, own), epoch) + consumer * kHalfBytes + offset;
+    asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(to),
+                 "r"(shared_address(half + offset)), "r"(bytes)
+                 : "memory");
+  }
 }
 
-// Until it is time for a piece of a tile, the CTA's `turn`-th: they go one after the other while the next tile is
-// multiplied. All at once, from all CTAs, they fill the way to the link, in which the requests for operands then wait,
-// and the tensor cores for those. Never for ever: the steps waited for are had without any result being sent.
-__device__ __forceinline__ void pace(const Shared& shared, unsigned turn, unsigned depths, unsigned piece) {
-  const unsigned due = (turn + 1) * depths + piece * depths * 7 / (8 * kPieces);
+// Sets the flags of a part when all that this thread has sent has arrived.
+template <typename T>
+__device__ __forceinline__ void publish(const Params<T>& p, const Tile& tile, int consumer, int part, unsigned epoch) {
+  const Exchange& x = p.exchange;
+  const bool own = tile.owner == x.rank;
+  // Written, not only read; then visible to what generic accesses follow, of which the first is the release.
+  asm volatile("cp.async.bulk.commit_group;\n\tcp.async.bulk.wait_group 0;\n\tfence.proxy.async;" ::: "memory");
+#pragma unroll 1
+  for (int peer = own ? 0 : tile.owner; peer < (own ? x.world : tile.owner + 1); ++peer) {
+    if (peer == x.rank) continue;
+    store_release_sys(x.flag(peer, x.slot(peer, x.rank, tile.index, own), epoch, consumer, part), epoch);
+  }
+}
+
+// Until so many steps' operands have been asked for. Pieces go one after the other while the next tile is multiplied:
+// all at once, from all CTAs, they fill the way to the link, in which the requests for operands then wait, and the
+// tensor cores for those. Never for ever: the steps waited for need no result to have been sent.
+__device__ __forceinline__ void pace(const Shared& shared, unsigned due) {
   while (static_cast<int>(due - *const_cast<const volatile unsigned*>(&shared.steps)) > 0) __nanosleep(64);
 }
 
@@ -208,92 +235,112 @@ __device__ __forceinline__ void sum_vectors(const Params<T>& p, const Tile& tile
       finish(u, sum);
     }
   } else {
-    constexpr int kSums = 2;  // at once, for their registers
+    constexpr int kSources = 4;  // of a vector at once, for their registers
 #pragma unroll 1
-    for (int part = 0; part < kAtOnce; part += kSums) {
-      float sum[kSums][8];
+    for (int u = 0; u < kAtOnce; ++u) {
+      float sum[8];
 #pragma unroll 1
-      for (int source = 0; source < x.world; ++source) {
-        const unsigned char* const from = partials(source == x.rank ? 0 : source);
-        Vec<T> values[kSums];
+      for (int first = 0; first < x.world; first += kSources) {
+        Vec<T> values[kSources];
 #pragma unroll
-        for (int u = 0; u < kSums; ++u) {
-          values[u] = source == x.rank ? mine(part + u) : partial(from, part + u);
+        for (int s = 0; s < kSources; ++s) {
+          const int source = first + s;
+          if (source < x.world) values[s] = source == x.rank ? mine(u) : partial(partials(source), u);
         }
 #pragma unroll
-        for (int u = 0; u < kSums; ++u) add(values[u], sum[u], source == 0);
+        for (int s = 0; s < kSources; ++s) {
+          if (first + s < x.world) add(values[s], sum, first + s == 0);
+        }
       }
-#pragma unroll
-      for (int u = 0; u < kSums; ++u) finish(part + u, sum[u]);
+      finish(u, sum);
     }
   }
 }
 
-// Until the partials of all peers of an own tile's half are there. A sum without a peer's partial is none: it must not
-// be sent. After a failed wait it is never used, because the next call or fp.check() raises.
+// Until the partials of all peers of an own tile's half's part are there. A sum without a peer's partial is none: it
+// must not be sent. After a failed wait it is never used, because the next call or fp.check() raises.
 template <typename T>
 __device__ __forceinline__ void await_partials(const Params<T>& p, const Tile& tile, Shared& shared, int consumer,
-                                               unsigned epoch, unsigned long long& start) {
+                                               int part, unsigned epoch) {
   const Exchange& x = p.exchange;
+  unsigned long long start = 0;
   for (int source = 0; source < x.world && !shared.silent[consumer]; ++source) {
     if (source == x.rank) continue;
     const unsigned slot = x.slot(x.rank, source, tile.index, false);
-    shared.silent[consumer] = !await(x, x.flag(x.rank, slot, epoch, consumer), source, epoch, start);
+    // Only ever set: of a CTA's last tile the sending warp and the consumer wait for a part each.
+    if (!await(x, x.flag(x.rank, slot, epoch, consumer, part), source, epoch, start)) shared.silent[consumer] = true;
   }
 }
 
-// A warp for each consumer: sums the halves of own tiles, while the next tiles are multiplied, and sends what is
-// finished, to the tile's owner or, summed, to all peers; then sets the flags.
+// A warp for each consumer: sums the halves of own tiles and sends what is finished, to the tile's owner or, summed, to
+// all peers, while the next tile is multiplied; of the CTA's last tile only the first part.
 template <typename T>
 __device__ __forceinline__ void send_results(const Params<T>& p, unsigned char* half, Shared& shared, int tiles,
                                              int consumer, unsigned epoch) {
   const Exchange& x = p.exchange;
   const int lane = threadIdx.x % 32;
-  unsigned parity = 0, turn = 0;
-  unsigned long long start = 0;
-  for (int i = blockIdx.x; i < tiles; i += gridDim.x, ++turn) {
+  unsigned next = 0;  // the next tile's first step
+  // What the lanes have read of a part they have before the __syncwarp behind its last piece.
+  const auto finish_part = [&](const Tile& tile, int part, bool sent) {
+    asm volatile("cp.async.bulk.commit_group;\n\tcp.async.bulk.wait_group.read 0;" ::: "memory");
+    barrier_arrive(&shared.result_empty[consumer][part]);
+    if (sent) publish(p, tile, consumer, part, epoch);
+  };
+  for (int i = blockIdx.x; i < tiles; i += gridDim.x) {
     const Tile tile = tile_at(p, i);
-    const bool own = tile.owner == x.rank, summed = own && is_last(i, tiles);
-    if (summed && p.scatter) continue;
-    barrier_wait(&shared.result_full[consumer], parity);
-    parity ^= 1;
+    const bool own = tile.owner == x.rank;
+    const auto sends = [&] { return !shared.silent[consumer] && !(own && p.scatter); };
+    const int pieces = is_last(i, tiles) ? kPieces : kParts * kPieces;
+    // Steps until the next result, if it were of kParts parts: those of the last tile, which has as many for each part,
+    // or of the next one.
+    const unsigned span = is_last(i + gridDim.x, tiles) ? kParts * p.depths : p.depths;
+    next += p.depths;
+    barrier_wait(&shared.result_full[consumer], (i - blockIdx.x) / gridDim.x % 2);
     __syncwarp();  // a lane left behind would take the phase after next, in which others are, for this one
-    const bool sums = own && !summed;
-    if (sums && lane == 0) await_partials(p, tile, shared, consumer, epoch, start);
-    __syncwarp();  // with the lane that has seen the flags
-    const bool silent = shared.silent[consumer] || (own && p.scatter);
-    const int first = own ? 0 : tile.owner, end = own ? x.world : tile.owner + 1;
 #pragma unroll 1
-    for (int piece = 0; piece < kPieces; ++piece) {
+    for (int piece = 0; piece < pieces; ++piece) {
       const unsigned offset = piece * kPieceBytes;
-      if (sums) {
+      if (own) {
+        if (piece % kPieces == 0) {
+          if (lane == 0) await_partials(p, tile, shared, consumer, piece / kPieces, epoch);
+          __syncwarp();  // with the lane that has seen the flags
+        }
         sum_vectors<32, kPieceBytes / 16 / 32>(p, tile, half, consumer, epoch, offset / 16);
         // Ordinary stores to shared memory, before the copy engine reads it.
         asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
         __syncwarp();
       }
-      if (lane == 0 && !silent) {
-        if (!is_last(i, tiles)) pace(shared, turn, p.depths, piece);
-        for (int peer = first; peer < end; ++peer) {
-          if (peer == x.rank) continue;
-          const unsigned slot = x.slot(peer, x.rank, tile.index, own);
-          send_piece(x.data(peer, slot, epoch) + consumer * kHalfBytes + offset, half + offset);
-        }
-      }
+      if (lane != 0) continue;
+      // An eighth of the time is left to what is still on its way.
+      if (sends()) pace(shared, next + piece * span * 7 / (8 * kParts * kPieces));
+      if (piece == kPieces) finish_part(tile, 0, sends());
+      if (sends()) send_bytes(p, tile, half, consumer, epoch, offset, kPieceBytes);
     }
-    __syncwarp();  // all lanes have read the result before the next one may come
-    if (lane == 0) {
-      asm volatile("cp.async.bulk.commit_group;\n\tcp.async.bulk.wait_group.read 0;" ::: "memory");
-      barrier_arrive(&shared.result_empty[consumer]);
-      // Written, not only read; then visible to what generic accesses follow, of which the first is the release.
-      asm volatile("cp.async.bulk.wait_group 0;\n\tfence.proxy.async;" ::: "memory");
-      for (int peer = first; peer < end && !silent; ++peer) {
-        if (peer != x.rank)
-          store_release_sys(x.flag(peer, x.slot(peer, x.rank, tile.index, own), epoch, consumer), epoch);
-      }
-    }
+    if (lane == 0) finish_part(tile, pieces / kPieces - 1, sends());
     __syncwarp();  // the others would wait for the next result meanwhile, and take turns with the lane that sends
   }
+}
+
+// The second part of the CTA's last tile, by the consumer itself: nothing is left to multiply.
+template <typename T>
+__device__ __forceinline__ void finish_last(const Params<T>& p, const Tile& tile, unsigned char* half, Shared& shared,
+                                            int consumer, unsigned epoch) {
+  constexpr int kPart = kParts - 1, kMembers = 128, kAtOnce = 4;
+  constexpr unsigned kTurnBytes = kMembers * kAtOnce * 16;
+  const bool own = tile.owner == p.exchange.rank, first = threadIdx.x % kMembers == 0;
+  if (own && first) await_partials(p, tile, shared, consumer, kPart, epoch);
+  meet(consumer);  // with the thread that has seen the flags, and all parts of the result are there
+  const bool sends = first && !shared.silent[consumer] && !(own && p.scatter);
+#pragma unroll 1
+  for (unsigned offset = kPart * kPartBytes; offset < kHalfBytes; offset += kTurnBytes) {
+    if (own) sum_vectors<kMembers, kAtOnce>(p, tile, half, consumer, epoch, offset / 16);
+    if (own && p.scatter) continue;
+    // Ordinary stores to shared memory, before the copy engine reads it.
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+    meet(consumer);
+    if (sends) send_bytes(p, tile, half, consumer, epoch, offset, kTurnBytes);
+  }
+  if (sends) publish(p, tile, consumer, kPart, epoch);
 }
 
 // The sums of the others' tiles, as they arrive, into `out`, a panel at a time: by one warp while the others multiply,
@@ -314,7 +361,9 @@ __device__ __forceinline__ void copy_sums(const Params<T>& p, Shared& shared, un
     const int half = item % kItems / kPanels, panel = item % kPanels;
     const unsigned slot = x.slot(x.rank, tile.owner, tile.index, true);
     bool there = true;
-    if (lane == 0) there = await(x, x.flag(x.rank, slot, epoch, half), tile.owner, epoch, start);
+    if (lane == 0) {
+      there = await(x, x.flag(x.rank, slot, epoch, half, panel / kPartPanels), tile.owner, epoch, start);
+    }
     if (!__shfl_sync(0xffffffffu, there, 0)) return;
     __syncwarp();  // where the warp meets the lane that has seen the flag
     const unsigned char* from = x.data(x.rank, slot, epoch) + half * kHalfBytes + panel * kPanelBytes;

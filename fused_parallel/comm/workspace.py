@@ -25,7 +25,7 @@ SLOTS_BYTES = 64 << 20
 MATMUL_TILES = 2048
 
 # Room for the rows that all_gather_matmul gathers from the other ranks; made when it is first needed.
-GATHER_BYTES = 128 << 20
+GATHER_BYTES = 256 << 20
 MOST_CHOICES = 4096  # that a group remembers, by size
 
 
