@@ -78,7 +78,7 @@ void launch(Params<T>& p, const void* x, const void* weight, std::int64_t m, std
                              "GPU a Hopper");
   }
   p.x = tensor_map(x, m, k, kTileRows, dtype);
-  p.weight = tensor_map(weight, n, k, Room<kSends>::kBoxColumns, dtype);
+  p.weight = tensor_map(weight, n, k, kTileColumns, dtype);
   p.n = static_cast<int>(n);
   p.depths = tiles_of(k, kDepth);
   p.tile_columns = tiles_of(n, kTileColumns);

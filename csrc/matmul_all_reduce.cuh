@@ -16,8 +16,9 @@
 namespace fp {
 
 #if FP_HAS_WGMMA
-template <bool kSends, typename T>
-__device__ __forceinline__ void bring_operands(const Params<T>& p, unsigned char* stages, Shared& shared, int tiles) {
+template <int kStages, typename T>
+__device__ __forceinline__ void bring_operands(const Params<T>& p, unsigned char* stages, unsigned long long* full,
+                                               unsigned long long* empty, volatile unsigned* steps, int tiles) {
   unsigned stage = 0, parity = 1, asked = 0;  // the first pass finds all stages empty
   unsigned long long start = 0;
   for (int i = blockIdx.x; i < tiles; i += gridDim.x) {
@@ -36,40 +37,32 @@ __device__ __forceinline__ void bring_operands(const Params<T>& p, unsigned char
         x_row += (tile.owner - (tile.owner > rank)) * g.rows;
       }
     }
-    const bool in_parts = kSends && is_last(i, tiles);
-    const int columns = in_parts ? kPartColumns : kTileColumns;
-    for (int column = tile.column; column < tile.column + kTileColumns; column += columns) {
-      for (int d = 0; d < p.depths; ++d) {
-        if (d == come) {
-          // Acquire, then the fence: the rows were written before the flag, and the copy below reads them by another
-          // way than ordinary loads. After a failed wait whatever is there is multiplied, and never used; later waits
-          // end at once.
-          for (unsigned spins = 1; load_acquire_sys(flag) == 0; ++spins) {
-            if (spins % kSpinsPerCheck == 0 && wait_is_over(p.exchange.bound, start, kGatherMatmul, tile.owner, 0)) {
-              break;
-            }
-          }
-          asm volatile("fence.proxy.async;" ::: "memory");
-          come += p.gathered.chunk_depths;
-          ++flag;  // of the next columns; where chunks are rows, none is waited for
+    for (int d = 0; d < p.depths; ++d) {
+      if (d == come) {
+        // Acquire, then the fence: the rows were written before the flag, and the copy below reads them by another way
+        // than ordinary loads. After a failed wait whatever is there is multiplied, and never used; later waits end at
+        // once.
+        for (unsigned spins = 1; load_acquire_sys(flag) == 0; ++spins) {
+          if (spins % kSpinsPerCheck == 0 && wait_is_over(p.exchange.bound, start, kGatherMatmul, tile.owner, 0)) break;
         }
-        barrier_wait(&shared.empty[stage], parity);
-        barrier_expect(&shared.full[stage], (kTileRows + columns) * kDepth * 2);
-        unsigned char* to = stages + stage * kStageBytes;
-        load_tile(to, x, d * kDepth, x_row, &shared.full[stage]);
-        for (int c = 0; c < columns; c += Room<kSends>::kBoxColumns) {
-          load_tile(to + (kTileRows + c) * kDepth * 2, &p.weight, d * kDepth, column + c, &shared.full[stage]);
-        }
-        if (++stage == Room<kSends>::kStages) stage = 0, parity ^= 1;
-        if (kSends) *const_cast<volatile unsigned*>(&shared.steps) = ++asked;
+        asm volatile("fence.proxy.async;" ::: "memory");
+        come += p.gathered.chunk_depths;
+        ++flag;  // of the next columns; where chunks are rows, none is waited for
       }
+      barrier_wait(&empty[stage], parity);
+      barrier_expect(&full[stage], kStageBytes);
+      unsigned char* to = stages + stage * kStageBytes;
+      load_tile(to, x, d * kDepth, x_row, &full[stage]);
+      load_tile(to + kTileRows * kDepth * 2, &p.weight, d * kDepth, tile.column, &full[stage]);
+      if (++stage == kStages) stage = 0, parity ^= 1;
+      *steps = ++asked;
     }
   }
 }
 
 // Panels kFirst to kFirst + kCount of one consumer's half of a tile into shared memory, rounded.
 template <typename T, int kFirst, int kCount>
-__device__ __forceinline__ void leave_result(const float* d, unsigned char* half) {
+__device__ __forceinline__ void leave_result(const float (&d)[128], unsigned char* half) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x % 128 / 32;
 #pragma unroll
   for (int j = kFirst * 8; j < (kFirst + kCount) * 8; j += 2) {
@@ -105,75 +98,44 @@ __device__ __forceinline__ void store_result(const Params<T>& p, const Tile& til
   }
 }
 
-// kColumns columns of a tile, from one step along K to the next, as their operands come. The products stay in d.
-template <int kStages, int kColumns, typename T>
-__device__ __forceinline__ void accumulate(float (&d)[kColumns / 2], const unsigned char* stages, Shared& shared,
-                                           unsigned& stage, unsigned& parity, int depths, int consumer) {
-  unsigned previous = 0;
-  // Not by the instruction's own way not to accumulate: the registers would be taken from one tile to the next.
-#pragma unroll
-  for (int e = 0; e < kColumns / 2; ++e) d[e] = 0.0f;
-  for (int depth = 0; depth < depths; ++depth) {
-    barrier_wait(&shared.full[stage], parity);
-    const unsigned char* operands = stages + stage * kStageBytes;
-    const std::uint64_t a = tile_descriptor(operands + consumer * kHalfRows * kDepth * 2);
-    const std::uint64_t b = tile_descriptor(operands + kTileRows * kDepth * 2);
-    wgmma_pin(d);
-    wgmma_fence();
-#pragma unroll
-    for (int step = 0; step < kDepth / 16; ++step) wgmma_64xNx16<T, kColumns>(d, a + step * 2, b + step * 2);
-    wgmma_commit();
-    wgmma_pin(d);
-    if (depth > 0) {
-      wgmma_wait<1>();  // the stage before has been read
-      if (threadIdx.x % 32 == 0) barrier_arrive(&shared.empty[previous]);
-    }
-    previous = stage;
-    if (++stage == kStages) stage = 0, parity ^= 1;
-  }
-  wgmma_wait<0>();
-  wgmma_pin(d);
-  if (threadIdx.x % 32 == 0) barrier_arrive(&shared.empty[previous]);
-}
-
 template <bool kSends, typename T>
 __device__ __forceinline__ void multiply(const Params<T>& p, unsigned char* stages, unsigned char* half, Shared& shared,
                                          int tiles, int consumer, unsigned epoch) {
   constexpr int kStages = Room<kSends>::kStages;
-  unsigned stage = 0, parity = 0, whole = 0;  // results of whole tiles that have been handed over
-  // To the warp that sends. Ordinary stores to shared memory, before the copy engine reads it.
-  const auto hand_over = [&] {
-    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-    meet(consumer);
-    if (threadIdx.x % 128 == 0) barrier_arrive(&shared.result_full[consumer]);
-  };
-  // The part of the result before this one has been sent, or summed.
-  const auto await_room = [&](int part) {
-    if (whole > 0) barrier_wait(&shared.result_empty[consumer][part], (whole - 1) & 1);
-  };
+  const int thread = threadIdx.x % 128, lane = threadIdx.x % 32;
+  unsigned stage = 0, parity = 0, sent = 0;
+  float d[128];
   for (int i = blockIdx.x; i < tiles; i += gridDim.x) {
     const Tile tile = tile_at(p, i);
-    if (kSends && is_last(i, tiles)) {
-      static_assert(kParts == 2);
-      float d[kPartColumns / 2];
-      accumulate<kStages, kPartColumns, T>(d, stages, shared, stage, parity, p.depths, consumer);
-      await_room(0);
-      leave_result<T, 0, kPartPanels>(d, half);
-      hand_over();
-      accumulate<kStages, kPartColumns, T>(d, stages, shared, stage, parity, p.depths, consumer);
-      await_room(1);
-      leave_result<T, 0, kPartPanels>(d, half + kPartBytes);
-      return finish_last(p, tile, half, shared, consumer, epoch);
+    unsigned previous = 0;
+    // Not by the instruction's own way not to accumulate: the registers would be taken from one tile to the next.
+#pragma unroll
+    for (int e = 0; e < 128; ++e) d[e] = 0.0f;
+    for (int depth = 0; depth < p.depths; ++depth) {
+      barrier_wait(&shared.full[stage], parity);
+      const unsigned char* operands = stages + stage * kStageBytes;
+      const std::uint64_t a = tile_descriptor(operands + consumer * kHalfRows * kDepth * 2);
+      const std::uint64_t b = tile_descriptor(operands + kTileRows * kDepth * 2);
+      wgmma_pin(d);
+      wgmma_fence();
+#pragma unroll
+      for (int step = 0; step < kDepth / 16; ++step) {
+        wgmma_64x256x16<T>(d, a + step * 2, b + step * 2);
+      }
+      wgmma_commit();
+      wgmma_pin(d);
+      if (depth > 0) {
+        wgmma_wait<1>();  // the stage before has been read
+        if (lane == 0) barrier_arrive(&shared.empty[previous]);
+      }
+      previous = stage;
+      if (++stage == kStages) stage = 0, parity ^= 1;
     }
-    float d[kTileColumns / 2];
-    accumulate<kStages, kTileColumns, T>(d, stages, shared, stage, parity, p.depths, consumer);
-    if constexpr (kSends) {
-      await_room(0);
-      await_room(1);
-      leave_result<T, 0, kPanels>(d, half);
-      hand_over();
-      ++whole;
-    } else {
+    wgmma_wait<0>();
+    wgmma_pin(d);
+    if (lane == 0) barrier_arrive(&shared.empty[previous]);
+
+    if constexpr (!kSends) {
       constexpr int kPart = Room<kSends>::kResultPanels;
       leave_result<T, 0, kPart>(d, half);
       meet(consumer);
@@ -183,7 +145,17 @@ __device__ __forceinline__ void multiply(const Params<T>& p, unsigned char* stag
       meet(consumer);
       store_result<T, kPart, kPart>(p, tile, half, consumer);
       meet(consumer);
+      continue;
     }
+    // The result before this one has been sent, or summed.
+    if (sent > 0) barrier_wait(&shared.result_empty[consumer], (sent - 1) & 1);
+    leave_result<T, 0, kPanels>(d, half);
+    // Ordinary stores to shared memory, before the copy engine reads it.
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+    meet(consumer);
+    if (is_last(i, tiles)) return finish_last(p, tile, half, shared, consumer, epoch);
+    if (thread == 0) barrier_arrive(&shared.result_full[consumer]);
+    ++sent;
   }
 }
 #endif
@@ -204,7 +176,7 @@ __global__ void __launch_bounds__(kThreads, 1) matmul_push(const __grid_constant
     }
     for (int c = 0; c < kConsumers; ++c) {
       barrier_init(&shared.result_full[c], 1);
-      for (int part = 0; part < kParts; ++part) barrier_init(&shared.result_empty[c][part], 1);
+      barrier_init(&shared.result_empty[c], 1);
       shared.silent[c] = false;
     }
     shared.copied = shared.steps = 0;
@@ -231,7 +203,7 @@ __global__ void __launch_bounds__(kThreads, 1) matmul_push(const __grid_constant
     // 128 x 120 + 256 x 192 registers, all of the launch's 384 x 168: with more below they would wait for ever.
     asm volatile("setmaxnreg.dec.sync.aligned.u32 120;");
     if (warp == 0) {
-      if (threadIdx.x == 0) bring_operands<kSends>(p, stages, shared, tiles);
+      if (threadIdx.x == 0) bring_operands<kStages>(p, stages, shared.full, shared.empty, &shared.steps, tiles);
     } else if (warp <= kConsumers) {
       const int consumer = warp - 1;
       if (kSends) {

@@ -24,18 +24,17 @@ constexpr unsigned kStageBytes = (kTileRows + kTileColumns) * kDepth * 2;
 // whose chunks of 16 bytes have changed places by the row so that no access meets a bank twice.
 constexpr int kPanelColumns = 64, kPanels = kTileColumns / kPanelColumns;
 constexpr unsigned kPanelBytes = kHalfRows * kPanelColumns * 2, kHalfBytes = kPanels * kPanelBytes;
-// Two parts, by columns, of which each has its flag: of a CTA's last tile the first travels while the second is
-// computed. A part is summed and sent in pieces.
-constexpr int kParts = 2, kPieces = 4, kPartColumns = kTileColumns / kParts, kPartPanels = kPanels / kParts;
-constexpr unsigned kPartBytes = kHalfBytes / kParts, kPieceBytes = kPartBytes / kPieces;
-constexpr int kTileFlags = kConsumers * kParts;
+// What is summed and sent at once: a warp's 8 vectors a lane, half of a panel. Each panel has its flag.
+constexpr int kPieceVectors = 8;
+constexpr unsigned kPieceBytes = 32 * kPieceVectors * 16;
+constexpr int kPieces = kHalfBytes / kPieceBytes, kPanelPieces = kPieces / kPanels;
+constexpr int kTileFlags = kConsumers * kPanels;
 
 // Shared memory: a result that is sent stays in it whole while the next tile is computed; one that is only stored
 // passes through it in two parts, which leaves room for another stage.
 template <bool kSends>
 struct Room {
   static constexpr int kStages = kSends ? 3 : 4;
-  static constexpr int kBoxColumns = kSends ? kPartColumns : kTileColumns;  // of the weight, in one copy
   static constexpr int kResultPanels = kSends ? kPanels : kPanels / 2;
   static constexpr unsigned kResultBytes = kResultPanels * kPanelBytes;  // of a consumer
   static constexpr unsigned kBytes = 1024 + kStages * kStageBytes + kConsumers * kResultBytes;
@@ -62,9 +61,9 @@ struct Exchange {
   __device__ __forceinline__ unsigned char* data(int on, unsigned slot, unsigned epoch) const {
     return bases[on] + ((epoch & 1) * tiles + slot) * static_cast<unsigned long long>(kTileBytes);
   }
-  __device__ __forceinline__ unsigned* flag(int on, unsigned slot, unsigned epoch, int half, int part) const {
+  __device__ __forceinline__ unsigned* flag(int on, unsigned slot, unsigned epoch, int half, int panel) const {
     unsigned* flags = reinterpret_cast<unsigned*>(bases[on] + 2ull * tiles * kTileBytes);
-    return flags + ((epoch & 1) * tiles + slot) * kTileFlags + half * kParts + part;
+    return flags + ((epoch & 1) * tiles + slot) * kTileFlags + half * kPanels + panel;
   }
 };
 
@@ -142,7 +141,7 @@ __device__ __forceinline__ bool is_last(int tile, int tiles) {
 // What the threads of a CTA share beside the operand stages and the results.
 struct Shared {
   unsigned long long full[kMostStages], empty[kMostStages];  // operands
-  unsigned long long result_full[kConsumers], result_empty[kConsumers][kParts];
+  unsigned long long result_full[kConsumers], result_empty[kConsumers];
   unsigned long long epoch;
   unsigned copied;  // items of copy_sums that are taken
   unsigned steps;   // along K, of all tiles, whose operands have been asked for; only a clock for pace()
@@ -150,64 +149,72 @@ struct Shared {
   bool silent[kConsumers];  // a wait has failed: nothing is sent any more
 };
 
-// Bytes of a half tile, a piece or several, to all that they are for, by the copy engine: to the tile's owner, or, of
-// an own one, to all peers. By one thread, which has to publish() the part in the end.
+// A piece of a half tile to all that it is for, by the copy engine: to the tile's owner, or, of an own one, to all
+// peers. By one thread, which has to publish() the panel in the end.
 template <typename T>
-__device__ __forceinline__ void send_bytes(const Params<T>& p, const Tile& tile, const unsigned char* half,
-                                           int consumer, unsigned epoch, unsigned offset, unsigned bytes) {
+__device__ __forceinline__ void send_piece(const Params<T>& p, const Tile& tile, const unsigned char* half,
+                                           int consumer, unsigned epoch, int piece) {
   const Exchange& x = p.exchange;
   const bool own = tile.owner == x.rank;
+  const unsigned offset = piece * kPieceBytes;
 #pragma unroll 1
   for (int peer = own ? 0 : tile.owner; peer < (own ? x.world : tile.owner + 1); ++peer) {
     if (peer == x.rank) continue;
     unsigned char* to = x.data(peer, x.slot(peer, x.rank, tile.index, own), epoch) + consumer * kHalfBytes + offset;
     asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(to),
-                 "r"(shared_address(half + offset)), "r"(bytes)
+                 "r"(shared_address(half + offset)), "r"(kPieceBytes)
                  : "memory");
   }
 }
 
-// Sets the flags of a part when all that this thread has sent has arrived.
+// Sets the flags of panels when all that this thread has sent has arrived.
 template <typename T>
-__device__ __forceinline__ void publish(const Params<T>& p, const Tile& tile, int consumer, int part, unsigned epoch) {
+__device__ __forceinline__ void publish(const Params<T>& p, const Tile& tile, int consumer, unsigned epoch, int panel,
+                                        int panels) {
   const Exchange& x = p.exchange;
   const bool own = tile.owner == x.rank;
-  // Written, not only read; then visible to what generic accesses follow, of which the first is the release.
-  asm volatile("cp.async.bulk.commit_group;\n\tcp.async.bulk.wait_group 0;\n\tfence.proxy.async;" ::: "memory");
+  // Written, not only read; visible to what generic accesses follow; and, as the fence is one of all the system, before
+  // the relaxed stores behind it, so that who acquires a flag finds the panel.
+  asm volatile(
+      "cp.async.bulk.commit_group;\n\tcp.async.bulk.wait_group 0;\n\tfence.proxy.async;\n\tfence.acq_rel.sys;" ::
+          : "memory");
 #pragma unroll 1
   for (int peer = own ? 0 : tile.owner; peer < (own ? x.world : tile.owner + 1); ++peer) {
     if (peer == x.rank) continue;
-    store_release_sys(x.flag(peer, x.slot(peer, x.rank, tile.index, own), epoch, consumer, part), epoch);
+    unsigned* flags = x.flag(peer, x.slot(peer, x.rank, tile.index, own), epoch, consumer, panel);
+    for (int i = 0; i < panels; ++i) {
+      asm volatile("st.relaxed.sys.global.u32 [%0], %1;" ::"l"(flags + i), "r"(epoch) : "memory");
+    }
   }
 }
 
-// Until so many steps' operands have been asked for. Pieces go one after the other while the next tile is multiplied:
-// all at once, from all CTAs, they fill the way to the link, in which the requests for operands then wait, and the
-// tensor cores for those. Never for ever: the steps waited for need no result to have been sent.
-__device__ __forceinline__ void pace(const Shared& shared, unsigned due) {
+// Until it is time for a piece of a whole tile: pieces go one after the other while the next tile is multiplied, whose
+// first step is `next`, an eighth of its time left to what is still on its way. All at once, from all CTAs, they fill
+// the way to the link, in which the requests for operands then wait, and the tensor cores for those. Never for ever:
+// the steps waited for need no result to have been sent (tests/cpu/test_matmul_pace.py).
+__device__ __forceinline__ void pace(const Shared& shared, unsigned next, unsigned depths, unsigned piece) {
+  const unsigned due = next + piece * depths * 7 / (8 * kPieces);
   while (static_cast<int>(due - *const_cast<const volatile unsigned*>(&shared.steps)) > 0) __nanosleep(64);
 }
 
-// Of a half of an own tile, from its vector `base` on, what kMembers threads beside each other with kAtOnce vectors
-// each have: the peers' partials added in rank order, in fp32, rounded once; to `out`, and back into shared memory if
-// it is sent on.
-template <int kMembers, int kAtOnce, typename T>
-__device__ __forceinline__ void sum_vectors(const Params<T>& p, const Tile& tile, unsigned char* half, int consumer,
-                                            unsigned epoch, int base) {
-  constexpr int kPanelVectors = kPanelBytes / 16, kRows = kMembers / 8;  // rows that the threads are apart
-  static_assert(kPanelVectors % (kAtOnce * kMembers) == 0, "all of a turn is in one panel");
+// A piece of a half of an own tile, by a warp: the peers' partials added in rank order, in fp32, rounded once; to
+// `out`, and back into shared memory if it is sent on.
+template <typename T>
+__device__ __forceinline__ void sum_piece(const Params<T>& p, const Tile& tile, unsigned char* half, int consumer,
+                                          unsigned epoch, int piece) {
+  constexpr int kRows = 32 / 8;  // that a lane's vectors are apart
   const Exchange& x = p.exchange;
-  const int thread = threadIdx.x % kMembers;
+  const int lane = threadIdx.x % 32, panel = piece / kPanelPieces;
   const int first_row = tile.row + consumer * kHalfRows;
   T* const out = p.out + static_cast<std::int64_t>(first_row - (p.scatter ? p.first_row[x.rank] : 0)) * p.n;
-  const int row = (base % kPanelVectors + thread) / 8;
-  const int column = tile.column + base / kPanelVectors * kPanelColumns;
-  const unsigned offset = (base + thread) * 16;
+  const int row = piece % kPanelPieces * (kHalfRows / kPanelPieces) + lane / 8;
+  const int column = tile.column + panel * kPanelColumns;
+  const unsigned offset = piece * kPieceBytes + lane * 16;
   const auto finish = [&](int u, const float (&sum)[8]) {
-    const int of_u = row + u * kRows, at = column + (thread ^ of_u) % 8 * 8;
+    const int of_u = row + u * kRows, at = column + (lane ^ of_u) % 8 * 8;
     const Vec<T> total = from_floats<T>(sum);
     if (first_row + of_u < tile.end_row && at < p.n) store(out + static_cast<std::int64_t>(of_u) * p.n + at, total);
-    if (!p.scatter) *reinterpret_cast<uint4*>(half + offset + u * kMembers * 16) = total.raw;
+    if (!p.scatter) *reinterpret_cast<uint4*>(half + offset + u * 512) = total.raw;
   };
   const auto add = [&](const Vec<T>& v, float (&sum)[8], bool first) {
     float value[8];
@@ -215,132 +222,123 @@ __device__ __forceinline__ void sum_vectors(const Params<T>& p, const Tile& tile
 #pragma unroll
     for (int e = 0; e < 8; ++e) sum[e] = first ? value[e] : sum[e] + value[e];
   };
-  const auto mine = [&](int u) { return Vec<T>{*reinterpret_cast<const uint4*>(half + offset + u * kMembers * 16)}; };
+  const auto mine = [&](int u) { return Vec<T>{*reinterpret_cast<const uint4*>(half + offset + u * 512)}; };
   const auto partials = [&](int source) {
     return x.data(x.rank, x.slot(x.rank, source, tile.index, false), epoch) + consumer * kHalfBytes + offset;
   };
   const auto partial = [&](const unsigned char* from, int u) {
-    return load_once_written(reinterpret_cast<const T*>(from + u * kMembers * 16));
+    return load_once_written(reinterpret_cast<const T*>(from + u * 512));
   };
   if (x.world == 2) {  // the sum of two has no order, and needs registers for one at a time
     const unsigned char* const from = partials(x.rank ^ 1);
-    Vec<T> values[kAtOnce];
+    Vec<T> values[kPieceVectors];
 #pragma unroll
-    for (int u = 0; u < kAtOnce; ++u) values[u] = partial(from, u);
+    for (int u = 0; u < kPieceVectors; ++u) values[u] = partial(from, u);
 #pragma unroll
-    for (int u = 0; u < kAtOnce; ++u) {
+    for (int u = 0; u < kPieceVectors; ++u) {
       float sum[8];
       add(mine(u), sum, true);
       add(values[u], sum, false);
       finish(u, sum);
     }
-  } else {
-    constexpr int kSources = 4;  // of a vector at once, for their registers
+    return;
+  }
+  constexpr int kSources = 4;  // of a vector at once, for their registers
 #pragma unroll 1
-    for (int u = 0; u < kAtOnce; ++u) {
-      float sum[8];
+  for (int u = 0; u < kPieceVectors; ++u) {
+    float sum[8];
 #pragma unroll 1
-      for (int first = 0; first < x.world; first += kSources) {
-        Vec<T> values[kSources];
+    for (int first = 0; first < x.world; first += kSources) {
+      Vec<T> values[kSources];
 #pragma unroll
-        for (int s = 0; s < kSources; ++s) {
-          const int source = first + s;
-          if (source < x.world) values[s] = source == x.rank ? mine(u) : partial(partials(source), u);
-        }
-#pragma unroll
-        for (int s = 0; s < kSources; ++s) {
-          if (first + s < x.world) add(values[s], sum, first + s == 0);
-        }
+      for (int s = 0; s < kSources; ++s) {
+        const int source = first + s;
+        if (source < x.world) values[s] = source == x.rank ? mine(u) : partial(partials(source), u);
       }
-      finish(u, sum);
+#pragma unroll
+      for (int s = 0; s < kSources; ++s) {
+        if (first + s < x.world) add(values[s], sum, first + s == 0);
+      }
     }
+    finish(u, sum);
   }
 }
 
-// Until the partials of all peers of an own tile's half's part are there. A sum without a peer's partial is none: it
+// Until the partials of all peers of an own tile's half's panel are there. A sum without a peer's partial is none: it
 // must not be sent. After a failed wait it is never used, because the next call or fp.check() raises.
 template <typename T>
 __device__ __forceinline__ void await_partials(const Params<T>& p, const Tile& tile, Shared& shared, int consumer,
-                                               int part, unsigned epoch) {
+                                               unsigned epoch, int panel) {
   const Exchange& x = p.exchange;
   unsigned long long start = 0;
-  for (int source = 0; source < x.world && !shared.silent[consumer]; ++source) {
+  for (int source = 0; source < x.world; ++source) {
     if (source == x.rank) continue;
     const unsigned slot = x.slot(x.rank, source, tile.index, false);
-    // Only ever set: of a CTA's last tile the sending warp and the consumer wait for a part each.
-    if (!await(x, x.flag(x.rank, slot, epoch, consumer, part), source, epoch, start)) shared.silent[consumer] = true;
+    // Only ever set, as others wait for other panels.
+    if (!await(x, x.flag(x.rank, slot, epoch, consumer, panel), source, epoch, start)) shared.silent[consumer] = true;
   }
 }
 
 // A warp for each consumer: sums the halves of own tiles and sends what is finished, to the tile's owner or, summed, to
-// all peers, while the next tile is multiplied; of the CTA's last tile only the first part.
+// all peers, while the next tile is multiplied. Not the CTA's last tile.
 template <typename T>
 __device__ __forceinline__ void send_results(const Params<T>& p, unsigned char* half, Shared& shared, int tiles,
                                              int consumer, unsigned epoch) {
-  const Exchange& x = p.exchange;
   const int lane = threadIdx.x % 32;
   unsigned next = 0;  // the next tile's first step
-  // What the lanes have read of a part they have before the __syncwarp behind its last piece.
-  const auto finish_part = [&](const Tile& tile, int part, bool sent) {
-    asm volatile("cp.async.bulk.commit_group;\n\tcp.async.bulk.wait_group.read 0;" ::: "memory");
-    barrier_arrive(&shared.result_empty[consumer][part]);
-    if (sent) publish(p, tile, consumer, part, epoch);
-  };
-  for (int i = blockIdx.x; i < tiles; i += gridDim.x) {
+  for (int i = blockIdx.x; !is_last(i, tiles); i += gridDim.x) {
     const Tile tile = tile_at(p, i);
-    const bool own = tile.owner == x.rank;
-    const auto sends = [&] { return !shared.silent[consumer] && !(own && p.scatter); };
-    const int pieces = is_last(i, tiles) ? kPieces : kParts * kPieces;
-    // Steps until the next result, if it were of kParts parts: those of the last tile, which has as many for each part,
-    // or of the next one.
-    const unsigned span = is_last(i + gridDim.x, tiles) ? kParts * p.depths : p.depths;
+    const bool own = tile.owner == p.exchange.rank;
+    barrier_wait(&shared.result_full[consumer], next / p.depths % 2);
     next += p.depths;
-    barrier_wait(&shared.result_full[consumer], (i - blockIdx.x) / gridDim.x % 2);
     __syncwarp();  // a lane left behind would take the phase after next, in which others are, for this one
+    if (own && lane < kPanels) await_partials(p, tile, shared, consumer, epoch, lane);
+    __syncwarp();  // with the lanes that have seen the flags
+    const bool sends = !shared.silent[consumer] && !(own && p.scatter);
 #pragma unroll 1
-    for (int piece = 0; piece < pieces; ++piece) {
-      const unsigned offset = piece * kPieceBytes;
+    for (int piece = 0; piece < kPieces; ++piece) {
       if (own) {
-        if (piece % kPieces == 0) {
-          if (lane == 0) await_partials(p, tile, shared, consumer, piece / kPieces, epoch);
-          __syncwarp();  // with the lane that has seen the flags
-        }
-        sum_vectors<32, kPieceBytes / 16 / 32>(p, tile, half, consumer, epoch, offset / 16);
+        sum_piece(p, tile, half, consumer, epoch, piece);
         // Ordinary stores to shared memory, before the copy engine reads it.
         asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
         __syncwarp();
       }
-      if (lane != 0) continue;
-      // An eighth of the time is left to what is still on its way.
-      if (sends()) pace(shared, next + piece * span * 7 / (8 * kParts * kPieces));
-      if (piece == kPieces) finish_part(tile, 0, sends());
-      if (sends()) send_bytes(p, tile, half, consumer, epoch, offset, kPieceBytes);
+      if (lane == 0 && sends) {
+        pace(shared, next, p.depths, piece);
+        send_piece(p, tile, half, consumer, epoch, piece);
+      }
     }
-    if (lane == 0) finish_part(tile, pieces / kPieces - 1, sends());
+    if (lane == 0) {  // behind the __syncwarp of the last piece, so that all lanes have read the result
+      asm volatile("cp.async.bulk.commit_group;\n\tcp.async.bulk.wait_group.read 0;" ::: "memory");
+      barrier_arrive(&shared.result_empty[consumer]);
+      if (sends) publish(p, tile, consumer, epoch, 0, kPanels);
+    }
     __syncwarp();  // the others would wait for the next result meanwhile, and take turns with the lane that sends
   }
 }
 
-// The second part of the CTA's last tile, by the consumer itself: nothing is left to multiply.
+// The CTA's last tile, by the consumers themselves, as nothing is left to multiply: a warp sums, sends and publishes a
+// panel of its half.
 template <typename T>
 __device__ __forceinline__ void finish_last(const Params<T>& p, const Tile& tile, unsigned char* half, Shared& shared,
                                             int consumer, unsigned epoch) {
-  constexpr int kPart = kParts - 1, kMembers = 128, kAtOnce = 4;
-  constexpr unsigned kTurnBytes = kMembers * kAtOnce * 16;
-  const bool own = tile.owner == p.exchange.rank, first = threadIdx.x % kMembers == 0;
-  if (own && first) await_partials(p, tile, shared, consumer, kPart, epoch);
-  meet(consumer);  // with the thread that has seen the flags, and all parts of the result are there
-  const bool sends = first && !shared.silent[consumer] && !(own && p.scatter);
+  static_assert(kPanels == 4, "a panel for each warp");
+  const int lane = threadIdx.x % 32, panel = threadIdx.x / 32 % kPanels;
+  const bool own = tile.owner == p.exchange.rank;
+  if (own && lane == 0) await_partials(p, tile, shared, consumer, epoch, panel);
+  __syncwarp();  // with the lane that has seen the flags
+  const bool sends = lane == 0 && !shared.silent[consumer] && !(own && p.scatter);
 #pragma unroll 1
-  for (unsigned offset = kPart * kPartBytes; offset < kHalfBytes; offset += kTurnBytes) {
-    if (own) sum_vectors<kMembers, kAtOnce>(p, tile, half, consumer, epoch, offset / 16);
-    if (own && p.scatter) continue;
-    // Ordinary stores to shared memory, before the copy engine reads it.
-    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-    meet(consumer);
-    if (sends) send_bytes(p, tile, half, consumer, epoch, offset, kTurnBytes);
+  for (int piece = panel * kPanelPieces; piece < (panel + 1) * kPanelPieces; ++piece) {
+    if (own) {
+      sum_piece(p, tile, half, consumer, epoch, piece);
+      // Ordinary stores to shared memory, before the copy engine reads it.
+      asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+      __syncwarp();
+    }
+    if (sends) send_piece(p, tile, half, consumer, epoch, piece);
   }
-  if (sends) publish(p, tile, consumer, kPart, epoch);
+  if (sends) publish(p, tile, consumer, epoch, panel, 1);
 }
 
 // The sums of the others' tiles, as they arrive, into `out`, a panel at a time: by one warp while the others multiply,
@@ -361,9 +359,7 @@ __device__ __forceinline__ void copy_sums(const Params<T>& p, Shared& shared, un
     const int half = item % kItems / kPanels, panel = item % kPanels;
     const unsigned slot = x.slot(x.rank, tile.owner, tile.index, true);
     bool there = true;
-    if (lane == 0) {
-      there = await(x, x.flag(x.rank, slot, epoch, half, panel / kPartPanels), tile.owner, epoch, start);
-    }
+    if (lane == 0) there = await(x, x.flag(x.rank, slot, epoch, half, panel), tile.owner, epoch, start);
     if (!__shfl_sync(0xffffffffu, there, 0)) return;
     __syncwarp();  // where the warp meets the lane that has seen the flag
     const unsigned char* from = x.data(x.rank, slot, epoch) + half * kHalfBytes + panel * kPanelBytes;

@@ -69,55 +69,10 @@ __device__ __forceinline__ void wgmma_pin(float (&d)[kCount]) {
   for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(d[i])::"memory");
 }
 
-// d += a * b^T, a [64, 16], b [kColumns, 16], both in shared memory with K contiguous. Thread t of the
+// d += a * b^T, a [64, 16], b [256, 16], both in shared memory with K contiguous. Thread t of the
 // warpgroup holds of rows 16 (t / 32) + (t % 32) / 4 + {0, 8} the columns 8 j + 2 (t % 4) + {0, 1} in d[4 j + {0, 1}]
 // and d[4 j + {2, 3}].
-#define FP_WGMMA_8(type)                                                                                              \
-  asm volatile("wgmma.mma_async.sync.aligned.m64n8k16.f32." type "." type " {%0, %1, %2, %3}, %4, %5, 1, 1, 1, 0, 0;" \
-               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                                       \
-               : "l"(a), "l"(b))
-#define FP_WGMMA_16(type)                                                                                       \
-  asm volatile("wgmma.mma_async.sync.aligned.m64n16k16.f32." type "." type                                      \
-               " {%0, %1, %2, %3, %4, %5, %6, %7}, %8, %9, 1, 1, 1, 0, 0;"                                      \
-               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]) \
-               : "l"(a), "l"(b))
-#define FP_WGMMA_32(type)                                                                                             \
-  asm volatile("wgmma.mma_async.sync.aligned.m64n32k16.f32." type "." type                                            \
-               " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, %16, %17, 1, 1, 1, 0, 0;"    \
-               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]),      \
-                 "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]) \
-               : "l"(a), "l"(b))
-#define FP_WGMMA_64(type)                                                                                              \
-  asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32." type "." type                                             \
-               " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, "     \
-               "%21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, %32, %33, 1, 1, 1, 0, 0;"                      \
-               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]),       \
-                 "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]), \
-                 "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]),            \
-                 "+f"(d[23]), "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]),            \
-                 "+f"(d[30]), "+f"(d[31])                                                                              \
-               : "l"(a), "l"(b))
-
-#define FP_WGMMA_128(type)                                                                                             \
-  asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32." type "." type                                            \
-               " {"                                                                                                    \
-               "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "                                \
-               "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "                      \
-               "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "                      \
-               "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "                     \
-               "%64, %65, 1, 1, 1, 0, 0;"                                                                              \
-               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]),       \
-                 "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]), \
-                 "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]),            \
-                 "+f"(d[23]), "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]),            \
-                 "+f"(d[30]), "+f"(d[31]), "+f"(d[32]), "+f"(d[33]), "+f"(d[34]), "+f"(d[35]), "+f"(d[36]),            \
-                 "+f"(d[37]), "+f"(d[38]), "+f"(d[39]), "+f"(d[40]), "+f"(d[41]), "+f"(d[42]), "+f"(d[43]),            \
-                 "+f"(d[44]), "+f"(d[45]), "+f"(d[46]), "+f"(d[47]), "+f"(d[48]), "+f"(d[49]), "+f"(d[50]),            \
-                 "+f"(d[51]), "+f"(d[52]), "+f"(d[53]), "+f"(d[54]), "+f"(d[55]), "+f"(d[56]), "+f"(d[57]),            \
-                 "+f"(d[58]), "+f"(d[59]), "+f"(d[60]), "+f"(d[61]), "+f"(d[62]), "+f"(d[63])                          \
-               : "l"(a), "l"(b))
-
-#define FP_WGMMA_256(type)                                                                                             \
+#define FP_WGMMA(type)                                                                                                 \
   asm volatile("wgmma.mma_async.sync.aligned.m64n256k16.f32." type "." type                                            \
                " {"                                                                                                    \
                "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "                                \
@@ -149,6 +104,44 @@ __device__ __forceinline__ void wgmma_pin(float (&d)[kCount]) {
                  "+f"(d[121]), "+f"(d[122]), "+f"(d[123]), "+f"(d[124]), "+f"(d[125]), "+f"(d[126]), "+f"(d[127])      \
                : "l"(a), "l"(b))
 
+template <typename T>
+__device__ __forceinline__ void wgmma_64x256x16(float (&d)[128], std::uint64_t a, std::uint64_t b) {
+  if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+    FP_WGMMA("bf16");
+  } else {
+    FP_WGMMA("f16");
+  }
+}
+
+#undef FP_WGMMA
+
+// The same for b [kColumns, 16] with kColumns = 8, 16, 32 or 64: column 8 j + 2 (t % 4) + {0, 1} in d[4 j + ...].
+#define FP_WGMMA_8(type)                                                                                              \
+  asm volatile("wgmma.mma_async.sync.aligned.m64n8k16.f32." type "." type " {%0, %1, %2, %3}, %4, %5, 1, 1, 1, 0, 0;" \
+               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                                       \
+               : "l"(a), "l"(b))
+#define FP_WGMMA_16(type)                                                                                       \
+  asm volatile("wgmma.mma_async.sync.aligned.m64n16k16.f32." type "." type                                      \
+               " {%0, %1, %2, %3, %4, %5, %6, %7}, %8, %9, 1, 1, 1, 0, 0;"                                      \
+               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]) \
+               : "l"(a), "l"(b))
+#define FP_WGMMA_32(type)                                                                                             \
+  asm volatile("wgmma.mma_async.sync.aligned.m64n32k16.f32." type "." type                                            \
+               " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, %16, %17, 1, 1, 1, 0, 0;"    \
+               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]),      \
+                 "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]) \
+               : "l"(a), "l"(b))
+#define FP_WGMMA_64(type)                                                                                              \
+  asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32." type "." type                                             \
+               " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, "     \
+               "%21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, %32, %33, 1, 1, 1, 0, 0;"                      \
+               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]),       \
+                 "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]), \
+                 "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]),            \
+                 "+f"(d[23]), "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]),            \
+                 "+f"(d[30]), "+f"(d[31])                                                                              \
+               : "l"(a), "l"(b))
+
 template <typename T, int kColumns>
 __device__ __forceinline__ void wgmma_64xNx16(float (&d)[kColumns / 2], std::uint64_t a, std::uint64_t b) {
   constexpr bool kBFloat16 = std::is_same_v<T, __nv_bfloat16>;
@@ -160,18 +153,12 @@ __device__ __forceinline__ void wgmma_64xNx16(float (&d)[kColumns / 2], std::uin
   if constexpr (kColumns == 32 && !kBFloat16) FP_WGMMA_32("f16");
   if constexpr (kColumns == 64 && kBFloat16) FP_WGMMA_64("bf16");
   if constexpr (kColumns == 64 && !kBFloat16) FP_WGMMA_64("f16");
-  if constexpr (kColumns == 128 && kBFloat16) FP_WGMMA_128("bf16");
-  if constexpr (kColumns == 128 && !kBFloat16) FP_WGMMA_128("f16");
-  if constexpr (kColumns == 256 && kBFloat16) FP_WGMMA_256("bf16");
-  if constexpr (kColumns == 256 && !kBFloat16) FP_WGMMA_256("f16");
-  static_assert(8 <= kColumns && kColumns <= 256 && (kColumns & (kColumns - 1)) == 0);
+  static_assert(kColumns == 8 || kColumns == 16 || kColumns == 32 || kColumns == 64);
 }
 
 #undef FP_WGMMA_8
 #undef FP_WGMMA_16
 #undef FP_WGMMA_32
 #undef FP_WGMMA_64
-#undef FP_WGMMA_128
-#undef FP_WGMMA_256
 
 }  // namespace fp

@@ -6,104 +6,79 @@ them end, or none ever does. What peers send is taken to be there: they wait for
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import pytest
 
-STAGES, PARTS, PIECES = 3, 2, 4
-
-
-@dataclass(frozen=True)
-class Rules:
-    """The kernel's, and ways to get it wrong."""
-
-    rooms: int = PARTS  # 1: all of a result must have been sent before anything of the next is left
-    eighths: int = 7  # of the time until the next result, in which pieces are sent
-    doubled: bool = True  # False: before the last tile's parts, the time of one of them only
+STAGES, PIECES = 3, 8
+EIGHTHS = 7  # of the time of a tile, in which the pieces of the one before are sent
 
 
 class Cta:
-    def __init__(self, tiles: int, depths: int, rules: Rules):
-        self.tiles, self.depths, self.rules = tiles, depths, rules
-        self.asked = self.freed = self.handed_over = 0  # steps, steps, results
-        self.sent = [0] * PARTS  # of the results of whole tiles
+    def __init__(self, tiles: int, depths: int, eighths: int = EIGHTHS):
+        self.tiles, self.depths, self.eighths = tiles, depths, eighths
+        self.asked = self.multiplied = self.handed_over = self.sent = 0  # steps, steps, results, results
         self.sent_at: list[tuple[int, int]] = []  # (a piece's due step, the step it was sent at)
 
-    def is_last(self, tile: int) -> bool:
-        return tile + 1 >= self.tiles
-
     def brings(self) -> Iterator[None]:
-        for tile in range(self.tiles):
-            for _ in range(self.depths * (PARTS if self.is_last(tile) else 1)):
-                while self.asked - self.freed >= STAGES:
-                    yield
-                self.asked += 1
+        for _ in range(self.tiles * self.depths):
+            while self.asked - self.multiplied >= STAGES:
                 yield
+            self.asked += 1
+            yield
 
     def multiplies(self) -> Iterator[None]:
         for tile in range(self.tiles):
-            for part in range(PARTS if self.is_last(tile) else 1):
-                for _ in range(self.depths):
-                    while self.asked <= self.freed:
-                        yield
-                    self.freed += 1
+            for _ in range(self.depths):
+                while self.asked <= self.multiplied:
                     yield
-                needed = [part] if self.is_last(tile) and self.rules.rooms > 1 else range(PARTS)
-                while any(self.sent[room] < tile for room in needed):
-                    yield
-                self.handed_over += part == 0
+                self.multiplied += 1
+                yield
+            while self.sent < tile:  # the result before is where this one is left
+                yield
+            self.handed_over += tile + 1 < self.tiles  # the last it sends itself
 
     def sends(self) -> Iterator[None]:
-        following = 0
-        for tile in range(self.tiles):
-            following += self.depths
-            longer = self.is_last(tile + 1) and self.rules.doubled
-            span = self.depths * (PARTS if longer else 1)
+        for tile in range(self.tiles - 1):
             while self.handed_over <= tile:
                 yield
-            pieces = PIECES * (1 if self.is_last(tile) else PARTS)
-            for piece in range(pieces):
-                due = following + piece * span * self.rules.eighths // (8 * PARTS * PIECES)
+            for piece in range(PIECES):
+                due = (tile + 1) * self.depths + piece * self.depths * self.eighths // (8 * PIECES)
                 while due > self.asked:
                     yield
-                if piece == PIECES:
-                    self.sent[0] += 1
                 self.sent_at.append((due, self.asked))
                 yield
-            self.sent[pieces // PIECES - 1] += 1
+            self.sent += 1
 
     def ends(self) -> bool:
         """Whether all threads come to their ends."""
         threads, before = [self.brings(), self.multiplies(), self.sends()], None
         while threads:
             threads = [thread for thread in threads if next(thread, self) is not self]
-            now = self.asked, self.freed, self.handed_over, *self.sent, len(self.sent_at), len(threads)
+            now = self.asked, self.multiplied, self.handed_over, self.sent, len(self.sent_at), len(threads)
             if now == before:
                 return False
             before = now
         return True
 
 
-def stuck(rules: Rules) -> list[tuple[int, int]]:
+def stuck(eighths: int) -> list[tuple[int, int]]:
     """The (tiles, steps along K) of which a CTA does not come to its end."""
-    return [(t, d) for t in range(1, 6) for d in (*range(1, 40), 64, 224) if not Cta(t, d, rules).ends()]
+    depths = (*range(1, 40), 64, 224)
+    return [(t, d) for t in range(1, 6) for d in depths if not Cta(t, d, eighths).ends()]
 
 
 def test_every_cta_comes_to_its_end():
-    assert stuck(Rules()) == []
+    assert stuck(EIGHTHS) == []
 
 
-@pytest.mark.parametrize("rules", [Rules(rooms=1), Rules(eighths=12)], ids=str)
-def test_waits_for_steps_that_need_the_result_to_be_sent_are_found(rules):
-    assert stuck(rules)
+@pytest.mark.parametrize("eighths", [10, 16])
+def test_waits_for_steps_that_need_the_result_to_be_sent_are_found(eighths):
+    assert stuck(eighths)
 
 
-def test_pieces_are_spread_over_the_time_until_the_next_result():
-    cta = Cta(3, 64, Rules())
+def test_pieces_are_spread_over_the_next_tile():
+    cta = Cta(3, 64)
     assert cta.ends()
-    first, before_last = [[due for due, _ in cta.sent_at[at : at + 8]] for at in (0, 8)]
-    assert first == [64 + 7 * piece for piece in range(8)]
-    assert before_last == [128 + 14 * piece for piece in range(8)]  # over both parts of the last tile
-    # Sent when due: only of the first is it known too late, a result being handed over after the operands of the next
-    # have been asked for.
-    assert all(due <= at <= due + STAGES for due, at in cta.sent_at[:16])
+    assert [due for due, _ in cta.sent_at] == [64 * tile + 7 * piece for tile in (1, 2) for piece in range(PIECES)]
+    # When due, but for the first: a result is handed over after the first operands of the next tile have been asked for.
+    assert all(due <= at <= due + STAGES for due, at in cta.sent_at)

@@ -1,6 +1,8 @@
 """The exchange of the persistent matmul (csrc/matmul_all_reduce.cuh) on the host: ranks that go through calls of any
 shapes, in random interleavings, must never sum or copy a tile of another call, and never wait for ever.
 
+What is a tile here is a panel of one in the kernel: each has a flag of its own.
+
 What is taken for granted: a tile arrives before its flag (the copy is complete before the release); tiles and flags of
 different messages arrive in any order; all that a call sends has arrived when the call ends, and the next call of that
 rank begins after it (stream order). The order of tiles within a call is left open: the kernel's is one of them.
