@@ -80,5 +80,5 @@ def test_pieces_are_spread_over_the_next_tile():
     cta = Cta(3, 64)
     assert cta.ends()
     assert [due for due, _ in cta.sent_at] == [64 * tile + 7 * piece for tile in (1, 2) for piece in range(PIECES)]
-    # When due, but for the first: a result is handed over after the first operands of the next tile have been asked for.
+    # When due, but for the first: a result comes after the first operands of the next tile have been asked for.
     assert all(due <= at <= due + STAGES for due, at in cta.sent_at)
