@@ -8,7 +8,7 @@
 // Two warpgroups multiply, 64 rows of a tile each, and leave the result in shared memory, from where the copy engine of
 // the multiprocessor takes it over the link while they work on the next tile: a store of registers to a peer would stop
 // the tensor cores for as long as the link needs. The warps of the third warpgroup bring operands, sum own tiles, start
-// those copies, and move arrived sums.
+// those copies, and move arrived sums. A CTA's last tile is summed and sent by the warps that multiplied it.
 #pragma once
 
 #include "matmul_all_reduce_exchange.cuh"

@@ -146,7 +146,8 @@ struct Shared {
   unsigned copied;  // items of copy_sums that are taken
   unsigned steps;   // along K, of all tiles, whose operands have been asked for; only a clock for pace()
   bool failed_before;
-  bool silent[kConsumers];  // a wait has failed: nothing is sent any more
+  bool
+      silent[kConsumers];  // a wait has failed: no tile is begun to be sent any more, nor a panel whose own wait it was
 };
 
 // A piece of a half tile to all that it is for, by the copy engine: to the tile's owner, or, of an own one, to all
@@ -189,9 +190,10 @@ __device__ __forceinline__ void publish(const Params<T>& p, const Tile& tile, in
 }
 
 // Until it is time for a piece of a whole tile: pieces go one after the other while the next tile is multiplied, whose
-// first step is `next`, an eighth of its time left to what is still on its way. All at once, from all CTAs, they fill
-// the way to the link, in which the requests for operands then wait, and the tensor cores for those. Never for ever:
-// the steps waited for need no result to have been sent (tests/cpu/test_matmul_pace.py).
+// first step is `next`, the last of them after 49 of 64 parts of it, so that all have arrived when it ends. All at
+// once, from all CTAs, they fill the way to the link, in which the requests for operands then wait, and the tensor
+// cores for those. Never for ever: the steps waited for need no result to have been sent
+// (tests/cpu/test_matmul_pace.py, which reads the numbers here).
 __device__ __forceinline__ void pace(const Shared& shared, unsigned next, unsigned depths, unsigned piece) {
   const unsigned due = next + piece * depths * 7 / (8 * kPieces);
   while (static_cast<int>(due - *const_cast<const volatile unsigned*>(&shared.steps)) > 0) __nanosleep(64);
@@ -268,9 +270,8 @@ __device__ __forceinline__ void sum_piece(const Params<T>& p, const Tile& tile, 
 // must not be sent. After a failed wait it is never used, because the next call or fp.check() raises.
 template <typename T>
 __device__ __forceinline__ void await_partials(const Params<T>& p, const Tile& tile, Shared& shared, int consumer,
-                                               unsigned epoch, int panel) {
+                                               unsigned epoch, int panel, unsigned long long& start) {
   const Exchange& x = p.exchange;
-  unsigned long long start = 0;
   for (int source = 0; source < x.world; ++source) {
     if (source == x.rank) continue;
     const unsigned slot = x.slot(x.rank, source, tile.index, false);
@@ -286,13 +287,14 @@ __device__ __forceinline__ void send_results(const Params<T>& p, unsigned char* 
                                              int consumer, unsigned epoch) {
   const int lane = threadIdx.x % 32;
   unsigned next = 0;  // the next tile's first step
+  unsigned long long start = 0;
   for (int i = blockIdx.x; !is_last(i, tiles); i += gridDim.x) {
     const Tile tile = tile_at(p, i);
     const bool own = tile.owner == p.exchange.rank;
     barrier_wait(&shared.result_full[consumer], next / p.depths % 2);
     next += p.depths;
     __syncwarp();  // a lane left behind would take the phase after next, in which others are, for this one
-    if (own && lane < kPanels) await_partials(p, tile, shared, consumer, epoch, lane);
+    if (own && lane < kPanels) await_partials(p, tile, shared, consumer, epoch, lane, start);
     __syncwarp();  // with the lanes that have seen the flags
     const bool sends = !shared.silent[consumer] && !(own && p.scatter);
 #pragma unroll 1
@@ -325,7 +327,8 @@ __device__ __forceinline__ void finish_last(const Params<T>& p, const Tile& tile
   static_assert(kPanels == 4, "a panel for each warp");
   const int lane = threadIdx.x % 32, panel = threadIdx.x / 32 % kPanels;
   const bool own = tile.owner == p.exchange.rank;
-  if (own && lane == 0) await_partials(p, tile, shared, consumer, epoch, panel);
+  unsigned long long start = 0;
+  if (own && lane == 0) await_partials(p, tile, shared, consumer, epoch, panel, start);
   __syncwarp();  // with the lane that has seen the flags
   const bool sends = lane == 0 && !shared.silent[consumer] && !(own && p.scatter);
 #pragma unroll 1

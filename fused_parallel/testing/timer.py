@@ -120,6 +120,8 @@ def _take_turns(
 ) -> list[list[float]]:
     """This rank's microseconds per call in each round of each subject. `after_turn`: while the device is at work."""
     for subject in subjects[1:]:
+        if subject.stream is not None:
+            subjects[0].stream.wait_stream(subject.stream)  # which waits for its inputs
         subject.stream = subjects[0].stream  # rounds on streams of their own would overlap
     for _ in range(warmup):
         for subject in subjects:

@@ -63,7 +63,7 @@ def test_matmul_only(dtype, seed):
 
 
 @pytest.mark.parametrize("scatter", [False, True])
-@pytest.mark.parametrize("world", [2, 3, 4])
+@pytest.mark.parametrize("world", [2, 3, 4, 5])  # five: more sources than are summed at once
 @pytest.mark.parametrize("ctas", [None, 3], ids=["all CTAs", "3 CTAs"])  # of a few each has several own tiles
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_sums(world, scatter, dtype, ctas, seed):
@@ -225,8 +225,10 @@ def test_gather_names_the_missing_rank(k):
         ranks.launch_gather(0, xs[0], ws[0], out)
 
 
-def test_missing_rank_is_named_within_the_timeout():
-    ranks = VirtualMatmuls(2, timeout_seconds=0.5)
+@pytest.mark.parametrize("ctas", [8, 3, 1])  # of 8 tiles: a tile each, several, and all
+def test_missing_rank_is_named_within_the_timeout(ctas):
+    """And no sum that lacks its partial is announced to it."""
+    ranks = VirtualMatmuls(2, timeout_seconds=0.5, max_threads=ctas * 512)
     xs, ws = operands(2, 512, 256, 512, torch.bfloat16)
     out = torch.empty(512, 512, device="cuda", dtype=torch.bfloat16)
     torch.cuda.synchronize()
@@ -236,6 +238,10 @@ def test_missing_rank_is_named_within_the_timeout():
     torch.cuda.synchronize()
     assert 0.4 < time.monotonic() - begin < 1.5
     assert ranks.native[0].failure() == "matmul_all_reduce on rank 0 waited in vain for rank 1 (call 1)"
+    # What has come to rank 1: rank 0's partials of its tiles, then the sums of rank 0's own.
+    flags = ranks.staging[1][2 * TILES * 128 * 256 * 2 :].view(torch.int32).view(2, TILES, -1)[1]
+    owned = 4 * 2 // 2
+    assert flags[:owned].eq(1).all() and not flags[owned:].any()
     with pytest.raises(RuntimeError, match="waited in vain for rank 1"):
         ranks.matmul(0, xs[0], ws[0], out, False)
 
