@@ -325,6 +325,25 @@ class Bench:
         return code
 
 
+def memory_bytes_per_us(tell: bool = True) -> float:
+    """The rate that floors of one GPU are computed from, of the current one: of copying or reading its memory, the
+    faster. Printed, if `tell`."""
+    memory = probe_device.hbm(torch.cuda.current_device(), quick=True)
+    torch.cuda.empty_cache()
+    rate = max(memory["copy_gb_per_s"], memory["read_gb_per_s"]) * 1e3
+    if tell:
+        print(f"floor_us from {rate * 1e-6:.2f} TB/s", flush=True)
+    return rate
+
+
+def told(rows: list[dict[str, str]], wrong: list[str]) -> int:
+    """The table of a benchmark of one process, and what was wrong; its exit code."""
+    results.show(rows)
+    for text in wrong:
+        print("WRONG", text, file=sys.stderr)
+    return 1 if wrong else 0
+
+
 def captured(step: Callable[[], object], on_gpu: bool = True) -> Callable[[], object]:
     """`step` as a CUDA graph's replay, after a call outside it, in which is made what is made at first use; on a CPU as
     it is."""

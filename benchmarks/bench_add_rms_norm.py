@@ -13,10 +13,10 @@ import argparse
 import sys
 
 import torch
-from _common import relative
+from _common import memory_bytes_per_us, relative
 
 import fused_parallel as fp
-from fused_parallel.comm.probe_device import graph_kernel_us, hbm
+from fused_parallel.comm.probe_device import graph_kernel_us
 from fused_parallel.ops.add_rms_norm import add_rms_norm
 from fused_parallel.testing.results import append, make_row, show
 from fused_parallel.testing.timer import time_collective
@@ -98,10 +98,8 @@ def main() -> None:
     args = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("bench_add_rms_norm: needs a CUDA GPU, torch sees none")
-    memory, launch_us = hbm(0, quick=True), graph_kernel_us(0)
-    bytes_per_us = max(memory["copy_gb_per_s"], memory["read_gb_per_s"]) * 1e3
-    print(f"floor_us from {bytes_per_us * 1e-6:.2f} TB/s and {launch_us:.2f} us a launch", flush=True)
-    torch.cuda.empty_cache()
+    bytes_per_us, launch_us = memory_bytes_per_us(), graph_kernel_us(0)
+    print(f"and {launch_us:.2f} us a launch", flush=True)
     rows = []
     for hidden in args.hidden:
         for tokens in args.tokens:

@@ -18,13 +18,13 @@ import textwrap
 
 import torch
 import torch.nn.functional as F
-from _common import Budget, relative
+from _common import Budget, memory_bytes_per_us, relative, told
 
 import fused_parallel as fp
-from fused_parallel.comm.probe_device import graph_kernel_us, hbm
+from fused_parallel.comm.probe_device import graph_kernel_us
 from fused_parallel.reference.quantized_matmul import GROUP, dequantize, quantize
 from fused_parallel.reference.quantized_matmul import quantized_matmul as reference
-from fused_parallel.testing.results import RESULTS, append, make_row, show
+from fused_parallel.testing.results import RESULTS, append, make_row
 from fused_parallel.testing.timer import time_collective
 
 ROWS = [1, 4, 8, 16, 32, 64]
@@ -137,10 +137,8 @@ def main() -> int:
     if not torch.cuda.is_available():
         sys.exit("bench_quantized_matmul: needs a CUDA GPU, torch sees none")
     budget = Budget(args.seconds)
-    memory, launch_us = hbm(0, quick=True), graph_kernel_us(0)
-    bytes_per_us = max(memory["copy_gb_per_s"], memory["read_gb_per_s"]) * 1e3
-    print(f"floor_us from {bytes_per_us * 1e-6:.2f} TB/s and {launch_us:.2f} us a launch", flush=True)
-    torch.cuda.empty_cache()
+    bytes_per_us, launch_us = memory_bytes_per_us(), graph_kernel_us(0)
+    print(f"and {launch_us:.2f} us a launch", flush=True)
     rows, wrong = [], []
     for kind in args.kind:
         for index in args.shapes:
@@ -148,10 +146,7 @@ def main() -> int:
                 continue
             rows += measure(kind, *SHAPES[index], args, launch_us, bytes_per_us, budget, wrong)
             torch.cuda.empty_cache()
-    show(rows)
-    for text in wrong:
-        print("WRONG", text, file=sys.stderr)
-    return 1 if wrong else 0
+    return told(rows, wrong)
 
 
 if __name__ == "__main__":

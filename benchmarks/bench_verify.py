@@ -21,13 +21,12 @@ import sys
 
 import torch
 import torch.distributed as dist
-from _common import DTYPES, Budget
+from _common import DTYPES, Budget, memory_bytes_per_us, told
 from _flashinfer_verify import chain_speculative
 
 import fused_parallel as fp
-from fused_parallel.comm.probe_device import hbm
 from fused_parallel.ops.verify import verify
-from fused_parallel.testing.results import RESULTS, append, make_row, show
+from fused_parallel.testing.results import RESULTS, append, make_row
 from fused_parallel.testing.timer import time_collective
 
 SHAPES = ["1,4", "8,4", "32,4", "64,4", "128,4", "64,7"]
@@ -194,23 +193,17 @@ def main() -> int:
         if args.vocab % group.size():
             sys.exit(f"bench_verify: --vocab {args.vocab} does not split over {group.size()} ranks")
     budget = Budget(args.seconds, group)
-    memory = hbm(torch.cuda.current_device(), quick=True)
-    bytes_per_us = max(memory["copy_gb_per_s"], memory["read_gb_per_s"]) * 1e3
-    if group is None or group.rank() == 0:
-        print(f"floor_us from {bytes_per_us * 1e-6:.2f} TB/s", flush=True)
-    torch.cuda.empty_cache()
+    first = group is None or group.rank() == 0
+    bytes_per_us = memory_bytes_per_us(first)
     rows, wrong = [], []
     for case in args.cases:
         for shape in args.shapes:
             if not budget.over(f"{shape} {case}"):
                 rows += measure(shape, *case.split(","), args, bytes_per_us, group, wrong)
-    if group is None or group.rank() == 0:
-        show(rows)
-        for text in wrong:
-            print("WRONG", text, file=sys.stderr)
+    code = told(rows, wrong) if first else int(bool(wrong))
     if group is not None:
         fp.finalize()
-    return 1 if wrong else 0
+    return code
 
 
 if __name__ == "__main__":

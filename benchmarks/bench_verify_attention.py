@@ -20,15 +20,14 @@ import textwrap
 
 import torch
 import torch.nn.functional as F
-from _common import DTYPES, Budget, relative
+from _common import DTYPES, Budget, memory_bytes_per_us, relative, told
 from _flashinfer_verify import PagedAttention
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-from fused_parallel.comm.probe_device import hbm
 from fused_parallel.ops._dispatch import use
 from fused_parallel.ops.verify_attention import verify_attention
-from fused_parallel.testing.results import RESULTS, append, make_row, show
+from fused_parallel.testing.results import RESULTS, append, make_row
 from fused_parallel.testing.timer import time_collective
 from fused_parallel.testing.tolerances import RELATIVE_ERROR
 
@@ -193,17 +192,11 @@ def main() -> int:
     if not torch.cuda.is_available():
         sys.exit("bench_verify_attention: needs a CUDA GPU, torch sees none")
     budget = Budget(args.seconds)
-    memory = hbm(0, quick=True)
-    bytes_per_us = max(memory["copy_gb_per_s"], memory["read_gb_per_s"]) * 1e3
-    print(f"floor_us from {bytes_per_us * 1e-6:.2f} TB/s", flush=True)
-    torch.cuda.empty_cache()
+    bytes_per_us = memory_bytes_per_us()
     rows, wrong = [], []
     for shape in args.shapes:
         rows += measure(tuple(map(int, shape.split(","))), args, bytes_per_us, budget, wrong)
-    show(rows)
-    for text in wrong:
-        print("WRONG", text, file=sys.stderr)
-    return 1 if wrong else 0
+    return told(rows, wrong)
 
 
 if __name__ == "__main__":

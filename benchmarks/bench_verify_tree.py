@@ -16,13 +16,12 @@ import argparse
 import sys
 
 import torch
-from _common import DTYPES, Budget
+from _common import DTYPES, Budget, memory_bytes_per_us, told
 
 import fused_parallel as fp
-from fused_parallel.comm.probe_device import hbm
 from fused_parallel.ops.verify import verify
 from fused_parallel.ops.verify_tree import SIBLINGS, verify_tree
-from fused_parallel.testing.results import RESULTS, append, make_row, show
+from fused_parallel.testing.results import RESULTS, append, make_row
 from fused_parallel.testing.timer import time_collective
 
 SHAPES = ["1,4,4", "8,4,4", "32,4,4", "64,4,4", "1,2,8", "64,2,8"]
@@ -114,19 +113,13 @@ def main() -> int:
     if not torch.cuda.is_available():
         sys.exit("bench_verify_tree: needs a CUDA GPU, torch sees none")
     budget = Budget(args.seconds)
-    memory = hbm(torch.cuda.current_device(), quick=True)
-    bytes_per_us = max(memory["copy_gb_per_s"], memory["read_gb_per_s"]) * 1e3
-    print(f"floor_us from {bytes_per_us * 1e-6:.2f} TB/s", flush=True)
-    torch.cuda.empty_cache()
+    bytes_per_us = memory_bytes_per_us()
     rows, wrong = [], []
     for rule in args.rules:
         for shape in args.shapes:
             if not budget.over(f"{shape} {rule}"):
                 rows += measure(shape, rule, args, bytes_per_us, wrong)
-    show(rows)
-    for text in wrong:
-        print("WRONG", text, file=sys.stderr)
-    return 1 if wrong else 0
+    return told(rows, wrong)
 
 
 if __name__ == "__main__":

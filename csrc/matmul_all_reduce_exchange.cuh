@@ -144,10 +144,11 @@ struct Shared {
   unsigned long long result_full[kConsumers], result_empty[kConsumers];
   unsigned long long epoch;
   unsigned copied;  // items of copy_sums that are taken
-  unsigned steps;   // along K, of all tiles, whose operands have been asked for; only a clock for pace()
+  // Along K, of all tiles, those whose operands have been asked for: a clock for pace(), by which nothing is ordered.
+  unsigned steps;
   bool failed_before;
-  bool
-      silent[kConsumers];  // a wait has failed: no tile is begun to be sent any more, nor a panel whose own wait it was
+  // A wait has failed: no tile is begun to be sent any more, nor a panel whose own wait it was.
+  bool silent[kConsumers];
 };
 
 // A piece of a half tile to all that it is for, by the copy engine: to the tile's owner, or, of an own one, to all
@@ -270,8 +271,11 @@ __device__ __forceinline__ void sum_piece(const Params<T>& p, const Tile& tile, 
 // must not be sent. After a failed wait it is never used, because the next call or fp.check() raises.
 template <typename T>
 __device__ __forceinline__ void await_partials(const Params<T>& p, const Tile& tile, Shared& shared, int consumer,
-                                               unsigned epoch, int panel, unsigned long long& start) {
+                                               unsigned epoch, int panel) {
   const Exchange& x = p.exchange;
+  // Of this tile. A rank that is dead costs one timeout all the same: the first failed wait ends the group, and all
+  // later ones end at once.
+  unsigned long long start = 0;
   for (int source = 0; source < x.world; ++source) {
     if (source == x.rank) continue;
     const unsigned slot = x.slot(x.rank, source, tile.index, false);
@@ -287,14 +291,13 @@ __device__ __forceinline__ void send_results(const Params<T>& p, unsigned char* 
                                              int consumer, unsigned epoch) {
   const int lane = threadIdx.x % 32;
   unsigned next = 0;  // the next tile's first step
-  unsigned long long start = 0;
   for (int i = blockIdx.x; !is_last(i, tiles); i += gridDim.x) {
     const Tile tile = tile_at(p, i);
     const bool own = tile.owner == p.exchange.rank;
     barrier_wait(&shared.result_full[consumer], next / p.depths % 2);
     next += p.depths;
     __syncwarp();  // a lane left behind would take the phase after next, in which others are, for this one
-    if (own && lane < kPanels) await_partials(p, tile, shared, consumer, epoch, lane, start);
+    if (own && lane < kPanels) await_partials(p, tile, shared, consumer, epoch, lane);
     __syncwarp();  // with the lanes that have seen the flags
     const bool sends = !shared.silent[consumer] && !(own && p.scatter);
 #pragma unroll 1
@@ -327,8 +330,7 @@ __device__ __forceinline__ void finish_last(const Params<T>& p, const Tile& tile
   static_assert(kPanels == 4, "a panel for each warp");
   const int lane = threadIdx.x % 32, panel = threadIdx.x / 32 % kPanels;
   const bool own = tile.owner == p.exchange.rank;
-  unsigned long long start = 0;
-  if (own && lane == 0) await_partials(p, tile, shared, consumer, epoch, panel, start);
+  if (own && lane == 0) await_partials(p, tile, shared, consumer, epoch, panel);
   __syncwarp();  // with the lane that has seen the flags
   const bool sends = lane == 0 && !shared.silent[consumer] && !(own && p.scatter);
 #pragma unroll 1
