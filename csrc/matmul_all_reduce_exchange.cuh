@@ -121,10 +121,10 @@ __device__ __forceinline__ Tile tile_at(const Params<T>& p, int i) {
 // cannot say: who is in call `epoch` + 2 has seen this rank end this one. So the numbers may go round. Acquire: pairs
 // with the release that set it, so that the tile, written before, is visible to this thread, and to those that it meets
 // at a barrier afterwards. False after a failed wait.
-__device__ __forceinline__ bool await(const Exchange& x, const unsigned* flag, int peer, unsigned epoch,
+__device__ __forceinline__ bool await(const WaitBound& bound, const unsigned* flag, int peer, unsigned epoch,
                                       unsigned long long& start) {
   for (unsigned spins = 1; load_acquire_sys(flag) != epoch; ++spins) {
-    if (spins % kSpinsPerCheck == 0 && wait_is_over(x.bound, start, kMatmul, peer, epoch)) return false;
+    if (spins % kSpinsPerCheck == 0 && wait_is_over(bound, start, kMatmul, peer, epoch)) return false;
   }
   return true;
 }
@@ -280,7 +280,8 @@ __device__ __forceinline__ void await_partials(const Params<T>& p, const Tile& t
     if (source == x.rank) continue;
     const unsigned slot = x.slot(x.rank, source, tile.index, false);
     // Only ever set, as others wait for other panels.
-    if (!await(x, x.flag(x.rank, slot, epoch, consumer, panel), source, epoch, start)) shared.silent[consumer] = true;
+    const unsigned* flag = x.flag(x.rank, slot, epoch, consumer, panel);
+    if (!await(x.bound, flag, source, epoch, start)) shared.silent[consumer] = true;
   }
 }
 
@@ -354,6 +355,10 @@ __device__ __forceinline__ void copy_sums(const Params<T>& p, Shared& shared, un
   const Exchange& x = p.exchange;
   const int lane = threadIdx.x % 32, others = p.first_tile[x.world - 1];
   unsigned long long start = 0;
+  // A third rank may be what the owner of a tile waits for, as this rank does for its own tiles, and is the one to name:
+  // here twice as long is waited.
+  WaitBound patient = x.bound;
+  if (x.world > 2) patient.timeout_ns *= 2;
   for (;;) {
     unsigned item = 0;
     if (lane == 0) item = atomicAdd(&shared.copied, 1u);
@@ -364,7 +369,7 @@ __device__ __forceinline__ void copy_sums(const Params<T>& p, Shared& shared, un
     const int half = item % kItems / kPanels, panel = item % kPanels;
     const unsigned slot = x.slot(x.rank, tile.owner, tile.index, true);
     bool there = true;
-    if (lane == 0) there = await(x, x.flag(x.rank, slot, epoch, half, panel), tile.owner, epoch, start);
+    if (lane == 0) there = await(patient, x.flag(x.rank, slot, epoch, half, panel), tile.owner, epoch, start);
     if (!__shfl_sync(0xffffffffu, there, 0)) return;
     __syncwarp();  // where the warp meets the lane that has seen the flag
     const unsigned char* from = x.data(x.rank, slot, epoch) + half * kHalfBytes + panel * kPanelBytes;

@@ -40,6 +40,8 @@ def pytest_collection_modifyitems(items):
         for marker, needed in (("gpu", 1), ("multigpu", 2)):
             if marker in parts:
                 item.add_marker(marker)
+            # Of more ranks: pytest.mark.multigpu(<GPUs>).
+            needed = max([needed, *(m.args[0] for m in item.iter_markers(marker) if m.args)])
             if item.get_closest_marker(marker) and gpus < needed:
                 item.add_marker(pytest.mark.skip(reason=f"needs {needed} CUDA GPU(s), torch sees {gpus}{of_worker}"))
 

@@ -1,9 +1,10 @@
-"""Matmuls with their communication inside, on two GPUs: float64, equal bits, graphs, skew, the most rows."""
+"""Matmuls with their communication inside, on two and four GPUs: float64, equal bits, graphs, skew, the most rows."""
 
 import pytest
 import torch
 import torch.distributed as dist
 from _matmul_ranks import EPS, Layer, matmul, poisoned, use_kernels
+from _worlds import WORLDS
 
 import fused_parallel as fp
 from fused_parallel.comm.workspace import workspace_of
@@ -79,9 +80,10 @@ def shapes(mesh, dtype):
     fp.check()
 
 
+@WORLDS
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_shapes(dtype):
-    run_ranks(shapes, 2, dtype, device="cuda")
+def test_shapes(dtype, world):
+    run_ranks(shapes, world, dtype, device="cuda")
 
 
 def most_rows(mesh):
@@ -101,8 +103,9 @@ def most_rows(mesh):
     fp.check()
 
 
-def test_most_rows():
-    run_ranks(most_rows, 2, device="cuda")
+@WORLDS
+def test_most_rows(world):
+    run_ranks(most_rows, world, device="cuda")
 
 
 def replays(mesh, count: int):

@@ -1,10 +1,11 @@
-"""Matmuls with their communication inside, on two GPUs: a thousand replays under skew, streams, and what is made at
+"""Matmuls with their communication inside, on several GPUs: a thousand replays under skew, streams, and what is made at
 first use."""
 
 import pytest
 import torch
 import torch.distributed as dist
 from _matmul_ranks import Layer, use_kernels
+from _worlds import WORLDS
 
 import fused_parallel as fp
 from fused_parallel.comm.workspace import workspace_of
@@ -22,7 +23,8 @@ def replays(mesh, kind: str, count: int):
             algorithms = [layer.algorithms_of_few() for layer in layers]
         else:
             use_kernels(group, few=0)
-            layers = [Layer(group, 130, 256), Layer(group, 129, 8, 8)]  # a row of tiles for every rank, the least
+            tiles = 128 * (group.size() - 1)  # and a row of tiles for every rank, the least
+            layers = [Layer(group, tiles + group.size(), 256), Layer(group, tiles + 1, 8, 8)]
             algorithms = [layer.algorithms() for layer in layers]
         assert all(found == {kind} for found in algorithms), algorithms
         _replay(group.get_local_rank(), layers, kind == "persistent", count)
@@ -59,9 +61,10 @@ def _replay(rank: int, layers: list[Layer], all_forms: bool, count: int) -> None
     fp.check()
 
 
+@WORLDS
 @pytest.mark.parametrize("kind", ["decode", "persistent"])
-def test_thousand_replays_under_skew(kind):
-    run_ranks(replays, 2, kind, 1000, device="cuda")
+def test_thousand_replays_under_skew(kind, world):
+    run_ranks(replays, world, kind, 1000, device="cuda")
 
 
 def two_streams(mesh):
