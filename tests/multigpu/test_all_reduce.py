@@ -141,7 +141,7 @@ def replays(mesh, count: int):
             outs = captured
         wrong = torch.zeros((), device="cuda", dtype=torch.bool)
         for i, (out, expected) in enumerate(zip(outs, totals, strict=True)):
-            wrong |= (out != (expected + residual[: len(x)] if i % 3 == 2 else expected)).any()
+            wrong |= (out != (expected + residual[: len(expected)] if i % 3 == 2 else expected)).any()
         assert not wrong, step
     fp.check()
 
