@@ -14,57 +14,78 @@
 namespace fp {
 namespace {
 
-template <int kTokens, int kGroups, bool kGated, typename T>
-void launch(linear::Params<T>& p, const void* x, int dtype, int device, cudaStream_t stream) {
-  using P = linear::Plan<kTokens, kGroups, kGated>;
-  p.x = tensor_map(x, p.m, p.k, kTokens, dtype);
-  p.weight = tensor_map(p.rows, p.n * (kGated ? 2 : 1), p.k, linear::kGroupColumns, dtype);
-  p.tiles = (p.n + P::kColumns - 1) / P::kColumns;
-  const auto kernel = linear::matmul_tiles<T, kTokens, kGroups, kGated>;
+using linear::Share;
+
+// The fewest tiles a CTA that its registers and three stages allow, all of a size: the tokens are read once for each.
+Share share_out(std::int64_t weight_rows, int tokens, bool gated, int multiprocessors) {
+  const std::int64_t unit = gated ? 16 : 8;
+  constexpr std::int64_t kMostRows = linear::kGroups * linear::kMostBlocks * linear::kBlockRows;
+  std::int64_t rows = 0;
+  for (std::int64_t passes = 1; passes == 1 || rows > kMostRows; ++passes) {
+    const std::int64_t tiles = multiprocessors * passes;
+    rows = ((weight_rows + tiles - 1) / tiles + unit - 1) / unit * unit;
+  }
+  Share share = {};
+  share.rows = static_cast<int>(rows);
+  share.tiles = static_cast<int>((weight_rows + rows - 1) / rows);
+  share.stage_bytes = (share.rows + tokens) * linear::kRowBytes;
+  // What the last block of the last stage may read beyond its rows.
+  const int beyond = (linear::kBlockRows - share.rows % linear::kBlockRows) % linear::kBlockRows - tokens;
+  const unsigned room = linear::kMostBytes - 1024 - std::max(beyond, 0) * linear::kRowBytes;
+  share.stages = std::min<int>(linear::kMostStages, room / share.stage_bytes);
+  return share;
+}
+
+template <int kTokens, bool kGated, int kBlocks, typename T>
+void launch(const linear::Params<T>& p, int device, cudaStream_t stream) {
+  const auto kernel = linear::matmul_tiles<T, kTokens, kGated, kBlocks>;
   static thread_local int prepared = -1;  // the attributes are kept by the device
   if (prepared != device) {
-    FP_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, P::kDynamicBytes));
+    FP_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, linear::kMostBytes));
     // Left to itself the driver may divide the multiprocessor for the one CTA that fits, and the next kernel would have
     // no room beside it: the division changes only while a multiprocessor is empty.
     FP_CUDA_CHECK(
         cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared));
     prepared = device;
   }
-  launch_dependent(kernel, p, std::min(p.tiles, multiprocessor_count(device)), P::kThreads + 32, 1, true, stream,
-                   P::kDynamicBytes);
+  launch_dependent(kernel, p, std::min(p.share.tiles, multiprocessor_count(device)), linear::kThreads, 1, true, stream,
+                   linear::kMostBytes);
 }
 
 }  // namespace
 
 void linear_tiles(const void* x, const void* weight, const void* bias, void* out, std::int64_t m, std::int64_t n,
-                  std::int64_t k, int groups, bool gated, bool fresh_weight, int dtype, int device, void* stream) {
+                  std::int64_t k, bool gated, bool fresh_weight, int dtype, int device, void* stream) {
   dispatch_half(dtype, [&](auto* null) {
     using T = std::remove_pointer_t<decltype(null)>;
-    linear::Params<T> p = {};
-    p.out = static_cast<T*>(out);
-    p.bias = static_cast<const T*>(bias);
-    p.rows = static_cast<const T*>(weight);
-    p.m = static_cast<int>(m);
-    p.n = static_cast<int>(n);
-    p.k = static_cast<int>(k);
-    p.depths = (p.k + linear::kDepth - 1) / linear::kDepth;
-    p.fresh_weight = fresh_weight;
-    const auto with = [&](auto tokens, auto wide) {
-      constexpr int kTokens = decltype(tokens)::value, kGroups = decltype(wide)::value ? 2 : 1;
+    const auto few = [&](auto tokens, auto with_gate) {
+      constexpr int kTokens = decltype(tokens)::value;
+      constexpr bool kGated = decltype(with_gate)::value;
+      linear::Params<T> p = {};
+      p.out = static_cast<T*>(out);
+      p.bias = static_cast<const T*>(bias);
+      p.rows = static_cast<const T*>(weight);
+      p.m = static_cast<int>(m);
+      p.n = static_cast<int>(n);
+      p.k = static_cast<int>(k);
+      p.depths = (p.k + linear::kDepth - 1) / linear::kDepth;
+      p.share = share_out(kGated ? 2 * n : n, kTokens, kGated, multiprocessor_count(device));
+      p.fresh_weight = fresh_weight;
+      p.x = tensor_map(x, m, k, kTokens, dtype);
+      p.weight = kGated ? tensor_map_of_pairs(weight, 2 * n, k, p.share.rows, dtype)
+                        : tensor_map(weight, n, k, p.share.rows, dtype);
       const auto to = static_cast<cudaStream_t>(stream);
-      if constexpr (kGroups == 2) {
-        if (gated) return launch<kTokens, 2, true>(p, x, dtype, device, to);
-      }
-      launch<kTokens, kGroups, false>(p, x, dtype, device, to);
+      if (p.share.rows <= linear::kGroups * linear::kBlockRows) return launch<kTokens, kGated, 1>(p, device, to);
+      launch<kTokens, kGated, linear::kMostBlocks>(p, device, to);
     };
-    const auto few = [&](auto tokens) {
-      if (groups == 2) return with(tokens, std::true_type());
-      with(tokens, std::false_type());
+    const auto with = [&](auto tokens) {
+      if (gated) return few(tokens, std::true_type());
+      few(tokens, std::false_type());
     };
-    if (m <= 8) return few(std::integral_constant<int, 8>());
-    if (m <= 16) return few(std::integral_constant<int, 16>());
-    if (m <= 32) return with(std::integral_constant<int, 32>(), std::true_type());
-    with(std::integral_constant<int, 64>(), std::true_type());
+    if (m <= 8) return with(std::integral_constant<int, 8>());
+    if (m <= 16) return with(std::integral_constant<int, 16>());
+    if (m <= 32) return with(std::integral_constant<int, 32>());
+    with(std::integral_constant<int, 64>());
   });
 }
 

@@ -159,7 +159,7 @@ void matmul_decode_only(const void* x, const void* weight, const void* bias, voi
     check(s, m, n, k, is_vec_aligned(x) && is_vec_aligned(weight) && is_vec_aligned(bias) && is_vec_aligned(out),
           device);
     if (gated || s.split == 1) {
-      linear_tiles(x, weight, bias, out, m, n, k, gated ? 2 : s.groups, gated, fresh_weight, dtype, device, stream);
+      linear_tiles(x, weight, bias, out, m, n, k, gated, fresh_weight, dtype, device, stream);
       return;
     }
     Params<T> p = {};

@@ -44,6 +44,16 @@ __device__ __forceinline__ void load_tile(void* to, const CUtensorMap* map, int 
       : "memory");
 }
 
+// The same of a matrix as tensor_map_of_pairs sees it; `y` counts sixteen rows, eight of each half.
+__device__ __forceinline__ void load_tile_of_pairs(void* to, const CUtensorMap* map, int x, int y,
+                                                   unsigned long long* barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
+      " [%0], [%1, {%3, %4, %4, %5}], [%2];" ::"r"(shared_address(to)),
+      "l"(map), "r"(shared_address(barrier)), "r"(x), "r"(0), "r"(y)
+      : "memory");
+}
+
 // Of an operand tile with rows of 128 bytes along K, laid out by a copy with 128-byte swizzle: groups of 8 rows are
 // 1024 bytes apart. 16 elements further along K are 32 bytes further in the address.
 __device__ __forceinline__ std::uint64_t tile_descriptor(const void* tile) {

@@ -2,10 +2,10 @@
 can run in: each block of the weight is read from the stage it was brought to, nothing is overwritten while it is read,
 and nobody waits for ever.
 
-A CTA is one thread that brings blocks, copies that arrive in any order, and warps that multiply and then leave and read
-the result of a tile. A block is read from the moment that its product is started until it is waited for, one block
-later or at the tile's end. What is taken for granted: an mbarrier completes a phase with the last of its arrivals and
-lets a wait for a parity pass if the phase under way has the other one.
+A CTA is one thread that brings blocks, copies that arrive in any order, and warps that multiply. A block is read from
+the moment that its product is started until it is waited for, one block later or at the tile's end. What is taken for
+granted: an mbarrier completes a phase with the last of its arrivals and lets a wait for a parity pass if the phase
+under way has the other one.
 """
 
 from dataclasses import dataclass
@@ -26,8 +26,6 @@ class Rules:
     release_after_wait: bool = True  # False: a block is released as soon as its product is started
     wait_for_empty: bool = True
     of_round_before: bool = True  # False: the wait for an empty stage has the parity of the fill's own round
-    meet_before: bool = True  # False: the result is left without waiting for those that read the one before
-    meet_after: bool = True  # False: it is read without waiting for those that leave it
 
 
 @dataclass(frozen=True)
@@ -60,12 +58,6 @@ def warp_steps(shape, rules):
             steps.append(("wait", fill))
             if rules.release_last:
                 steps.append(("release", fill))
-        if rules.meet_before:
-            steps += [("arrive", 2 * tile), ("met", 2 * tile)]
-        steps.append(("leave", tile))
-        if rules.meet_after:
-            steps += [("arrive", 2 * tile + 1), ("met", 2 * tile + 1)]
-        steps.append(("take", tile))
     return steps
 
 
@@ -74,9 +66,9 @@ def explore(shape, rules):
     fills, warps = shape.tiles * shape.depths, range(shape.warps)
     steps = warp_steps(shape, rules)
 
-    # (brought, under way, at, full, empty, holds, started, result)
+    # (brought, under way, at, full, empty, holds, started)
     # full: (phase, arrived) a stage; empty: (phase, arrivals); holds: the fill in a stage; started: the fills that a
-    # warp reads; result: the tile of each warp's part.
+    # warp reads.
     def passes(phase, parity):
         return phase % 2 != parity
 
@@ -84,7 +76,7 @@ def explore(shape, rules):
         return (*values[:index], value, *values[index + 1 :])
 
     def following(state):
-        brought, under_way, at, full, empty, holds, started, result = state
+        brought, under_way, at, full, empty, holds, started = state
         if brought < fills:
             stage, round_ = brought % shape.stages, brought // shape.stages
             parity = (round_ - rules.of_round_before) % 2
@@ -95,16 +87,7 @@ def explore(shape, rules):
                     steps.index(("start", holds[stage])) < position for position in at
                 ):
                     raise Violation(f"fill {brought} overwrites {holds[stage]} before all have read it")
-                yield (
-                    brought + 1,
-                    under_way | {brought},
-                    at,
-                    full,
-                    empty,
-                    changed(holds, stage, None),
-                    started,
-                    result,
-                )
+                yield brought + 1, under_way | {brought}, at, full, empty, changed(holds, stage, None), started
         for fill in under_way:  # in any order
             stage = fill % shape.stages
             yield (
@@ -115,13 +98,12 @@ def explore(shape, rules):
                 empty,
                 changed(holds, stage, fill),
                 started,
-                result,
             )
         for warp in warps:
             if at[warp] == len(steps):
                 continue
             kind, what = steps[at[warp]]
-            now_empty, now_started, now_result = empty, started, result
+            now_empty, now_started = empty, started
             if kind == "start":
                 stage, parity = place(shape, rules, what)
                 if not passes(full[stage], parity):
@@ -136,16 +118,6 @@ def explore(shape, rules):
                 phase, arrivals = empty[stage]
                 arrivals += 1
                 now_empty = changed(empty, stage, (phase + 1, 0) if arrivals == shape.warps else (phase, arrivals))
-            elif kind == "met":
-                if any(at[other] <= steps.index(("arrive", what)) for other in warps):
-                    continue
-            elif kind == "leave":
-                for other in warps:
-                    if what > 0 and at[other] <= steps.index(("take", what - 1)):
-                        raise Violation(f"warp {warp} leaves tile {what} while {other} has to read the one before")
-                now_result = changed(result, warp, what)
-            elif kind == "take" and any(tile != what for tile in result):
-                raise Violation(f"warp {warp} reads {result} as tile {what}")
             yield (
                 brought,
                 under_way,
@@ -154,7 +126,6 @@ def explore(shape, rules):
                 now_empty,
                 holds,
                 now_started,
-                now_result,
             )
 
     nothing = (None,) * shape.stages
@@ -166,7 +137,6 @@ def explore(shape, rules):
         ((0, 0),) * shape.stages,
         nothing,
         (frozenset(),) * shape.warps,
-        (-1,) * shape.warps,
     )
     seen, todo = {begin}, [begin]
     while todo:
@@ -203,8 +173,6 @@ def test_every_order_is_right(shape):
         (Rules(release_after_wait=False), Shape(1, 5, 2, 1)),
         (Rules(wait_for_empty=False), Shape(1, 5, 2, 1)),
         (Rules(of_round_before=False), Shape(3, 1, 2, 1)),
-        (Rules(meet_before=False), Shape(2, 1, 2, 2)),
-        (Rules(meet_after=False), Shape(1, 1, 2, 2)),
     ],
     ids=str,
 )
