@@ -16,28 +16,34 @@ namespace {
 
 using linear::Share;
 
-// The fewest tiles a CTA that its registers and three stages allow, all of a size: the tokens are read once for each.
-Share share_out(std::int64_t weight_rows, int tokens, bool gated, int multiprocessors) {
+// The fewest tiles a CTA, all of a size, up to `most_rows` rows: the tokens are read once for each.
+Share share_out(std::int64_t weight_rows, int tokens, bool gated, std::int64_t most_rows, int multiprocessors) {
   const std::int64_t unit = gated ? 16 : 8;
-  constexpr std::int64_t kMostRows = linear::kGroups * linear::kMostBlocks * linear::kBlockRows;
   std::int64_t rows = 0;
-  for (std::int64_t passes = 1; passes == 1 || rows > kMostRows; ++passes) {
+  for (std::int64_t passes = 1; passes == 1 || rows > most_rows; ++passes) {
     const std::int64_t tiles = multiprocessors * passes;
     rows = ((weight_rows + tiles - 1) / tiles + unit - 1) / unit * unit;
   }
   Share share = {};
   share.rows = static_cast<int>(rows);
   share.tiles = static_cast<int>((weight_rows + rows - 1) / rows);
-  share.stage_bytes = (share.rows + tokens) * linear::kRowBytes;
-  // What the last block of the last stage may read beyond its rows.
-  const int beyond = (linear::kBlockRows - share.rows % linear::kBlockRows) % linear::kBlockRows - tokens;
-  const unsigned room = linear::kMostBytes - 1024 - std::max(beyond, 0) * linear::kRowBytes;
-  share.stages = std::min<int>(linear::kMostStages, room / share.stage_bytes);
+  share.panel_bytes = (share.rows + tokens) * linear::kRowBytes;
   return share;
 }
 
 template <int kTokens, bool kGated, int kBlocks, typename T>
-void launch(const linear::Params<T>& p, int device, cudaStream_t stream) {
+void launch(linear::Params<T>& p, const void* x, int dtype, int device, cudaStream_t stream) {
+  using P = linear::Plan<kTokens, kBlocks>;
+  Share& share = p.share;
+  const auto whole = [](int of) { return of / P::kCluster * P::kCluster; };
+  share.tiles = whole(share.tiles + P::kCluster - 1);
+  share.stage_bytes = P::kPanels * share.panel_bytes;
+  // What the last block of the last stage may read beyond its rows.
+  const int beyond = (linear::kBlockRows - share.rows % linear::kBlockRows) % linear::kBlockRows - kTokens;
+  const unsigned room = linear::kMostBytes - 1024 - std::max(beyond, 0) * linear::kRowBytes;
+  share.stages = std::min<int>(linear::kMostStages, room / share.stage_bytes);
+  p.x = tensor_map(x, p.m, p.k, kTokens / P::kCluster, dtype);
+  p.depths = (p.k + P::kPanels * linear::kDepth - 1) / (P::kPanels * linear::kDepth);
   const auto kernel = linear::matmul_tiles<T, kTokens, kGated, kBlocks>;
   static thread_local int prepared = -1;  // the attributes are kept by the device
   if (prepared != device) {
@@ -48,8 +54,8 @@ void launch(const linear::Params<T>& p, int device, cudaStream_t stream) {
         cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared));
     prepared = device;
   }
-  launch_dependent(kernel, p, std::min(p.share.tiles, multiprocessor_count(device)), linear::kThreads, 1, true, stream,
-                   linear::kMostBytes);
+  launch_dependent(kernel, p, std::min(share.tiles, whole(multiprocessor_count(device))), P::kThreads + 32, P::kCluster,
+                   true, stream, linear::kMostBytes);
 }
 
 }  // namespace
@@ -68,15 +74,19 @@ void linear_tiles(const void* x, const void* weight, const void* bias, void* out
       p.m = static_cast<int>(m);
       p.n = static_cast<int>(n);
       p.k = static_cast<int>(k);
-      p.depths = (p.k + linear::kDepth - 1) / linear::kDepth;
-      p.share = share_out(kGated ? 2 * n : n, kTokens, kGated, multiprocessor_count(device));
+      // More of many tokens' stages would not fit.
+      constexpr int kMostBlocks = kTokens > 16 ? 2 : 4;
+      p.share = share_out(kGated ? 2 * n : n, kTokens, kGated, kMostBlocks * linear::kBlockRows,
+                          multiprocessor_count(device) / 2 * 2);
       p.fresh_weight = fresh_weight;
-      p.x = tensor_map(x, m, k, kTokens, dtype);
       p.weight = kGated ? tensor_map_of_pairs(weight, 2 * n, k, p.share.rows, dtype)
                         : tensor_map(weight, n, k, p.share.rows, dtype);
       const auto to = static_cast<cudaStream_t>(stream);
-      if (p.share.rows <= linear::kGroups * linear::kBlockRows) return launch<kTokens, kGated, 1>(p, device, to);
-      launch<kTokens, kGated, linear::kMostBlocks>(p, device, to);
+      if (p.share.rows <= linear::kBlockRows) return launch<kTokens, kGated, 1>(p, x, dtype, device, to);
+      if constexpr (kMostBlocks == 4) {
+        if (p.share.rows > 2 * linear::kBlockRows) return launch<kTokens, kGated, 4>(p, x, dtype, device, to);
+      }
+      launch<kTokens, kGated, 2>(p, x, dtype, device, to);
     };
     const auto with = [&](auto tokens) {
       if (gated) return few(tokens, std::true_type());

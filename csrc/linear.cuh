@@ -6,6 +6,10 @@
 // Tiles of a fixed size left part of the multiprocessors idle while the others read their last ones, and the memory
 // with them.
 //
+// All tokens go to every CTA. Of many, and few rows, they are half of what the L2 is asked for, which then bounds the
+// kernel: there CTAs are clusters of two that go through their tiles in step, and each brings half of the tokens, for
+// both.
+//
 // Shared memory is taken so that a multiprocessor has exactly one CTA of this kernel and room for exactly one of the
 // kernel with the exchange beside it. That one follows in the stream and comes in early: where the room is decides how
 // its CTAs are spread, and two on one multiprocessor make all wait for the slowest.
@@ -18,6 +22,7 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "common/cluster.cuh"
 #include "common/dtype.cuh"
 #include "common/signal.cuh"
 #include "common/silu.cuh"
@@ -34,19 +39,31 @@ constexpr unsigned kBarrierBytes = 2 * kMostStages * sizeof(unsigned long long);
 // One CTA with the exchange beside this one, which takes all of the rest: never two of this.
 constexpr unsigned kMostBytes = kMultiprocessorBytes - decode::kMostSharedBytes - 2 * kReservedBytes - kBarrierBytes;
 static_assert(2 * (kMostBytes + kBarrierBytes + kReservedBytes) > kMultiprocessorBytes);
-constexpr int kGroups = 2;                    // warpgroups that multiply; one more warp brings operands
-constexpr int kThreads = kGroups * 128 + 32;  // of a CTA
-constexpr int kBlockRows = 64;                // of the weight: the matrix instruction's
-constexpr int kMostBlocks = 2;                // of a warpgroup
-constexpr int kRowBytes = kDepth * 2;         // in a stage
+constexpr int kBlockRows = 64;         // of the weight: the matrix instruction's
+constexpr int kRowBytes = kDepth * 2;  // of a panel
+
+// What a CTA's shape follows from: how many tokens there are room for, and kBlocks, the 64-row blocks of its tile.
+template <int kTokens, int kBlocks>
+struct Plan {
+  static_assert(kBlocks == 1 || kBlocks == 2 || kBlocks == 4);
+  static constexpr int kGroups = kBlocks == 1 ? 1 : 2;  // warpgroups that multiply; one more warp brings operands
+  static constexpr int kOfGroup = kBlocks / kGroups;    // blocks
+  static constexpr int kThreads = kGroups * 128;        // that multiply
+  // CTAs that share the tokens, where those are many beside the rows.
+  static constexpr int kCluster = kBlocks == 1 && kTokens > 16 ? 2 : 1;
+  // Panels of kDepth along K in a stage: of few rows two, because a stage costs the warps some 200 ns, where the tokens
+  // leave room for enough of them.
+  static constexpr int kPanels = kBlocks == 1 && kTokens <= 32 ? 2 : 1;
+  static constexpr int kAheadBytes = kTokens > 16 ? 512 : 0;  // as decode::Plan's
+};
 
 // How the weight's rows are shared out. With a gate, eight rows of the gate's half and the same eight of the other's
 // take turns in shared memory, so that a thread's products are of both.
 struct Share {
-  int rows;    // of a tile: a multiple of 8, with a gate of 16
+  int rows;    // of a tile: a multiple of 8, with a gate of 16; up to 256
   int tiles;   // of which a CTA takes every gridDim.x-th
   int stages;  // that fit, of `stage_bytes`
-  unsigned stage_bytes;
+  unsigned panel_bytes, stage_bytes;
 };
 
 template <typename T>
@@ -135,44 +152,59 @@ __device__ __forceinline__ void store_result(const Params<T>& p, const float (&d
 #endif
 
 // Why nobody waits for ever or reads what is not there (tests/cpu/test_linear_protocol.py goes through all orders):
-// - full[s] completes round r with fill r of the stage: the bringing thread's one arrival and the bytes it announces.
-//   Every multiplying warp waits for it with r's parity. Round r + 1 cannot complete before that warp has released
-//   round r, so a parity never stands for another round.
-// - empty[s] completes round r when all warps have read it, the last block of a tile included. Fill r + 1 waits for
-//   that with r's parity; round r + 1 of empty[s] needs fill r + 1.
+// - full[s] completes round r with fill r of the stage: the bringing thread's one arrival and the bytes it announces,
+//   in a cluster those that the other CTA brings included. Every multiplying warp waits for it with r's parity. Round
+//   r + 1 cannot complete before that warp has released round r, so a parity never stands for another round.
+// - empty[s] completes round r when all warps, of the whole cluster, have read it, the last block of a tile included.
+//   Fill r + 1 waits for that with r's parity; round r + 1 of empty[s] needs fill r + 1. So what the other CTA brings
+//   of fill r + 1 finds full[s] in that round, too: this CTA's warps have waited for the round before.
 // - The bringing thread issues fills in order and waits for nothing but warps that have a fill before it to read; the
 //   warps wait for fills in order, and for nothing else.
-// - Every fill is waited for, so no copy is under way when the CTA ends.
+// - Every fill is waited for, so no copy is under way when the CTA ends. Nor is an arrival from the other CTA of a
+//   cluster: they meet before.
+// - A cluster's CTAs have the same fills to bring: the tiles are made even, the last may lie outside the weight.
 //
-// kBlocks: blocks of 64 rows of a warpgroup, at most. Rows beyond the tile's are whatever shared memory holds behind
-// them (the tokens, of which the room is large enough, or what the launcher leaves): their products go nowhere, and the
-// others' do not depend on them.
+// Rows beyond the tile's are whatever shared memory holds behind them (the tokens, the next stage, or what the launcher
+// leaves behind the last): their products go nowhere, and the others' do not depend on them.
 template <typename T, int kTokens, bool kGated, int kBlocks>
-__global__ void __launch_bounds__(kThreads) matmul_tiles(const __grid_constant__ Params<T> p) {
+__global__ void __launch_bounds__(Plan<kTokens, kBlocks>::kThreads + 32)
+    matmul_tiles(const __grid_constant__ Params<T> p) {
 #if FP_HAS_WGMMA
+  using P = Plan<kTokens, kBlocks>;
   extern __shared__ unsigned char dynamic[];
   __shared__ Shared shared;
   unsigned char* stages = dynamic + (1024 - shared_address(dynamic) % 1024) % 1024;  // the swizzle counts from there
   const Share& share = p.share;
-  const bool brings = threadIdx.x == kGroups * 128;
+  const bool brings = threadIdx.x == P::kThreads;
   const unsigned weight_bytes = share.rows * kRowBytes;
 
+  const auto panel = [&](const Fill& at, int i) {
+    return stages + at.stage * share.stage_bytes + i * share.panel_bytes;
+  };
   const auto bring_weight = [&](const Fill& at) {
-    unsigned char* to = stages + at.stage * share.stage_bytes;
-    barrier_expect(&shared.full[at.stage], share.stage_bytes);
-    if constexpr (kGated) {
-      load_tile_of_pairs(to, &p.weight, at.depth * kDepth, at.tile * share.rows / 16, &shared.full[at.stage]);
-    } else {
-      load_tile(to, &p.weight, at.depth * kDepth, at.tile * share.rows, &shared.full[at.stage]);
+    unsigned long long* const full = &shared.full[at.stage];
+    barrier_expect(full, share.stage_bytes);
+#pragma unroll
+    for (int i = 0; i < P::kPanels; ++i) {
+      const int column = (at.depth * P::kPanels + i) * kDepth;
+      if constexpr (kGated) {
+        load_tile_of_pairs(panel(at, i), &p.weight, column, at.tile * share.rows / 16, full);
+      } else {
+        load_tile(panel(at, i), &p.weight, column, at.tile * share.rows, full);
+      }
     }
   };
   const auto bring_x = [&](const Fill& at) {
-    load_tile(stages + at.stage * share.stage_bytes + weight_bytes, &p.x, at.depth * kDepth, 0, &shared.full[at.stage]);
+#pragma unroll
+    for (int i = 0; i < P::kPanels; ++i) {
+      decode::bring_tokens<kTokens, P::kCluster>(panel(at, i) + weight_bytes, &p.x,
+                                                 (at.depth * P::kPanels + i) * kDepth, &shared.full[at.stage]);
+    }
   };
   if (brings) {
     for (int s = 0; s < share.stages; ++s) {
       barrier_init(&shared.full[s], 1);
-      barrier_init(&shared.empty[s], kGroups * 4);  // a warp each
+      barrier_init(&shared.empty[s], P::kCluster * P::kGroups * 4);  // a warp each
     }
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");  // before the copies count on them
     // Constants: no kernel under way writes them. The first round of every stage, of the next tile, too, where one has
@@ -183,13 +215,11 @@ __global__ void __launch_bounds__(kThreads) matmul_tiles(const __grid_constant__
       bring_weight(at);
     }
   }
-  // As decode::Plan's.
-  constexpr int kAheadBytes = kTokens > 16 ? 512 : 0;
-  if (kAheadBytes > 0 && threadIdx.x > kGroups * 128 && !p.fresh_weight) {
+  if (P::kAheadBytes > 0 && threadIdx.x > P::kThreads && !p.fresh_weight) {
     // The rest of the warp: what comes next of the first tile, into the L2, or memory would rest between this and the
     // loop below.
-    const long long row_bytes = p.k * 2ll, begin = static_cast<long long>(share.stages) * kRowBytes;
-    const int bytes = static_cast<int>(min(static_cast<long long>(kAheadBytes), row_bytes - begin));
+    const long long row_bytes = p.k * 2ll, begin = static_cast<long long>(share.stages) * P::kPanels * kRowBytes;
+    const int bytes = static_cast<int>(min(static_cast<long long>(P::kAheadBytes), row_bytes - begin));
     for (int i = threadIdx.x % 32 - 1; bytes > 0 && i < share.rows; i += 31) {
       const int of_all = blockIdx.x * share.rows + i;
       const int row = kGated ? of_all / 16 * 8 + of_all % 8 : of_all;  // of the result's columns
@@ -201,9 +231,11 @@ __global__ void __launch_bounds__(kThreads) matmul_tiles(const __grid_constant__
                    : "memory");
     }
   }
+  if (P::kCluster > 1) cluster_arrive();  // the barriers are there, of which the other CTA's copies count bytes
   dependency_wait();
   // The kernels before have ended, and this one waits for no peer: the next may come in beside it.
   dependency_trigger();
+  if (P::kCluster > 1) cluster_wait();
   Fill at;
   if (brings) {
     for (int s = 0; s < share.stages && at.tile < share.tiles; ++s, at.next(p.depths, share.stages)) {
@@ -219,52 +251,57 @@ __global__ void __launch_bounds__(kThreads) matmul_tiles(const __grid_constant__
       bring_x(at);
     }
   }
-  if (threadIdx.x >= kGroups * 128) return;
+  if (threadIdx.x >= P::kThreads) return;
 
-  const int lane = threadIdx.x % 32, group = threadIdx.x / 128;
+  const int group = threadIdx.x / 128;
   while (at.tile < share.tiles) {
     const int tile = at.tile;
-    float d[kBlocks][kTokens / 2];
+    float d[P::kOfGroup][kTokens / 2];
 #pragma unroll
-    for (int b = 0; b < kBlocks; ++b) {
+    for (int b = 0; b < P::kOfGroup; ++b) {
 #pragma unroll
       for (int e = 0; e < kTokens / 2; ++e) d[b][e] = 0.0f;
     }
     int previous = 0;
     for (int depth = 0; depth < p.depths; ++depth, at.next(p.depths, share.stages)) {
       barrier_wait(&shared.full[at.stage], at.parity);
-      const unsigned char* stage = stages + at.stage * share.stage_bytes;
-      const std::uint64_t x = tile_descriptor(stage + weight_bytes);
 #pragma unroll
-      for (int b = 0; b < kBlocks; ++b) wgmma_pin(d[b]);
+      for (int b = 0; b < P::kOfGroup; ++b) wgmma_pin(d[b]);
       wgmma_fence();
 #pragma unroll
-      for (int b = 0; b < kBlocks; ++b) {
+      for (int b = 0; b < P::kOfGroup; ++b) {
         // A block that the tile has not is the first once more.
-        const int block = b * kGroups + group;
+        const int block = b * P::kGroups + group;
         const int from = block * kBlockRows < share.rows ? block * kBlockRows : 0;
-        const std::uint64_t rows = tile_descriptor(stage + from * kRowBytes);
 #pragma unroll
-        for (int step = 0; step < kDepth / 16; ++step) wgmma_64xNx16<T, kTokens>(d[b], rows + step * 2, x + step * 2);
+        for (int i = 0; i < P::kPanels; ++i) {
+          const std::uint64_t rows = tile_descriptor(panel(at, i) + from * kRowBytes);
+          const std::uint64_t x = tile_descriptor(panel(at, i) + weight_bytes);
+#pragma unroll
+          for (int step = 0; step < kDepth / 16; ++step) wgmma_64xNx16<T, kTokens>(d[b], rows + step * 2, x + step * 2);
+        }
       }
       wgmma_commit();
 #pragma unroll
-      for (int b = 0; b < kBlocks; ++b) wgmma_pin(d[b]);
+      for (int b = 0; b < P::kOfGroup; ++b) wgmma_pin(d[b]);
       if (depth > 0) {
         wgmma_wait<1>();  // the stage before has been read
-        if (lane == 0) barrier_arrive(&shared.empty[previous]);
+        decode::release<P::kCluster>(&shared.empty[previous]);
       }
       previous = at.stage;
     }
     wgmma_wait<0>();
 #pragma unroll
-    for (int b = 0; b < kBlocks; ++b) wgmma_pin(d[b]);
-    if (lane == 0) barrier_arrive(&shared.empty[previous]);
+    for (int b = 0; b < P::kOfGroup; ++b) wgmma_pin(d[b]);
+    decode::release<P::kCluster>(&shared.empty[previous]);
 #pragma unroll
-    for (int b = 0; b < kBlocks; ++b) {
-      const int row = (b * kGroups + group) * kBlockRows + threadIdx.x % 128 / 32 * 16;
+    for (int b = 0; b < P::kOfGroup; ++b) {
+      const int row = (b * P::kGroups + group) * kBlockRows + threadIdx.x % 128 / 32 * 16;
       store_result<T, kTokens, kGated>(p, d[b], tile, row);
     }
+  }
+  if (P::kCluster > 1) {  // of those that multiply: the others have ended. Relaxed: nothing was written for the other
+    asm volatile("barrier.cluster.arrive.relaxed;\n\tbarrier.cluster.wait;" ::: "memory");
   }
 #endif
 }

@@ -27,16 +27,22 @@ struct Split {
   int groups, split;  // 0: none
 };
 
-// From the shape and the room alone, so that all ranks add in the same order. One CTA a multiprocessor does best; many
-// tokens are read by every CTA, so for them tiles are wide and K is split.
+// In whole clusters.
+int ctas_of(std::int64_t n, int groups, int split, int share) {
+  return (tiles_of(n, groups * kGroupColumns) + share - 1) / share * share * split;
+}
+
+// From the shape and the room alone, so that all ranks add in the same order. One CTA a multiprocessor does best. Many
+// tokens are read for every tile: where K is whole two tiles share them; where 64 of them leave a narrow tile's weight
+// no room, or there are few columns, tiles are wide and K is split.
 Split split_for(std::int64_t m, std::int64_t n, int most_ctas) {
   for (const Split s : {Split{1, 2}, Split{1, 1}, Split{2, 1}}) {
     if (m <= 16 && tiles_of(n, s.groups * kGroupColumns) * s.split <= most_ctas) return s;
   }
-  for (const Split s : {Split{2, 4}, Split{2, 2}, Split{2, 1}}) {
+  for (const Split s : {Split{2, 4}, m > 32 ? Split{2, 2} : Split{1, 1}, Split{2, 1}}) {
     // Clusters of four do not fill every GPU processing cluster.
     const int most = s.split == 4 ? most_ctas - most_ctas / 32 : most_ctas;
-    if (m > 16 && tiles_of(n, s.groups * kGroupColumns) * s.split <= most) return s;
+    if (m > 16 && ctas_of(n, s.groups, s.split, s.split == 1 ? 2 : 1) <= most) return s;
   }
   return {0, 0};
 }
@@ -50,7 +56,7 @@ void launch(Params<T>& p, const void* x, const void* weight, std::int64_t k, int
             cudaStream_t stream) {
   using P = Plan<kTokens, kGroups, kSplit>;
   constexpr unsigned kSharedBytes = 1024 + P::kStages * P::kStageBytes;
-  p.x = tensor_map(x, p.m, k, kTokens, dtype);
+  p.x = tensor_map(x, p.m, k, kTokens / P::kShare, dtype);
   p.weight = tensor_map(weight, p.n, k, kGroupColumns, dtype);
   const auto kernel = matmul_decode<T, kTokens, kGroups, kSplit, kWorld>;
   static thread_local int prepared = -1;  // the attribute is kept by the device
@@ -58,7 +64,7 @@ void launch(Params<T>& p, const void* x, const void* weight, std::int64_t k, int
     FP_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes));
     prepared = device;
   }
-  launch_dependent(kernel, p, tiles_of(p.n, P::kTileColumns) * kSplit, P::kThreads + 32, kSplit, true, stream,
+  launch_dependent(kernel, p, ctas_of(p.n, kGroups, kSplit, P::kShare), P::kThreads + 32, P::kCluster, true, stream,
                    kSharedBytes);
 }
 
@@ -83,9 +89,12 @@ void dispatch(Params<T>& p, Split s, const void* x, const void* weight, std::int
     }
   };
   const auto many = [&](auto tokens) {
-    if (s.split == 4) return with(tokens, two, four);
-    if (kOnlySplit || s.split == 2) return with(tokens, two, two);
-    if constexpr (!kOnlySplit) with(tokens, two, one);
+    if (kOnlySplit || s.split == 4) return with(tokens, two, four);
+    if constexpr (!kOnlySplit) {
+      if (s.split == 1 && s.groups == 2) return with(tokens, two, one);
+      if constexpr (decltype(tokens)::value == 32) with(tokens, one, one);
+      if constexpr (decltype(tokens)::value == 64) with(tokens, two, two);
+    }
   };
   if (p.m <= 8) return few(integral_constant<int, 8>());
   if (p.m <= 16) return few(integral_constant<int, 16>());
@@ -158,7 +167,8 @@ void matmul_decode_only(const void* x, const void* weight, const void* bias, voi
     if (s.groups == 0) s = {2, 1};  // no CTA waits for another here, and each takes as many tiles as there are
     check(s, m, n, k, is_vec_aligned(x) && is_vec_aligned(weight) && is_vec_aligned(bias) && is_vec_aligned(out),
           device);
-    if (gated || s.split == 1) {
+    // Its stages are more: where K is split in two for many tokens' sake it is faster.
+    if (gated || s.split == 1 || (m > 16 && s.split == 2)) {
       linear_tiles(x, weight, bias, out, m, n, k, gated, fresh_weight, dtype, device, stream);
       return;
     }

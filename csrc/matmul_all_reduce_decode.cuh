@@ -4,8 +4,9 @@
 // The weights are the 64-row operand of the tensor core, the tokens, padded to 8, 16, 32 or 64, the narrow one. A CTA
 // (or a cluster, which splits K) has a tile of 64 or 128 columns of the result and streams that much of the weight
 // through shared memory. It asks for the first of it before the kernel before this one in the stream has ended: weights
-// are constants. Finished columns go to the peers' Lamport slots, as in all_reduce, and with the norm the sums of
-// squares of all tiles meet in this GPU's memory: one launch from the input to the normalised sum.
+// are constants. All tokens go to every tile: of many, the two CTAs of a cluster bring half of them each, for both.
+// Finished columns go to the peers' Lamport slots, as in all_reduce, and with the norm the sums of squares of all tiles
+// meet in this GPU's memory: one launch from the input to the normalised sum.
 //
 // All CTAs are resident at once, one a multiprocessor at most, and take less than half of its shared memory: a second
 // group's kernel fits beside. The next kernel of the stream is let in only when nothing of a peer is waited for any
@@ -55,7 +56,9 @@ struct Params {
 // The shape of a CTA's work: kGroups warpgroups of 64 columns, K split over clusters of kSplit.
 template <int kTokens, int kGroups, int kSplit>
 struct Plan {
-  static constexpr int kThreads = kGroups * 128;  // that multiply; one more warp brings operands
+  static constexpr int kThreads = kGroups * 128;                      // that multiply; one more warp brings operands
+  static constexpr int kShare = kTokens > 16 && kSplit == 1 ? 2 : 1;  // tiles that share the tokens
+  static constexpr int kCluster = kShare * kSplit;
   static constexpr int kTileColumns = kGroups * kGroupColumns;
   static constexpr int kColumns = kTileColumns / kSplit;                   // of the finished result, a CTA's
   static constexpr int kRowVecs = kColumns / 8;                            // vectors of a token
@@ -77,6 +80,29 @@ template <int kStages>
 struct Shared {
   unsigned long long full[kStages], empty[kStages];
 };
+
+// kDepth columns of all tokens into shared memory; of a cluster's kShare CTAs each brings its part of them, for all.
+template <int kTokens, int kShare>
+__device__ __forceinline__ void bring_tokens(unsigned char* to, const CUtensorMap* x, int column,
+                                             unsigned long long* full) {
+  if constexpr (kShare == 1) {
+    load_tile(to, x, column, 0, full);
+  } else {
+    constexpr int kPart = kTokens / kShare;
+    const int first = blockIdx.x % kShare * kPart;
+    load_tile_to_cluster(to + first * kDepth * 2, x, column, first, full, (1 << kShare) - 1);
+  }
+}
+
+// A stage has been read by this warp: told to all that bring something into it. linear.cuh says why that is enough.
+template <int kShare>
+__device__ __forceinline__ void release(unsigned long long* empty) {
+  if constexpr (kShare == 1) {
+    if (threadIdx.x % 32 == 0) barrier_arrive(empty);
+  } else {
+    if (threadIdx.x % 32 < kShare) barrier_arrive_cluster(empty, threadIdx.x % 32);
+  }
+}
 
 // Four floats at `p`, in the shared memory of the cluster's CTA `of`.
 __device__ __forceinline__ float4 load_cluster(const float* p, int of) {
@@ -201,12 +227,13 @@ __global__ void __launch_bounds__(Plan<kTokens, kGroups, kSplit>::kThreads + 32)
   };
   const auto bring_x = [&](int i) {
     const int s = i % kStages;
-    load_tile(stages + s * P::kStageBytes + P::kWeightBytes, &p.x, (first + i) * kDepth, 0, &shared.full[s]);
+    bring_tokens<kTokens, P::kShare>(stages + s * P::kStageBytes + P::kWeightBytes, &p.x, (first + i) * kDepth,
+                                     &shared.full[s]);
   };
   if (brings) {
     for (int s = 0; s < kStages; ++s) {
       barrier_init(&shared.full[s], 1);
-      barrier_init(&shared.empty[s], kGroups * 4);  // a warp each
+      barrier_init(&shared.empty[s], P::kShare * kGroups * 4);  // a warp each
     }
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");  // before the copies count on them
     // Constants: no kernel under way writes them.
@@ -229,7 +256,9 @@ __global__ void __launch_bounds__(Plan<kTokens, kGroups, kSplit>::kThreads + 32)
   // Before the wait, as in begin_kernel: the kernels of calls before have all taken their numbers.
   unsigned long long epoch = 0;
   if (kWorld != 1 && threadIdx.x == 0) epoch = next_epoch(l);
+  if (P::kShare > 1) cluster_arrive();  // the barriers are there, of which the other CTA's copies count bytes
   dependency_wait();
+  if (P::kShare > 1) cluster_wait();
   if (brings) {
     for (int i = 0; i < ahead; ++i) {
       if (p.fresh_weight) bring_weight(i);
@@ -275,7 +304,7 @@ __global__ void __launch_bounds__(Plan<kTokens, kGroups, kSplit>::kThreads + 32)
       wgmma_pin(d);
       if (i > 0) {
         wgmma_wait<1>();  // the stage before has been read
-        if (threadIdx.x % 32 == 0) barrier_arrive(&shared.empty[(i - 1) % kStages]);
+        release<P::kShare>(&shared.empty[(i - 1) % kStages]);
       }
     }
     wgmma_wait<0>();
@@ -335,7 +364,8 @@ __global__ void __launch_bounds__(Plan<kTokens, kGroups, kSplit>::kThreads + 32)
       if (!failed) push<kWorld>(l, call.epoch % 3, v + u * stride, mine[u].raw);
     }
   }
-  if constexpr (kSplit > 1) cluster_arrive();  // has read the others' products; they may leave when all have
+  // Has read the others' products, or released its last stage to them; they may leave when all have.
+  if constexpr (P::kCluster > 1) cluster_arrive();
   if constexpr (kWorld != 1) {
     Vec<T> residual[P::kVecs], totals[P::kVecs];
 #pragma unroll
@@ -409,7 +439,7 @@ __global__ void __launch_bounds__(Plan<kTokens, kGroups, kSplit>::kThreads + 32)
       }
     }
   }
-  if constexpr (kSplit > 1) cluster_wait();
+  if constexpr (P::kCluster > 1) cluster_wait();
 #endif
 }
 

@@ -355,8 +355,8 @@ __device__ __forceinline__ void copy_sums(const Params<T>& p, Shared& shared, un
   const Exchange& x = p.exchange;
   const int lane = threadIdx.x % 32, others = p.first_tile[x.world - 1];
   unsigned long long start = 0;
-  // A third rank may be what the owner of a tile waits for, as this rank does for its own tiles, and is the one to name:
-  // here twice as long is waited.
+  // A third rank may be what the owner of a tile waits for, as this rank does for its own tiles, and is the one to
+  // name: here twice as long is waited.
   WaitBound patient = x.bound;
   if (x.world > 2) patient.timeout_ns *= 2;
   for (;;) {

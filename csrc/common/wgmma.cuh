@@ -24,13 +24,26 @@ __device__ __forceinline__ void barrier_expect(unsigned long long* barrier, unsi
                "r"(bytes)
                : "memory");
 }
-// Within a CTA: every wait here is for a thread of the same CTA or for a copy that one of them has issued.
+// Every wait here is for threads of the CTA, or of its cluster, or for copies that they have issued.
 __device__ __forceinline__ void barrier_wait(unsigned long long* barrier, unsigned parity) {
   asm volatile(
       "{\n\t.reg .pred p;\n"
       "wait: mbarrier.try_wait.parity.acquire.cta.shared::cta.b64 p, [%0], %1;\n\t"
       "@!p bra wait;\n\t}" ::"r"(shared_address(barrier)),
       "r"(parity)
+      : "memory");
+}
+
+// As barrier_arrive, of the barrier at the same place in the cluster's CTA `of`, which must not have ended. At a CTA's
+// scope, and waited for at that: wider ones cost fences of the whole GPU in the loop. What it tells is that the matrix
+// instructions have read a stage (waited for before it), behind which the copy engine writes that: no ordinary access
+// of the one CTA is seen by the other.
+__device__ __forceinline__ void barrier_arrive_cluster(unsigned long long* barrier, int of) {
+  asm volatile(
+      "{\n\t.reg .b32 there;\n\t"
+      "mapa.shared::cluster.u32 there, %0, %1;\n\t"
+      "mbarrier.arrive.shared::cluster.b64 _, [there];\n\t}" ::"r"(shared_address(barrier)),
+      "r"(of)
       : "memory");
 }
 
@@ -41,6 +54,17 @@ __device__ __forceinline__ void load_tile(void* to, const CUtensorMap* map, int 
       "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];" ::
           "r"(shared_address(to)),
       "l"(map), "r"(shared_address(barrier)), "r"(x), "r"(y)
+      : "memory");
+}
+
+// The same into the same place of each CTA of the cluster in `mask`, of which each has its bytes counted by its
+// barrier.
+__device__ __forceinline__ void load_tile_to_cluster(void* to, const CUtensorMap* map, int x, int y,
+                                                     unsigned long long* barrier, unsigned short mask) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster"
+      " [%0], [%1, {%3, %4}], [%2], %5;" ::"r"(shared_address(to)),
+      "l"(map), "r"(shared_address(barrier)), "r"(x), "r"(y), "h"(mask)
       : "memory");
 }
 

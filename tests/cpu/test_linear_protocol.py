@@ -3,9 +3,10 @@ can run in: each block of the weight is read from the stage it was brought to, n
 and nobody waits for ever.
 
 A CTA is one thread that brings blocks, copies that arrive in any order, and warps that multiply. A block is read from
-the moment that its product is started until it is waited for, one block later or at the tile's end. What is taken for
-granted: an mbarrier completes a phase with the last of its arrivals and lets a wait for a parity pass if the phase
-under way has the other one.
+the moment that its product is started until it is waited for, one block later or at the tile's end. In a cluster each
+CTA brings its own block of the weight and a part of the tokens for all. What is taken for granted: an mbarrier
+completes a phase with the last of its arrivals and bytes, and lets a wait for a parity pass if the phase under way has
+the other one.
 """
 
 from dataclasses import dataclass
@@ -26,6 +27,8 @@ class Rules:
     release_after_wait: bool = True  # False: a block is released as soon as its product is started
     wait_for_empty: bool = True
     of_round_before: bool = True  # False: the wait for an empty stage has the parity of the fill's own round
+    release_to_all: bool = True  # False: of a cluster, a block is released to this CTA's bringing thread alone
+    meet_at_end: bool = True  # False: a CTA ends without waiting for the others of its cluster
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,7 @@ class Shape:
     depths: int
     stages: int
     warps: int
+    ctas: int = 1  # of a cluster
 
 
 def place(shape, rules, fill):
@@ -58,91 +62,115 @@ def warp_steps(shape, rules):
             steps.append(("wait", fill))
             if rules.release_last:
                 steps.append(("release", fill))
+    if rules.meet_at_end and shape.ctas > 1:
+        steps += [("arrive", fill), ("met", fill)]
     return steps
 
 
 def explore(shape, rules):
     """Goes through all states; returns their number, or raises Violation."""
-    fills, warps = shape.tiles * shape.depths, range(shape.warps)
+    fills, ctas = shape.tiles * shape.depths, range(shape.ctas)
+    warps = [(cta, warp) for cta in ctas for warp in range(shape.warps)]
+    number = {warp: at for at, warp in enumerate(warps)}
     steps = warp_steps(shape, rules)
+    # Of a fill: its weight, with the bringing thread's arrival, and in a cluster every CTA's share of the tokens.
+    parts = {"weight", *(ctas if shape.ctas > 1 else ())}
+    releases = shape.warps * (shape.ctas if rules.release_to_all else 1)
 
     # (brought, under way, at, full, empty, holds, started)
-    # full: (phase, arrived) a stage; empty: (phase, arrivals); holds: the fill in a stage; started: the fills that a
-    # warp reads.
+    # brought: fills, by CTA; under way: (fill, part, to); full: (phase, parts there); empty: (phase, arrivals);
+    # holds: the fill that is there, by CTA and stage; started: the fills that a warp reads.
     def passes(phase, parity):
         return phase % 2 != parity
 
     def changed(values, index, value):
         return (*values[:index], value, *values[index + 1 :])
 
+    def slot(cta, stage):
+        return cta * shape.stages + stage
+
     def following(state):
         brought, under_way, at, full, empty, holds, started = state
-        if brought < fills:
-            stage, round_ = brought % shape.stages, brought // shape.stages
+        for cta in ctas:
+            fill = brought[cta]
+            if fill == fills:
+                continue
+            stage, round_ = fill % shape.stages, fill // shape.stages
             parity = (round_ - rules.of_round_before) % 2
-            if round_ == 0 or not rules.wait_for_empty or passes(empty[stage][0], parity):
-                if any(fill % shape.stages == stage for reads in (*started, under_way) for fill in reads):
-                    raise Violation(f"fill {brought} overwrites a stage in use")
-                if holds[stage] is not None and not all(
-                    steps.index(("start", holds[stage])) < position for position in at
+            if round_ > 0 and rules.wait_for_empty and not passes(empty[slot(cta, stage)][0], parity):
+                continue
+            copies = {(fill, "weight", cta)} | ({(fill, cta, to) for to in ctas} if shape.ctas > 1 else set())
+            now_holds = holds
+            for to in {to for *_, to in copies}:
+                mine = [number[warp] for warp in warps if warp[0] == to]
+                if any(other % shape.stages == stage for warp in mine for other in started[warp]):
+                    raise Violation(f"fill {fill} overwrites a stage in use")
+                held = holds[slot(to, stage)]
+                if held is not None and held != fill and not all(steps.index(("start", held)) < at[w] for w in mine):
+                    raise Violation(f"fill {fill} overwrites {held} before all have read it")
+                if any(
+                    other != fill and other % shape.stages == stage and there == to for other, _, there in under_way
                 ):
-                    raise Violation(f"fill {brought} overwrites {holds[stage]} before all have read it")
-                yield brought + 1, under_way | {brought}, at, full, empty, changed(holds, stage, None), started
-        for fill in under_way:  # in any order
-            stage = fill % shape.stages
-            yield (
-                brought,
-                under_way - {fill},
-                at,
-                changed(full, stage, full[stage] + 1),
-                empty,
-                changed(holds, stage, fill),
-                started,
-            )
-        for warp in warps:
+                    raise Violation(f"fill {fill} overwrites a stage in use")
+                now_holds = changed(now_holds, slot(to, stage), None)
+            now = changed(brought, cta, fill + 1)
+            yield now, under_way | copies, at, full, empty, now_holds, started
+        for copy in under_way:  # in any order
+            fill, part, to = copy
+            stage = slot(to, fill % shape.stages)
+            phase, there = full[stage]
+            if phase != fill // shape.stages:
+                raise Violation(f"{copy} is counted in round {phase}")
+            there, now_holds = there | {part}, holds
+            if there == parts:
+                phase, there, now_holds = phase + 1, frozenset(), changed(holds, stage, fill)
+            now_full = changed(full, stage, (phase, there))
+            yield brought, under_way - {copy}, at, now_full, empty, now_holds, started
+        for cta, name in warps:
+            warp = number[cta, name]
             if at[warp] == len(steps):
                 continue
             kind, what = steps[at[warp]]
             now_empty, now_started = empty, started
             if kind == "start":
                 stage, parity = place(shape, rules, what)
-                if not passes(full[stage], parity):
+                if not passes(full[slot(cta, stage)][0], parity):
                     continue
-                if holds[stage] != what:
-                    raise Violation(f"warp {warp} reads {holds[stage]} for {what}")
+                if holds[slot(cta, stage)] != what:
+                    raise Violation(f"warp {warp} reads {holds[slot(cta, stage)]} for {what}")
                 now_started = changed(started, warp, started[warp] | {what})
             elif kind == "wait":
                 now_started = changed(started, warp, started[warp] - {what})
             elif kind == "release":
                 stage, _ = place(shape, rules, what)
-                phase, arrivals = empty[stage]
-                arrivals += 1
-                now_empty = changed(empty, stage, (phase + 1, 0) if arrivals == shape.warps else (phase, arrivals))
-            yield (
-                brought,
-                under_way,
-                changed(at, warp, at[warp] + 1),
-                full,
-                now_empty,
-                holds,
-                now_started,
-            )
+                for to in ctas if rules.release_to_all else (cta,):
+                    if all(at[number[other]] == len(steps) for other in warps if other[0] == to):
+                        raise Violation(f"warp {warp} releases {what} to a CTA that has ended")
+                    phase, arrivals = now_empty[slot(to, stage)]
+                    arrivals += 1
+                    full_up = arrivals == releases
+                    now_empty = changed(now_empty, slot(to, stage), (phase + 1, 0) if full_up else (phase, arrivals))
+            elif kind == "met" and any(position <= steps.index(("arrive", what)) for position in at):
+                continue
+            now_at = changed(at, warp, at[warp] + 1)
+            yield brought, under_way, now_at, full, now_empty, holds, now_started
 
-    nothing = (None,) * shape.stages
+    stages = shape.ctas * shape.stages
     begin = (
-        0,
+        (0,) * shape.ctas,
         frozenset(),
-        (0,) * shape.warps,
-        (0,) * shape.stages,
-        ((0, 0),) * shape.stages,
-        nothing,
-        (frozenset(),) * shape.warps,
+        (0,) * len(warps),
+        ((0, frozenset()),) * stages,
+        ((0, 0),) * stages,
+        (None,) * stages,
+        (frozenset(),) * len(warps),
     )
     seen, todo = {begin}, [begin]
     while todo:
         state = todo.pop()
         reached = list(following(state))
-        if not reached and (state[0] < fills or state[1] or any(position < len(steps) for position in state[2])):
+        ended = min(state[0]) == fills and not state[1] and all(position == len(steps) for position in state[2])
+        if not reached and not ended:
             raise Violation(f"all wait: {state}")
         for one in reached:
             if one not in seen:
@@ -157,10 +185,10 @@ SHAPES = [
     for depths in (1, 2, 3, 5)
     for stages in (2, 3, 4)
     for warps in (1, 2)
-]
+] + [Shape(tiles, depths, 2, 1, ctas=2) for tiles, depths in ((1, 1), (1, 2), (1, 3), (1, 4), (2, 1))]
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: f"{s.tiles}x{s.depths}-{s.stages}-{s.warps}")
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: f"{s.tiles}x{s.depths}-{s.stages}-{s.warps}-{s.ctas}")
 def test_every_order_is_right(shape):
     assert explore(shape, Rules()) > shape.tiles * shape.depths
 
@@ -173,6 +201,8 @@ def test_every_order_is_right(shape):
         (Rules(release_after_wait=False), Shape(1, 5, 2, 1)),
         (Rules(wait_for_empty=False), Shape(1, 5, 2, 1)),
         (Rules(of_round_before=False), Shape(3, 1, 2, 1)),
+        (Rules(release_to_all=False), Shape(1, 3, 2, 1, ctas=2)),
+        (Rules(meet_at_end=False), Shape(1, 1, 2, 1, ctas=2)),
     ],
     ids=str,
 )
