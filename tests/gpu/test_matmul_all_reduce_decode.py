@@ -100,7 +100,7 @@ def test_full_size(seed):
     # Both kernels of 128 CTAs fit one GPU at once, two a multiprocessor.
     multiprocessors = torch.cuda.get_device_properties("cuda").multi_processor_count
     ranks = VirtualRanks(2, slot_bytes=2 << 20, max_threads=multiprocessors * 512)
-    for m in (1, 16, 64):
+    for m in (1, 16, 32, 64):
         for k in (4096, 14336):
             layer = Layer(ranks, m, k, 8192, torch.bfloat16)
             layer.check(layer.run())
