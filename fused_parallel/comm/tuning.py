@@ -25,7 +25,8 @@ class Choice(NamedTuple):
     default.
     Of matmuls: "persistent", the kernel that exchanges tiles, "decode", the one for up to 64 rows, or "whole", matmul
     and collective one after the other, also where the kernel does not take the shape. rows, depth: only for x of so
-    many rows or more, and a weight of so many columns, and twice as many rows, for each row of x; else "whole".
+    many rows or more, and a weight of so many columns, and twice as many rows, for each row of x, and more than
+    `WIDE` rows for more than 16 of x; else "whole".
     """
 
     algorithm: str
@@ -37,6 +38,8 @@ class Choice(NamedTuple):
 
     def suits(self, m: int, k: int, n: int) -> bool:
         """Whether it is for x [m, k] and a weight [n, k]."""
+        if self.depth > 0 and m > 16 and n <= WIDE:
+            return False
         return m >= self.rows and m * self.depth <= min(k, n // 2)
 
 
@@ -47,7 +50,8 @@ Table = dict[str, list[tuple[int | None, Choice]]]
 _MB = 1 << 20
 ONE, TWO, LIBRARY, WHOLE, PERSISTENT = map(Choice, ("one_shot", "two_shot", "library", "whole", "persistent"))
 # The exchange hides behind the reading of the weight. 64 rows win with 4096 columns of 8192 rows, and lose with 2048
-# and 7168 of 4096 (docs/matmul_all_reduce.md).
+# and 7168 of 4096, where 32 do, too: K is split over four multiprocessors there (docs/matmul_all_reduce.md).
+WIDE = 4096
 DECODE = Choice("decode", depth=64)
 # Few rows of tiles leave the exchange of the last ones bare: 512 rows lose at 16384 rows of the weight, too.
 TALL = Choice("persistent", rows=1024)
@@ -73,8 +77,7 @@ def default_table(world: int) -> Table:
         "all_reduce_add_rms_norm": with_norm,
         "reduce_scatter": [(None, ONE)],
         "matmul_all_reduce": [(2 * _MB, DECODE), (12 * _MB, WHOLE), (None, TALL)],
-        # Of fewer rows the sum in one kernel with the norm gains more than the exchange beside the matmul. (The limit
-        # follows from figures of the kernel without the norm, see the docs: not measured.)
+        # Of fewer rows the sum in one kernel with the norm gains as much as the exchange beside the matmul.
         "matmul_all_reduce_add_rms_norm": [(2 * _MB, DECODE), (24 * _MB, WHOLE), (None, TALL)],
         "matmul_reduce_scatter": [(6 * _MB, WHOLE), (None, PERSISTENT)],
         "all_gather": [(None, ONE)],

@@ -137,7 +137,8 @@ def test_defaults_by_the_shapes_that_were_measured():
     for m, k, n, best in (
         (64, 4096, 8192, "decode"), (64, 7168, 4096, "whole"), (64, 2048, 4096, "whole"), (1, 2048, 4096, "decode"),
         (512, 14336, 8192, "whole"), (512, 8192, 16384, "whole"), (2048, 8192, 16384, "persistent"),
-        (2048, 2048, 4096, "persistent"),
+        (2048, 2048, 4096, "persistent"), (32, 7168, 4096, "whole"), (8, 7168, 4096, "decode"),
+        (32, 4096, 8192, "decode"),
     ):  # fmt: skip
         assert suits("matmul_all_reduce", m, k, n) == best, (m, k, n)
     for m, k, n, best in (
