@@ -48,7 +48,7 @@ constexpr std::int64_t kRecordBytes = 64;
 
 // A grid, from the shape alone. The kernels wait for each other's ranks, so all CTAs of all kernels that may be under
 // way at once must be resident together, or two groups at work on the same GPUs could each wait for room that the other
-// holds. A GPU holds 1024 threads a multiprocessor at up to 64 registers, which every kernel keeps to; max_threads is
+// holds. A GPU holds 1024 threads a multiprocessor at up to 64 registers, which the collectives keep to; max_threads is
 // half of that. A grid of up to max_threads / 2 lets the next kernel of its stream become resident while it waits
 // (`early`); a larger one when it waits no more. So two groups fit; docs/all_reduce.md says where that ends. A CTA
 // counts as kLeastThreads (common/launch.h) at least, because multiprocessors hold few CTAs, too.

@@ -1,14 +1,15 @@
-// The kernel of linear and linear_silu_mul for few rows, where K is not split; its launcher is in linear.cu.
+// The kernel of linear and linear_silu_mul for few rows; its launcher is in linear.cu. (Of few columns the kernel with
+// the exchange, without it, takes some: it can split K.)
 //
 // As the kernel with the exchange (matmul_all_reduce_decode.cuh) it streams the weight, the 64-row operand, through
 // shared memory and begins before the kernel before it has ended. But the rows of the weight are shared out evenly
-// among the multiprocessors: a CTA has as many as 256 at once, any multiple of 8, and reads all tokens once for them.
+// among the multiprocessors: a CTA has up to 256 at once (above 16 tokens 128), any multiple of 8 (with a gate of 16),
+// and reads all tokens once for them.
 // Tiles of a fixed size left part of the multiprocessors idle while the others read their last ones, and the memory
 // with them.
 //
 // All tokens go to every CTA. Of many, and few rows, they are half of what the L2 is asked for, which then bounds the
-// kernel: there CTAs are clusters of two that go through their tiles in step, and each brings half of the tokens, for
-// both.
+// kernel: there CTAs are clusters of two that go through K in step, and each brings half of the tokens, for both.
 //
 // Shared memory is taken so that a multiprocessor has exactly one CTA of this kernel and room for exactly one of the
 // kernel with the exchange beside it. That one follows in the stream and comes in early: where the room is decides how
@@ -161,8 +162,8 @@ __device__ __forceinline__ void store_result(const Params<T>& p, const float (&d
 // - The bringing thread issues fills in order and waits for nothing but warps that have a fill before it to read; the
 //   warps wait for fills in order, and for nothing else.
 // - Every fill is waited for, so no copy is under way when the CTA ends. Nor is an arrival from the other CTA of a
-//   cluster: they meet before.
-// - A cluster's CTAs have the same fills to bring: the tiles are made even, the last may lie outside the weight.
+//   cluster: they meet before, with release.
+// - A cluster's CTAs have the same fills to bring: a tile each, the last of which may lie outside the weight.
 //
 // Rows beyond the tile's are whatever shared memory holds behind them (the tokens, the next stage, or what the launcher
 // leaves behind the last): their products go nowhere, and the others' do not depend on them.
@@ -300,9 +301,9 @@ __global__ void __launch_bounds__(Plan<kTokens, kBlocks>::kThreads + 32)
       store_result<T, kTokens, kGated>(p, d[b], tile, row);
     }
   }
-  if (P::kCluster > 1) {  // of those that multiply: the others have ended. Relaxed: nothing was written for the other
-    asm volatile("barrier.cluster.arrive.relaxed;\n\tbarrier.cluster.wait;" ::: "memory");
-  }
+  // Of those that multiply: the others have ended. Release: the last arrivals at the other CTA's barriers come before
+  // it, and so before that CTA ends.
+  if (P::kCluster > 1) cluster_barrier();
 #endif
 }
 

@@ -1,4 +1,4 @@
-// matmul_decode_only where K is not split: the weight's rows shared out among the multiprocessors. Hopper only.
+// matmul_decode_only but for few columns: the weight's rows shared out among the multiprocessors. Hopper only.
 #pragma once
 
 #include <cstdint>

@@ -164,7 +164,7 @@ void matmul_decode_only(const void* x, const void* weight, const void* bias, voi
   dispatch_half(dtype, [&](auto* null) {
     using T = std::remove_pointer_t<decltype(null)>;
     Split s = split_for(m, n, multiprocessor_count(device));
-    if (s.groups == 0) s = {2, 1};  // no CTA waits for another here, and each takes as many tiles as there are
+    if (s.groups == 0) s = {2, 1};  // linear_tiles takes as many as there are
     check(s, m, n, k, is_vec_aligned(x) && is_vec_aligned(weight) && is_vec_aligned(bias) && is_vec_aligned(out),
           device);
     // Its stages are more: where K is split in two for many tokens' sake it is faster.

@@ -194,7 +194,7 @@ __device__ __forceinline__ void find_scales(const Params<T>& p, const Call& call
 }
 #endif
 
-// kWorld == 1: no exchange, and K split; where it is not, linear.cuh has the kernel.
+// kWorld == 1: no exchange, and K split, which few columns need; else linear.cuh has the kernel.
 template <typename T, int kTokens, int kGroups, int kSplit, int kWorld>
 __global__ void __launch_bounds__(Plan<kTokens, kGroups, kSplit>::kThreads + 32)
     matmul_decode(const __grid_constant__ Params<T> p) {

@@ -16,8 +16,8 @@
 namespace fp {
 
 // Launches kernel(params); on Hopper and later in clusters of `cluster` CTAs, and so that it may start while the kernel
-// before it in the stream still runs: the kernel calls dependency_wait before it touches what others write. All its
-// CTAs must be resident at once: the caller caps `ctas`.
+// before it in the stream still runs: the kernel calls dependency_wait before it touches what others write. Where its
+// CTAs wait for one another all must be resident at once: the caller caps `ctas`.
 template <typename Params>
 void launch_dependent(void (*kernel)(Params), const Params& params, int ctas, int threads, int cluster, bool hopper,
                       cudaStream_t stream, unsigned shared_bytes = 0) {

@@ -29,6 +29,7 @@ class Rules:
     of_round_before: bool = True  # False: the wait for an empty stage has the parity of the fill's own round
     release_to_all: bool = True  # False: of a cluster, a block is released to this CTA's bringing thread alone
     meet_at_end: bool = True  # False: a CTA ends without waiting for the others of its cluster
+    meet_with_release: bool = True  # False: they meet while what they have released to each other is still under way
 
 
 @dataclass(frozen=True)
@@ -77,9 +78,10 @@ def explore(shape, rules):
     parts = {"weight", *(ctas if shape.ctas > 1 else ())}
     releases = shape.warps * (shape.ctas if rules.release_to_all else 1)
 
-    # (brought, under way, at, full, empty, holds, started)
-    # brought: fills, by CTA; under way: (fill, part, to); full: (phase, parts there); empty: (phase, arrivals);
-    # holds: the fill that is there, by CTA and stage; started: the fills that a warp reads.
+    # (brought, under way, told, at, full, empty, holds, started)
+    # brought: fills, by CTA; under way: (fill, part, to); told: releases to another CTA, under way: (fill, warp, to);
+    # full: (phase, parts there); empty: (phase, arrivals); holds: the fill that is there, by CTA and stage;
+    # started: the fills that a warp reads.
     def passes(phase, parity):
         return phase % 2 != parity
 
@@ -89,8 +91,13 @@ def explore(shape, rules):
     def slot(cta, stage):
         return cta * shape.stages + stage
 
+    def arrived(empty, cta, fill):
+        stage = slot(cta, place(shape, rules, fill)[0])
+        phase, arrivals = empty[stage]
+        return changed(empty, stage, (phase + 1, 0) if arrivals + 1 == releases else (phase, arrivals + 1))
+
     def following(state):
-        brought, under_way, at, full, empty, holds, started = state
+        brought, under_way, told, at, full, empty, holds, started = state
         for cta in ctas:
             fill = brought[cta]
             if fill == fills:
@@ -114,7 +121,7 @@ def explore(shape, rules):
                     raise Violation(f"fill {fill} overwrites a stage in use")
                 now_holds = changed(now_holds, slot(to, stage), None)
             now = changed(brought, cta, fill + 1)
-            yield now, under_way | copies, at, full, empty, now_holds, started
+            yield now, under_way | copies, told, at, full, empty, now_holds, started
         for copy in under_way:  # in any order
             fill, part, to = copy
             stage = slot(to, fill % shape.stages)
@@ -125,13 +132,18 @@ def explore(shape, rules):
             if there == parts:
                 phase, there, now_holds = phase + 1, frozenset(), changed(holds, stage, fill)
             now_full = changed(full, stage, (phase, there))
-            yield brought, under_way - {copy}, at, now_full, empty, now_holds, started
+            yield brought, under_way - {copy}, told, at, now_full, empty, now_holds, started
+        for release in told:
+            fill, warp, to = release
+            if all(at[number[other]] == len(steps) for other in warps if other[0] == to):
+                raise Violation(f"what warp {warp} releases of {fill} comes to a CTA that has ended")
+            yield brought, under_way, told - {release}, at, full, arrived(empty, to, fill), holds, started
         for cta, name in warps:
             warp = number[cta, name]
             if at[warp] == len(steps):
                 continue
             kind, what = steps[at[warp]]
-            now_empty, now_started = empty, started
+            now_empty, now_started, now_told = empty, started, told
             if kind == "start":
                 stage, parity = place(shape, rules, what)
                 if not passes(full[slot(cta, stage)][0], parity):
@@ -142,22 +154,21 @@ def explore(shape, rules):
             elif kind == "wait":
                 now_started = changed(started, warp, started[warp] - {what})
             elif kind == "release":
-                stage, _ = place(shape, rules, what)
-                for to in ctas if rules.release_to_all else (cta,):
-                    if all(at[number[other]] == len(steps) for other in warps if other[0] == to):
-                        raise Violation(f"warp {warp} releases {what} to a CTA that has ended")
-                    phase, arrivals = now_empty[slot(to, stage)]
-                    arrivals += 1
-                    full_up = arrivals == releases
-                    now_empty = changed(now_empty, slot(to, stage), (phase + 1, 0) if full_up else (phase, arrivals))
+                now_empty = arrived(empty, cta, what)
+                if rules.release_to_all:
+                    now_told = told | {(what, warp, to) for to in ctas if to != cta}
+            elif kind == "arrive":
+                if rules.meet_with_release and any(of == warp for _, of, _ in told):
+                    continue
             elif kind == "met" and any(position <= steps.index(("arrive", what)) for position in at):
                 continue
             now_at = changed(at, warp, at[warp] + 1)
-            yield brought, under_way, now_at, full, now_empty, holds, now_started
+            yield brought, under_way, now_told, now_at, full, now_empty, holds, now_started
 
     stages = shape.ctas * shape.stages
     begin = (
         (0,) * shape.ctas,
+        frozenset(),
         frozenset(),
         (0,) * len(warps),
         ((0, frozenset()),) * stages,
@@ -169,7 +180,7 @@ def explore(shape, rules):
     while todo:
         state = todo.pop()
         reached = list(following(state))
-        ended = min(state[0]) == fills and not state[1] and all(position == len(steps) for position in state[2])
+        ended = min(state[0]) == fills and not state[1] and all(position == len(steps) for position in state[3])
         if not reached and not ended:
             raise Violation(f"all wait: {state}")
         for one in reached:
@@ -185,12 +196,18 @@ SHAPES = [
     for depths in (1, 2, 3, 5)
     for stages in (2, 3, 4)
     for warps in (1, 2)
-] + [Shape(tiles, depths, 2, 1, ctas=2) for tiles, depths in ((1, 1), (1, 2), (1, 3), (1, 4), (2, 1))]
+] + [Shape(tiles, depths, 2, 1, ctas=2) for tiles, depths in ((1, 1), (1, 2), (1, 3), (1, 5), (2, 1), (3, 1))]
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: f"{s.tiles}x{s.depths}-{s.stages}-{s.warps}-{s.ctas}")
 def test_every_order_is_right(shape):
     assert explore(shape, Rules()) > shape.tiles * shape.depths
+
+
+@pytest.mark.parametrize("depths", range(1, 6))
+def test_one_tile_needs_no_last_release(depths):
+    """As in csrc/matmul_all_reduce_decode.cuh, whose CTAs have one tile each."""
+    assert explore(Shape(1, depths, 2, 1, ctas=2), Rules(release_last=False)) > depths
 
 
 @pytest.mark.parametrize(
@@ -202,7 +219,9 @@ def test_every_order_is_right(shape):
         (Rules(wait_for_empty=False), Shape(1, 5, 2, 1)),
         (Rules(of_round_before=False), Shape(3, 1, 2, 1)),
         (Rules(release_to_all=False), Shape(1, 3, 2, 1, ctas=2)),
+        (Rules(of_round_before=False), Shape(1, 3, 2, 1, ctas=2)),
         (Rules(meet_at_end=False), Shape(1, 1, 2, 1, ctas=2)),
+        (Rules(meet_with_release=False), Shape(1, 1, 2, 1, ctas=2)),
     ],
     ids=str,
 )

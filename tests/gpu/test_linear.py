@@ -124,3 +124,28 @@ def test_chain_in_a_graph_with_changing_inputs(m, seed):
         assert_close(wide, expected.double() @ down.double().t() + bias.double(), factor=3)
         assert_close(last, wide.double() @ head.double().t())
         assert_close(middle, gated_from(last.double() @ gate_up.double().t(), x.dtype), factor=2)
+
+
+@pytest.mark.parametrize("m", [17, 32, 33, 64])
+def test_chain_of_clusters_in_a_graph(m, seed):
+    """Tiles so low that two CTAs share the tokens: the next kernel's come to where they were as soon as they end."""
+    size, length = 4360, 6  # 109 tiles of 40 rows, and one that lies outside
+    (x,), (weight,) = operands(1, m, size, size, torch.bfloat16)
+    outs = [torch.empty_like(x) for _ in range(length)]
+
+    def chain():
+        for taken, out in zip([x, *outs], outs, strict=False):
+            launch_linear(taken, weight, out)
+
+    chain()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        chain()
+    for _ in range(100):
+        x.normal_()
+        for out in outs:
+            out.fill_(float("nan"))
+        graph.replay()
+        for taken, out in zip([x, *outs], outs, strict=False):
+            assert_close(out, taken.double() @ weight.double().t())
