@@ -74,7 +74,7 @@ void linear_tiles(const void* x, const void* weight, const void* bias, void* out
       p.m = static_cast<int>(m);
       p.n = static_cast<int>(n);
       p.k = static_cast<int>(k);
-      // More of many tokens' stages would not fit.
+      // Of many tokens, fewer and larger stages would be slower than a second tile.
       constexpr int kMostBlocks = kTokens > 16 ? 2 : 4;
       p.share = share_out(kGated ? 2 * n : n, kTokens, kGated, kMostBlocks * linear::kBlockRows,
                           multiprocessor_count(device) / 2 * 2);

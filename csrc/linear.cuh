@@ -1,5 +1,5 @@
-// The kernel of linear and linear_silu_mul for few rows; its launcher is in linear.cu. (Of few columns the kernel with
-// the exchange, without it, takes some: it can split K.)
+// The kernel of linear and linear_silu_mul for few rows; its launcher is in linear.cu. (Few columns
+// without a gate go to the kernel with the exchange, without it: it can split K.)
 //
 // As the kernel with the exchange (matmul_all_reduce_decode.cuh) it streams the weight, the 64-row operand, through
 // shared memory and begins before the kernel before it has ended. But the rows of the weight are shared out evenly

@@ -1,4 +1,5 @@
-// matmul_decode_only but for few columns: the weight's rows shared out among the multiprocessors. Hopper only.
+// matmul_decode_only, but for few columns without a gate: the weight's rows shared out among the multiprocessors.
+// Hopper only.
 #pragma once
 
 #include <cstdint>

@@ -4,9 +4,9 @@
 // The weights are the 64-row operand of the tensor core, the tokens, padded to 8, 16, 32 or 64, the narrow one. A CTA
 // (or a cluster, which splits K) has a tile of 64 or 128 columns of the result and streams that much of the weight
 // through shared memory. It asks for the first of it before the kernel before this one in the stream has ended: weights
-// are constants. All tokens go to every tile: of many, the two CTAs of a cluster bring half of them each, for both.
-// Finished columns go to the peers' Lamport slots, as in all_reduce, and with the norm the sums of squares of all tiles
-// meet in this GPU's memory: one launch from the input to the normalised sum.
+// are constants. All tokens go to every tile: of many, where K is whole, the two CTAs of a cluster bring half of them
+// each, for both. Finished columns go to the peers' Lamport slots, as in all_reduce, and with the norm the sums of
+// squares of all tiles meet in this GPU's memory: one launch from the input to the normalised sum.
 //
 // All CTAs are resident at once, one a multiprocessor at most, and take less than half of its shared memory: a second
 // group's kernel fits beside. The next kernel of the stream is let in only when nothing of a peer is waited for any
@@ -94,7 +94,8 @@ __device__ __forceinline__ void bring_tokens(unsigned char* to, const CUtensorMa
   }
 }
 
-// A stage has been read by this warp: told to all that bring something into it. linear.cuh says why that is enough.
+// A stage has been read by this warp: told to all that bring something into it. linear.cuh says why that is enough
+// (here the last is not released: no fill follows).
 template <int kShare>
 __device__ __forceinline__ void release(unsigned long long* empty) {
   if constexpr (kShare == 1) {

@@ -58,8 +58,8 @@ inline CUtensorMap tensor_map(const void* p, std::int64_t rows, std::int64_t col
 
 // The same, of the two halves of the rows: eight of the first and the eight of the second that belong to them take
 // turns in a box. A half's rows are a multiple of 8, `box_rows`, of both, of 16. Dimensions: columns, the eight, the
-// halves, the eights; their strides do not grow, which the driver's documentation neither asks for nor allows in words,
-// and drivers 580 take.
+// halves, the eights; their strides do not grow, against the formula of the driver's documentation: drivers 580 take
+// it.
 inline CUtensorMap tensor_map_of_pairs(const void* p, std::int64_t rows, std::int64_t columns, int box_rows,
                                        int dtype) {
   const cuuint64_t row = static_cast<cuuint64_t>(columns) * 2, half = static_cast<cuuint64_t>(rows) / 2;
