@@ -92,6 +92,15 @@ def test_signed_zeros_and_what_is_no_number(seed):
     assert_close(out[[0, 6, 7]], x[[0, 6, 7]].double() @ weight.double().t())
 
 
+def captured(chain) -> torch.cuda.CUDAGraph:
+    chain()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        chain()
+    return graph
+
+
 @pytest.mark.parametrize("m", [1, 8, 16, 33, 64])
 def test_chain_in_a_graph_with_changing_inputs(m, seed):
     """Each kernel is launched while the one before runs, and must read what that one has written in this replay."""
@@ -108,11 +117,7 @@ def test_chain_in_a_graph_with_changing_inputs(m, seed):
         launch_linear(wide, head, last)
         launch_linear(last, gate_up, middle, gated=True)
 
-    chain()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        chain()
+    graph = captured(chain)
     for _ in range(100):
         x.normal_()
         bias.normal_()
@@ -137,11 +142,7 @@ def test_chain_of_clusters_in_a_graph(m, seed):
         for taken, out in zip([x, *outs], outs, strict=False):
             launch_linear(taken, weight, out)
 
-    chain()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        chain()
+    graph = captured(chain)
     for _ in range(100):
         x.normal_()
         for out in outs:
